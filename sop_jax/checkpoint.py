@@ -1,0 +1,285 @@
+"""Checkpoints of a run, in `workdir/checkpoints/<step>`: the only file that knows Orbax.
+
+A checkpoint is committed by renaming its folder at the end of the write, so a process killed in
+the middle leaves the earlier ones as they were and nothing that could be taken for a checkpoint.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tensorstore
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from sop_jax.errors import UserError
+
+_NAME = "state"
+_SUMS = "sums"
+_SHOWN_LEAVES = 10
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A state was not saved because it holds NaN or infinity."""
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run in the background, one at a time.
+
+    Every process of a run makes one and calls its methods at the same steps.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep_last: int = 2, keep_every: int = 0) -> None:
+        """Opens `workdir/checkpoints` and removes what a killed process left half written.
+
+        Args:
+            workdir: the folder of the run, local or remote (`gs://`).
+            keep_last: how many of the newest checkpoints to keep.
+            keep_every: checkpoints at multiples of this many steps stay for ever; 0 keeps none.
+        """
+        _quieten_orbax()
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        self._orbax = ocp.training.Checkpointer(
+            _folder(workdir),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._running: ocp.AsyncResponse[bool] | None = None
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to write `state` and returns once it has been copied: it may then be donated.
+
+        Waits for the save before it, and raises the error of that one if it failed.
+
+        Raises:
+            NotFiniteError: the state is not finite; nothing was written.
+        """
+        self.wait()
+        finite, sums = _inspect(state)
+        bad = [name for name in finite if not finite[name]]
+        if bad:
+            raise NotFiniteError(
+                f"the state of step {step} is not finite, so it was not saved; NaN or infinity in: "
+                f"{_some(bad, ', ')}. The last good checkpoint stands: go on from it with a lower "
+                "learning rate, a longer warm-up or float32 compute."
+            )
+        self._running = self._orbax.save_checkpointables_async(
+            step, {_NAME: state}, force=True, custom_metadata={_SUMS: sums}
+        )
+
+    def wait(self) -> None:
+        """Blocks until the running save is committed, and raises its error if it failed."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def close(self) -> None:
+        """Waits for the running save, raises its error if it failed, and frees the threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+
+def steps(workdir: epath.PathLike) -> list[int]:
+    """The steps with a committed checkpoint, in ascending order."""
+    found = ocp.path.step.standard_name_format().find_all(_folder(workdir))
+    return sorted(checkpoint.step for checkpoint in found)
+
+
+def latest_step(workdir: epath.PathLike) -> int | None:
+    """The newest step with a committed checkpoint; None where there is none."""
+    return max(steps(workdir), default=None)
+
+
+def restore(workdir: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
+    """Reads a whole state.
+
+    Args:
+        workdir: the folder of the run.
+        abstract: the tree of the state with `jax.ShapeDtypeStruct` leaves; their shardings say
+            where the arrays go, on whatever mesh, not only the one that saved them.
+        step: which checkpoint; the newest by default.
+
+    Raises:
+        UserError: there is no such checkpoint, it cannot be read, or its leaves differ.
+    """
+    return _read(workdir, abstract, step, partial=False)
+
+
+def restore_part(workdir: epath.PathLike, abstract: Any, key: str, step: int | None = None) -> Any:
+    """Reads the sub-tree `key` of a state (the field of that name) and nothing else.
+
+    `abstract` is the sub-tree's own; otherwise as `restore`.
+    """
+    return _read(workdir, {key: abstract}, step, partial=True)[key]
+
+
+def check_space(workdir: epath.PathLike, bytes_needed: int) -> None:
+    """Raises UserError if the disk of a local `workdir` has fewer free bytes than needed."""
+    path = epath.Path(workdir)
+    if "://" in str(path):
+        return
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < bytes_needed:
+        raise UserError(
+            f"the checkpoints of this run need {bytes_needed / 1e9:.1f} GB, and the disk of "
+            f"{workdir} has {free / 1e9:.1f} GB free. Free some space, choose another --workdir, "
+            "or keep fewer checkpoints."
+        )
+
+
+def _folder(workdir: epath.PathLike) -> epath.Path:
+    path = epath.Path(workdir) / "checkpoints"
+    return path if "://" in str(path) else path.resolve()
+
+
+def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: bool) -> Any:
+    _quieten_orbax()
+    known = steps(workdir)
+    if not known:
+        raise UserError(
+            f"there is no checkpoint in {_folder(workdir)}: check --workdir, or train first with "
+            f"python -m sop_jax.train --workdir={workdir}"
+        )
+    if step is None:
+        step = known[-1]
+    if step not in known:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {_folder(workdir)}: only {known}"
+        )
+    path = _folder(workdir) / str(step)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    try:
+        _read_through(path)
+        metadata = ocp.checkpointables_metadata(path)
+        saved, custom = metadata.metadata[_NAME], metadata.custom_metadata
+        if saved is None or not custom:
+            raise ValueError("the description of its arrays is missing or damaged")
+        _check_leaves(path, saved, abstract, partial)
+        with context:
+            state = ocp.load_checkpointables(path, {_NAME: abstract})[_NAME]
+        if _dtypes(state) != _dtypes(abstract):
+            raise ValueError("the types of its arrays are missing or damaged")
+        _, sums = _inspect(state)
+        changed = [name for name in sums if sums[name] != custom[_SUMS][name]]
+        if changed:
+            raise ValueError(f"values have changed since they were saved: {_some(changed, ', ')}")
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, step, known, error) from error
+    return state
+
+
+def _read_through(path: epath.Path) -> None:
+    """Reads every value once, in turn: Orbax's parallel reads bury the first error in many."""
+    if "://" in str(path):
+        return
+    store = tensorstore.KvStore.open(
+        {"driver": "ocdbt", "base": f"file://{path / _NAME}/"}
+    ).result()
+    keys = store.list().result()
+    if not keys or not all(store.read(key).result().value for key in keys):
+        raise FileNotFoundError("files are missing")
+
+
+def _unreadable(
+    path: epath.Path, step: int, known: Sequence[int], cause: BaseException
+) -> UserError:
+    while cause.__cause__:
+        cause = cause.__cause__
+    others = [other for other in known if other != step]
+    rest = f"Checkpoints of steps {others} remain" if others else "No other checkpoint remains"
+    then = "the newest of them" if others else "the start"
+    reason = str(cause).strip().partition("\n")[0][:300]
+    return UserError(
+        f"the checkpoint {path} cannot be read: {reason}. {rest}: if it is damaged, delete the "
+        f"folder {path} and the same command goes on from {then}."
+    )
+
+
+def _check_leaves(path: epath.Path, saved: Any, abstract: Any, partial: bool) -> None:
+    have = {name: _describe(leaf) for name, leaf in _named_leaves(saved).items()}
+    want = {name: _describe(leaf) for name, leaf in _named_leaves(abstract).items()}
+    different = [f"{name}: missing, expected {want[name]}" for name in want if name not in have]
+    different += [
+        f"{name}: {have[name]}, expected {want[name]}"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    if not partial:
+        different += [f"{name}: {have[name]}, not expected" for name in have if name not in want]
+    if different:
+        raise UserError(
+            f"the checkpoint {path} is of another architecture or method; it differs from the "
+            f"config in:\n  {_some(different, chr(10) + '  ')}\n"
+            "Use the config that made it, or another --workdir."
+        )
+
+
+def _describe(leaf: Any) -> str:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _dtypes(tree: Any) -> list[Any]:
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, the same for a dataclass and for the dict that Orbax makes of it."""
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _inspect(state: Any) -> tuple[dict[str, bool], dict[str, int]]:
+    """Says of each leaf whether it is finite, and the sum of its bits modulo 2**32.
+
+    The sum does not depend on the sharding, so it may be compared after a restore elsewhere.
+    """
+    leaves = _named_leaves(state)
+    finite, sums = jax.device_get(_finite_and_sums(list(leaves.values())))
+    return dict(zip(leaves, finite.tolist(), strict=True)), dict(
+        zip(leaves, sums.tolist(), strict=True)
+    )
+
+
+@jax.jit
+def _finite_and_sums(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    arrays = [
+        jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        for leaf in leaves
+    ]
+    finite = [jnp.isfinite(array).all() for array in arrays]
+    sums = [_bits(array).astype(jnp.uint32).sum() for array in arrays]
+    return jnp.stack(finite), jnp.stack(sums)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool:
+        return array
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+
+def _some(items: Sequence[str], separator: str) -> str:
+    more = len(items) - _SHOWN_LEAVES
+    tail = [f"and {more} more"] if more > 0 else []
+    return separator.join([*items[:_SHOWN_LEAVES], *tail])
+
+
+def _quieten_orbax() -> None:
+    """Drops what Orbax logs: its failures are raised to us, each once and with a remedy."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname

@@ -1,0 +1,169 @@
+"""What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
+
+A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
+after one in the command line, and 130 when interrupted.
+"""
+
+import difflib
+import errno
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+from etils import epath
+from ml_collections import config_dict
+from ml_collections.config_flags import config_path
+
+from sop_jax.config import flatten
+from sop_jax.errors import UserError
+
+FLAGS = flags.FLAGS
+
+_FULL_DISK = ("no space left on device", "disk quota exceeded")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags, runs `main(argv)` and exits; an error people can mend is one message.
+
+    Among those are a `UserError`, a config file that is missing or does not load, an unknown
+    setting or flag, a value of the wrong type, and a full disk. Other errors keep their traceback.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            _exit("interrupted", 130)
+        except Exception as error:
+            message = _message(error)
+            if message is None:
+                raise
+            _exit(f"error: {message}", 1)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _exit(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    config = None
+    try:
+        if "config" in FLAGS:
+            config = _load_config(argv)
+        if config is not None:
+            _check_names(argv, config)
+        rest = FLAGS(argv)
+        if rest[1:]:
+            raise UserError(
+                f"unexpected argument {rest[1]!r}: flags are written --name=value, settings "
+                "--config.name=value"
+            )
+        return rest
+    except (UserError, flags.Error) as error:
+        _exit(f"error: {_usage(error, config)}", 2)
+        raise
+
+
+def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
+    """The config of `--config=FILE[:argument]`, loaded apart from absl, whose errors say little."""
+    value = None
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = re.fullmatch(r"--?config(=(.*))?", flag, re.DOTALL)
+        if match:
+            value = following if match[1] is None else match[2]
+    if value is None:
+        return None
+    path, *argument = value.split(":", 1)
+    if not epath.Path(path).is_file():
+        folder = epath.Path(path).parent
+        names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+        raise UserError(f"there is no config file {path!r}{_nearest(path, names)}")
+    spec = importlib.util.spec_from_file_location("config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"the config file {path!r} is not a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*argument)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file of the user's raises
+        raise UserError(
+            f"the config file {path!r} does not load: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(f"get_config() in {path!r} must return a ConfigDict, not {config!r:.80}")
+    return config
+
+
+def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
+    known = list(flatten(config))
+    for flag in argv:
+        match = re.match(r"--?(?:no)?config\.([^=\[]*)", flag)
+        if match and match[1] not in known:
+            raise UserError(
+                f"unknown setting config.{match[1]}{_nearest(match[1], known, 'config.')}"
+            )
+
+
+def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """A question naming what was probably meant, by the whole name or by its last part."""
+
+    def likeness(candidate: str) -> tuple[float, float]:
+        whole = _ratio(name, candidate)
+        return max(whole, _ratio(name.split(".")[-1], candidate.split(".")[-1])), whole
+
+    best = max(known, key=likeness, default="")
+    return f"; did you mean {prefix}{best}?" if likeness(best)[0] >= 0.6 else ""
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
+    """An error of the command line in words that name the flag, its type and an example."""
+    text = str(error)
+    if match := re.match(r"flag --(\S+)=None: .* other than None", text):
+        return f"--{match[1]} is required: give --{match[1]}=value"
+    match = re.match(r"flag --config\.([^=]+)=(.*?): ", text, re.DOTALL)
+    if match and config is not None:
+        kind = config_path.get_type(match[1], config).__name__
+        example = config_path.get_value(match[1], config)
+        such_as = "" if example is None else f", such as {example!r}"
+        return f"config.{match[1]} must be of type {kind}{such_as}, not {match[2]!r}"
+    return text
+
+
+def _message(error: BaseException) -> str | None:
+    """The message for an error that people can mend; None for one that is the program's."""
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, UserError):
+            return str(link)
+    if any(_is_full_disk(link) for link in chain):
+        workdir = FLAGS["workdir"].value if "workdir" in FLAGS else None
+        where = f"writing to {workdir}" if workdir else "writing"
+        return (
+            f"the disk is full: no space was left while {where}. Free some space and run the same "
+            "command again: it goes on from the last good checkpoint."
+        )
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    yield error
+    following = error.__cause__ or error.__context__
+    if following is not None:
+        yield from _chain(following)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(text in str(error).lower() for text in _FULL_DISK)  # as TensorStore reports it

@@ -1,0 +1,171 @@
+"""The settings of a run: their defaults, which are the paper's, and their checks.
+
+A file in `configs/` calls `paper()` and changes what differs. Values that follow from others
+(steps per epoch, peak learning rate, grid sizes) are never stored: they are derived when a run
+starts, so that overriding one key cannot leave another behind.
+"""
+
+import json
+from typing import Any
+
+import ml_collections
+from etils import epath
+from ml_collections import config_dict
+
+from sop_jax.errors import UserError
+
+# What a resumed run may change: nothing that decides which numbers come out.
+RESUMABLE = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "data.workers",
+    "data.threads",
+    "mesh.data",
+)
+
+
+def paper() -> ml_collections.ConfigDict:
+    """The paper's recipe (appendix A; where it is silent, iBOT's) for ViT-S/16 on ImageNet."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.epochs = 800.0
+    config.steps = config_dict.placeholder(int)  # wins over `epochs` when set
+    config.batch_size = 1024  # images a step, over all devices
+    config.log_every = 50  # steps, as the two below; 0 means never
+    config.eval_every = 12500
+    config.checkpoint_every = 2500
+
+    config.data = ml_collections.ConfigDict(
+        dict(
+            source="tfds",  # tfds | folder | packed | digits
+            path="",  # tfds: data_dir; folder: its root; packed: the .npz file
+            name="",  # tfds: the data set's name
+            train_split="train",
+            test_split="validation",
+            workers=8,  # processes; 0 stays in this one
+            threads=4,  # a process
+            max_corrupt_share=0.01,
+        )
+    )
+    config.augment = ml_collections.ConfigDict(
+        dict(
+            resample="opencv",  # opencv (area down, cubic up) | pillow (antialiased bicubic)
+            global_size=224,
+            local_size=96,
+            local_crops=10,
+            global_scale=(0.25, 1.0),
+            local_scale=(0.05, 0.25),
+            flip=0.5,
+            jitter=0.8,  # probability
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.2,
+            hue=0.1,
+            grayscale=0.2,
+            blur=(1.0, 0.1, 0.5),  # probabilities: first global, second global, local
+            blur_sigma=(0.1, 2.0),  # pixels
+            solarize=0.2,  # second global view alone
+        )
+    )
+    config.mask = ml_collections.ConfigDict(
+        dict(
+            kind="block",  # block | random
+            ratio=(0.3, 0.3),  # uniform in this range, a view
+            none=0.0,  # probability that a view stays unmasked
+        )
+    )
+    config.model = ml_collections.ConfigDict(
+        dict(
+            size="s",  # ti | s | b | l | custom
+            width=384,  # custom alone, as the two below
+            depth=12,
+            heads=6,
+            patch=16,
+            drop_path=0.1,
+            remat=False,
+            dtype="bfloat16",  # of the computation; parameters are float32
+        )
+    )
+    config.head = ml_collections.ConfigDict(dict(hidden=2048, dim=256))
+    config.sop = ml_collections.ConfigDict(
+        dict(
+            # E_C and E_P: rows, SOPs a task, supports besides the anchor, tasks, votes, lambda.
+            cls=dict(
+                memory=65536, anchors=4096, supports=8, tasks=2, votes="similarity", weight=1.0
+            ),
+            patch=dict(memory=8192, anchors=512, supports=0, tasks=1, votes="smoothed", weight=1.0),
+            pool="non_anchors",  # non_anchors | all
+            smoothing=0.1,
+            anchors="random",  # random | fixed_slots | frozen_rows (the last two: table C.7)
+            search_precision="float32",  # float32 | high | bfloat16
+            student_temperature=0.1,
+            teacher_temperature=(0.04, 0.07),  # linear over its warm-up
+            temperature_warmup_epochs=30.0,
+            temperature_warmup_steps=config_dict.placeholder(int),
+        )
+    )
+    config.optim = ml_collections.ConfigDict(
+        dict(
+            lr=5e-4,  # for 256 images a step; scales with the batch
+            min_lr=1e-6,
+            warmup_epochs=10.0,
+            warmup_steps=config_dict.placeholder(int),
+            weight_decay=(0.04, 0.4),
+            clip=3.0,  # 0 for none
+            clip_kind="tensor",  # tensor | global
+            momentum=0.994,  # of the teacher; rises to 1
+        )
+    )
+    config.eval = ml_collections.ConfigDict(
+        dict(resize=256, crop=224, batch_size=256, knn_k=(10, 20, 100, 200), knn_temperature=0.07)
+    )
+    config.checkpoint = ml_collections.ConfigDict(dict(keep_last=2, keep_every=0))
+    config.mesh = ml_collections.ConfigDict(dict(data=0))  # devices; 0 for all
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names, tuples as lists, as JSON gives them back."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Writes `workdir/config.json`."""
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """The settings that made a workdir.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there, so {workdir} is no folder of a training run; check --workdir"
+        )
+    config = paper()
+    with config.unlocked():
+        for key, value in flatten(json.loads(path.read_text())).items():
+            config.update_from_flattened_dict(
+                {key: tuple(value) if isinstance(value, list) else value}
+            )
+    return config
+
+
+def changes(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+    """What differs between two configs and may not differ in one run, a line each."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
+        for key in sorted(before.keys() | after.keys())
+        if key not in RESUMABLE and before.get(key) != after.get(key)
+    ]

@@ -1,0 +1,1 @@
+"""The input pipeline: sources, decoding, multi-crop, masks and batches. It never imports jax."""

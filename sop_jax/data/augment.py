@@ -1,0 +1,219 @@
+"""Multi-crop of the iBOT recipe (its `DataAugmentationiBOT`), and the crop of the k-NN protocol.
+
+Every operation follows torchvision on Pillow images: same order, probabilities, ranges and
+meaning. OpenCV does the work, so that pixels differ from Pillow's by rounding; blur is a true
+Gaussian where Pillow stacks three box filters. All images are uint8 RGB [h, w, 3].
+"""
+
+import itertools
+import math
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+cv2.setNumThreads(0)  # parallel over images, not within one
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow and OpenCV
+RAMP = np.arange(256)
+SOLARIZED = np.where(RAMP < 128, RAMP, 255 - RAMP).astype(np.uint8)
+LOG_RATIO = math.log(3 / 4), math.log(4 / 3)  # torchvision's default
+JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
+
+
+def multi_crop(
+    image: np.ndarray, rng: np.random.Generator, augment_config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the views of one image.
+
+    Args:
+        image: uint8 [h, w, 3].
+        rng: where every draw comes from.
+        augment_config: the names of `config.augment` as attributes. A plain namespace is much
+            faster here than a ConfigDict.
+
+    Returns:
+        Global views uint8 [2, S, S, 3] and local views uint8 [V, s, s, 3]; V may be 0.
+    """
+    c = augment_config
+    first, second, local = c.blur
+    globals_ = np.empty((2, c.global_size, c.global_size, 3), np.uint8)
+    locals_ = np.empty((c.local_crops, c.local_size, c.local_size, 3), np.uint8)
+    globals_[0] = _view(image, rng, c, c.global_size, c.global_scale, first, 0.0)
+    globals_[1] = _view(image, rng, c, c.global_size, c.global_scale, second, c.solarize)
+    for out in locals_:
+        out[:] = _view(image, rng, c, c.local_size, c.local_scale, local, 0.0)
+    return globals_, locals_
+
+
+def _view(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    c: Any,
+    size: int,
+    scale: tuple[float, float],
+    blur: float,
+    solarize: float,
+) -> np.ndarray:
+    """One augmented crop, uint8 [size, size, 3]."""
+    draw = rng.random
+    top, left, h, w = crop_box(image.shape[0], image.shape[1], scale, rng)
+    view = resize(image, (top, left, h, w), size, c.resample)
+    if draw() < c.flip:
+        view = cv2.flip(view, 1)
+    if draw() < c.jitter:
+        view = color_jitter(view, rng, c.brightness, c.contrast, c.saturation, c.hue)
+    if draw() < c.grayscale:
+        view = grayscale(view)
+    if draw() < blur:
+        low, high = c.blur_sigma
+        view = gaussian_blur(view, low + (high - low) * draw())
+    if draw() < solarize:
+        view = cv2.LUT(view, SOLARIZED)
+    return view
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random box as torchvision's RandomResizedCrop draws it, aspect 3/4 to 4/3.
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        scale: smallest and largest share of the image's area.
+        rng: where every draw comes from.
+
+    Returns:
+        (top, left, height, width). After ten boxes that do not fit: the largest centred one
+        whose aspect is allowed.
+    """
+    draw = rng.random
+    (low, high), (log_low, log_high) = scale, LOG_RATIO
+    for _ in range(10):
+        area = height * width * (low + (high - low) * draw())
+        aspect = math.exp(log_low + (log_high - log_low) * draw())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int((height - h + 1) * draw()), int((width - w + 1) * draw()), h, w
+    w = min(width, max(1, round(height * 4 / 3)))
+    h = min(height, max(1, round(width * 4 / 3)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(
+    image: np.ndarray, box: tuple[int, int, int, int], size: int, resample: str
+) -> np.ndarray:
+    """Cuts `box` (top, left, height, width) out of the image and scales it to a square.
+
+    Args:
+        image: uint8 [h, w, 3].
+        box: pixels.
+        size: side of the result, pixels.
+        resample: "pillow" is bicubic with antialiasing, as iBOT; "opencv" averages areas when it
+            shrinks both sides and is bicubic otherwise, several times as fast.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, h, w = box
+    if resample == "pillow":
+        whole = Image.fromarray(image)
+        corners = (left, top, left + w, top + h)
+        return np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, box=corners))
+    filter_ = cv2.INTER_AREA if min(h, w) >= size else cv2.INTER_CUBIC
+    return cv2.resize(image[top : top + h, left : left + w], (size, size), interpolation=filter_)
+
+
+def color_jitter(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> np.ndarray:
+    """The four adjustments in random order (torchvision's ColorJitter).
+
+    Args:
+        image: uint8 [h, w, 3].
+        rng: where the order and the four strengths come from.
+        brightness: its factor is ~ U(max(0, 1 - brightness), 1 + brightness); the next two alike.
+        contrast: see brightness.
+        saturation: see brightness.
+        hue: its shift is ~ U(-hue, hue) turns of the colour circle.
+
+    Returns:
+        uint8 [h, w, 3].
+    """
+    draw = rng.random
+    for name in JITTER_ORDERS[int(len(JITTER_ORDERS) * draw())]:
+        if name == "brightness":
+            image = adjust_brightness(image, _factor(brightness, draw()))
+        elif name == "contrast":
+            image = adjust_contrast(image, _factor(contrast, draw()))
+        elif name == "saturation":
+            image = adjust_saturation(image, _factor(saturation, draw()))
+        else:
+            image = adjust_hue(image, hue * (2 * draw() - 1))
+    return image
+
+
+def _factor(strength: float, uniform: float) -> float:
+    low = max(0.0, 1 - strength)
+    return low + (1 + strength - low) * uniform
+
+
+def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    """The image times `factor`, clipped; uint8 [h, w, 3] in and out."""
+    return cv2.convertScaleAbs(image, alpha=factor)
+
+
+def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blends with the mean grey value of the image; uint8 [h, w, 3] in and out."""
+    mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
+    return cv2.LUT(image, (mean + factor * (RAMP - mean)).clip(0, 255).astype(np.uint8))
+
+
+def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """Blends every pixel with its own grey value; uint8 [h, w, 3] in and out."""
+    return cv2.transform(image, factor * np.eye(3) + (1 - factor) * LUMA)
+
+
+def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
+    """Turns the hue in HSV by `turns` of the circle; uint8 [h, w, 3] in and out."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    hsv[..., 0] += np.uint8(int(turns * 255) % 256)  # wraps round the circle
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def grayscale(image: np.ndarray) -> np.ndarray:
+    """Grey in all three channels; uint8 [h, w, 3] in and out."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian of `sigma` pixels, edges repeated; uint8 [h, w, 3] in and out."""
+    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+
+
+def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
+    """The view of the k-NN protocol: short side to `resize`, then the centre.
+
+    Args:
+        image: uint8 [h, w, 3].
+        resize: the short side, pixels; bicubic with antialiasing (Pillow).
+        crop: side of the centre crop, pixels, at most `resize`.
+
+    Returns:
+        uint8 [crop, crop, 3].
+    """
+    height, width = image.shape[:2]
+    short = min(height, width)
+    w, h = int(resize * width / short), int(resize * height / short)
+    pixels = image
+    if (h, w) != (height, width):
+        pixels = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    top, left = round((h - crop) / 2), round((w - crop) / 2)
+    return pixels[top : top + crop, left : left + crop]

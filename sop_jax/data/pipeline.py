@@ -1,0 +1,216 @@
+"""From a source to batches of numpy arrays.
+
+Training batches are a pure function of (seed, global index): neither hosts nor processes nor
+threads change what they hold, and to resume is to start at a step.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from absl import flags
+
+from sop_jax.data.augment import eval_image, multi_crop
+from sop_jax.data.decode import decode, decode_or_substitute
+from sop_jax.data.masks import view_mask
+from sop_jax.data.sources import Source
+from sop_jax.errors import UserError
+
+PIECE_BYTES = 2**24  # what a thread makes and a process hands over at a time
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An endless iterator of batches."""
+
+    def __iter__(self) -> "Batches": ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None:
+        """Ends the threads and processes."""
+
+
+class MakeViews(grain.transforms.RandomMap):
+    """Turns the index of a record into its views and masks."""
+
+    def __init__(self, source: Source, augment: dict[str, Any], mask: dict[str, Any], patch: int):
+        # Plain attributes, because a ConfigDict takes longer to read than a crop to make.
+        self.source, self.patch = source, patch
+        self.augment, self.mask = SimpleNamespace(**augment), SimpleNamespace(**mask)
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One element of the batches that `train_batches` describes."""
+        image, used, corrupt = decode_or_substitute(self.source, int(element))
+        side = self.augment.global_size // self.patch
+        masks = [view_mask((side, side), rng, self.mask) for _ in range(2)]
+        global_views, local_views = multi_crop(image, rng, self.augment)
+        return {
+            "global_views": global_views,
+            "local_views": local_views,
+            "mask": np.stack(masks),
+            "index": np.int32(used),
+            "corrupt": np.int32(corrupt),
+        }
+
+
+def train_batches(
+    source: Source,
+    config: Any,
+    patch_size: int,
+    start_step: int = 0,
+    host: int = 0,
+    hosts: int = 1,
+) -> Batches:
+    """Endless batches of augmented views, shuffled anew every epoch.
+
+    Args:
+        source: the training split.
+        config: the run's; reads `seed`, `batch_size`, `data.workers`, `data.threads`, `augment`
+            and `mask`.
+        patch_size: of the encoder, pixels.
+        start_step: the first batch is the one of this step.
+        host: which of `hosts` this is; it gets every `hosts`-th image of the global batch.
+        hosts: processes that train together.
+
+    Returns:
+        An iterator of dicts, b = batch_size // hosts, S and s the two sizes, V local crops:
+        `global_views` uint8 [b, 2, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
+        `mask` bool [b, 2, S / patch_size, S / patch_size], `index` int32 [b], the record that
+        was used, and `corrupt` int32 [b], -1 or the record that could not be read.
+
+    Raises:
+        UserError: the settings do not fit each other.
+    """
+    _check(config, patch_size, hosts)
+    local_batch = config.batch_size // hosts
+    piece = _piece_size(local_batch, config.augment)
+    views = MakeViews(source, config.augment.to_dict(), config.mask.to_dict(), patch_size)
+    # The random numbers of an image come from its place in the global stream, hence random_map
+    # before the slice: after it, all hosts would draw the same.
+    images = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
+    images = images.random_map(views)
+    images = images[start_step * config.batch_size + host :: hosts]
+    threads = config.data.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    pieces = images.batch(piece, drop_remainder=True).to_iter_dataset(options)
+    if config.data.workers:
+        if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers
+            flags.FLAGS.mark_as_parsed()
+        pieces = pieces.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
+        )
+    if piece < local_batch:
+        pieces = pieces.batch(local_batch // piece, batch_fn=_join)
+    return iter(pieces)
+
+
+def _check(config: Any, patch_size: int, hosts: int) -> None:
+    """Raises UserError for settings that do not fit each other."""
+    if config.batch_size < 1 or config.batch_size % hosts:
+        raise UserError(
+            f"batch_size={config.batch_size} cannot be split over {hosts} hosts. "
+            f"Set --config.batch_size to a multiple of {hosts}."
+        )
+    augment = config.augment
+    for name, size in (("global_size", augment.global_size), ("local_size", augment.local_size)):
+        if size < 1 or size % patch_size:
+            raise UserError(
+                f"augment.{name}={size} is not divisible by the patch size {patch_size}. "
+                f"Set --config.augment.{name} to a multiple of {patch_size}."
+            )
+    choices = {
+        "augment.resample": (augment.resample, ("opencv", "pillow")),
+        "mask.kind": (config.mask.kind, ("block", "random")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"Unknown {name}={value!r}. Choose one of: {', '.join(known)}.")
+
+
+def _piece_size(local_batch: int, augment: Any) -> int:
+    """The largest divisor of the batch that stays below PIECE_BYTES.
+
+    Whole batches of large images would fill the memory of many threads and processes several
+    times over, and the first one would take one thread to make; small ones are best left whole.
+    """
+    pixels = 2 * augment.global_size**2 + augment.local_crops * augment.local_size**2
+    most = max(1, PIECE_BYTES // (3 * pixels))
+    return max(size for size in range(1, min(local_batch, most) + 1) if local_batch % size == 0)
+
+
+def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Concatenates the pieces of a batch."""
+    return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+
+
+def eval_batches(
+    source: Source, resize: int, crop: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The images of a source in order, centre-cropped as in the k-NN protocol, one pass.
+
+    Args:
+        source: any split.
+        resize: the short side is scaled to this, pixels.
+        crop: side of the centre crop, pixels.
+        batch_size: images a batch; the last one is filled up with the last image.
+
+    Yields:
+        `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt` int32
+        [batch_size], -1 or the record that could not be read, and `valid` bool [batch_size]:
+        False for what fills up the last batch and for unreadable records, whose image is black.
+
+    Raises:
+        UserError: the crop is larger than the resized image.
+    """
+    if not 0 < crop <= resize:
+        raise UserError(
+            f"A centre crop of {crop} pixels does not fit an image resized to {resize}. "
+            "Make the resized side at least as large as the crop."
+        )
+    return _eval_batches(source, resize, crop, batch_size)
+
+
+def _eval_batches(
+    source: Source, resize: int, crop: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    threads = os.cpu_count() or 1
+
+    def load(indices: np.ndarray) -> list[np.ndarray | None]:
+        images: list[np.ndarray | None] = []
+        for index in indices:
+            try:
+                images.append(eval_image(decode(source[int(index)]), resize, crop))
+            except (ValueError, OSError):
+                images.append(None)
+        return images
+
+    def submit(start: int) -> tuple[np.ndarray, list[Any]]:
+        """Starts the work on one batch; its indices, and its images in pieces."""
+        indices = np.minimum(np.arange(start, start + batch_size, dtype=np.int32), last)
+        real = indices[: min(batch_size, len(source) - start)]
+        return indices, [pool.submit(load, piece) for piece in np.array_split(real, threads)]
+
+    last = len(source) - 1
+    with ThreadPoolExecutor(threads) as pool:
+        pending = submit(0)
+        for start in range(0, len(source), batch_size):
+            indices, pieces = pending
+            if start + batch_size < len(source):
+                pending = submit(start + batch_size)  # made while this one is used
+            loaded = list(itertools.chain.from_iterable(piece.result() for piece in pieces))
+            image = np.zeros((batch_size, crop, crop, 3), np.uint8)
+            valid = np.zeros(batch_size, bool)
+            corrupt = np.full(batch_size, -1, np.int32)
+            for row, pixels in enumerate(loaded):
+                if pixels is None:
+                    corrupt[row] = indices[row]
+                else:
+                    image[row], valid[row] = pixels, True
+            image[len(loaded) :] = image[len(loaded) - 1]
+            yield {"image": image, "index": indices, "corrupt": corrupt, "valid": valid}

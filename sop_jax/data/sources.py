@@ -1,0 +1,392 @@
+"""Where images come from: TFDS, a folder tree, a packed .npz or scikit-learn's digits.
+
+Each kind is a `Source`: records by index, as cheap to pickle as a path, because the pipeline's
+worker processes each get a copy. Files are opened when the first record is asked for.
+"""
+
+import functools
+import os
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+from sop_jax.errors import UserError
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
+DIGITS_TRAIN = 1437  # of 1797: four fifths
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Records by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes | np.ndarray:
+        """An encoded image, or uint8 [h, w, 3]."""
+
+    def name(self, index: int) -> str:
+        """What a person would call the record: a path, or data set, split and number."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 [n], or None. TFDS reads all records for it, when first asked."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the labels in order, or None."""
+
+
+def open_source(data_config: Any, split: str) -> Source | None:
+    """Opens one split of the configured data set.
+
+    Args:
+        data_config: has `source` ("tfds" | "folder" | "packed" | "digits"), `path`, `name`,
+            `train_split` and `test_split`.
+        split: "train" or "test", mapped to the two names above.
+
+    Returns:
+        The source, or None when there is no test split.
+
+    Raises:
+        UserError: the data is missing, empty or not what `source` says.
+    """
+    kinds = {"tfds": _open_tfds, "folder": _open_folder, "packed": _open_packed}
+    if data_config.source == "digits":
+        return DigitsSource(split)
+    if data_config.source not in kinds:
+        raise UserError(
+            f"Unknown data.source {data_config.source!r}. "
+            f"Choose one of: digits, {', '.join(kinds)}."
+        )
+    if not data_config.path and data_config.source != "tfds":
+        raise UserError(
+            f"data.source={data_config.source} needs to know where the data is. "
+            "Set --config.data.path=..."
+        )
+    return kinds[data_config.source](data_config, split)
+
+
+# Folders of images
+
+
+class FolderSource:
+    """Image files below one folder, sorted by path."""
+
+    def __init__(
+        self, root: str, files: list[str], labels: np.ndarray | None, class_names: list[str] | None
+    ) -> None:
+        """Takes files relative to `root` and their labels, int32 [n]."""
+        self.root, self.files, self.labels, self.class_names = root, files, labels, class_names
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> bytes:
+        return epath.Path(self.name(index)).read_bytes()
+
+    def name(self, index: int) -> str:
+        """The path of the file."""
+        return f"{self.root}/{self.files[index]}"
+
+
+def image_files(root: str) -> list[str]:
+    """All image files below `root`, as sorted relative paths; hidden ones are left out.
+
+    Args:
+        root: a folder, local or gs://.
+
+    Raises:
+        UserError: the folder is missing or holds no image.
+    """
+    folder = epath.Path(root)
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no folder {root}. Give the path of a folder of images, or of one that "
+            "holds such a folder for every split."
+        )
+    # Class folders are often links; walking with epath would pass over those silently.
+    remote = "://" in str(folder)
+    files = []
+    for parent, _, names in folder.walk() if remote else os.walk(folder, followlinks=True):
+        inside = str(parent)[len(str(folder)) :].strip("/")
+        if any(part.startswith(".") for part in inside.split("/")):
+            continue
+        for name in names:
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""
+            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
+                files.append(f"{inside}/{name}" if inside else name)
+    if not files:
+        raise UserError(
+            f"The folder {root} holds no images. Expected files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}, in it or in folders below it."
+        )
+    return sorted(files)
+
+
+def class_folders(files: list[str]) -> list[str] | None:
+    """The classes of a tree: its first-level folders, sorted.
+
+    Args:
+        files: relative paths.
+
+    Returns:
+        None for an unlabelled tree: some files lie in no folder, or all in the same one.
+    """
+    names = {file.split("/", 1)[0] if "/" in file else "" for file in files}
+    return None if "" in names or len(names) < 2 else sorted(names)
+
+
+def folder_source(root: str, like: FolderSource | None = None) -> FolderSource:
+    """The images below one folder.
+
+    Args:
+        root: the folder, local or gs://.
+        like: a source whose class ids to use; without it the tree's own folders are the classes.
+
+    Raises:
+        UserError: no image, or a class that `like` does not have.
+    """
+    root = str(epath.Path(root))
+    files = image_files(root)
+    names = like.class_names if like else class_folders(files)
+    if names is None:
+        return FolderSource(root, files, None, None)
+    ids = {name: label for label, name in enumerate(names)}
+    folders = [file.split("/", 1)[0] for file in files]
+    unknown = sorted(set(folders) - set(ids))
+    if unknown:
+        raise UserError(
+            f"{root} holds {unknown[0]!r}, which is no class of {like.root if like else root} "
+            f"({len(unknown)} such names). The images of every split must lie in folders named "
+            "as the train classes are."
+        )
+    return FolderSource(root, files, np.array([ids[name] for name in folders], np.int32), names)
+
+
+def _open_folder(data_config: Any, split: str) -> FolderSource | None:
+    path, train, test = str(data_config.path), data_config.train_split, data_config.test_split
+    has_train = bool(train) and (epath.Path(path) / train).is_dir()
+    has_test = bool(test) and (epath.Path(path) / test).is_dir()
+    if has_test and not has_train:
+        raise UserError(
+            f"{path} has a folder {test!r} but none called {train!r}. "
+            "Set --config.data.train_split to the folder to train on."
+        )
+    if split == "test" and not has_test:
+        return None
+    source = folder_source(str(epath.Path(path) / train) if has_train else path)
+    return source if split == "train" else folder_source(str(epath.Path(path) / test), source)
+
+
+# One .npz of encoded images
+
+
+class PackedSource:
+    """Encoded images end to end in a .npz: {split}_blob uint8, {split}_offsets [n + 1].
+
+    {split}_labels [n] and class_names may be there too.
+    """
+
+    def __init__(self, path: str, split: str) -> None:
+        self.path, self.split = path, split
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, Any]:
+        with epath.Path(self.path).open("rb") as file, np.load(file) as packed:
+            wanted = [f"{self.split}_{part}" for part in ("blob", "offsets", "labels")]
+            arrays = {name: packed[name] for name in (*wanted, "class_names") if name in packed}
+        blob, offsets = arrays[wanted[0]], arrays[wanted[1]]
+        ascending = len(offsets) > 1 and bool(np.all(np.diff(offsets) >= 0))
+        if not ascending or offsets[0] < 0 or offsets[-1] > len(blob):
+            raise UserError(
+                f"{self.path} is damaged: {wanted[1]} does not cut {wanted[0]} into records. "
+                "Copy or make the file again."
+            )
+        return arrays
+
+    def __getstate__(self) -> dict[str, str]:
+        return dict(path=self.path, split=self.split)
+
+    def __len__(self) -> int:
+        return len(self._arrays[f"{self.split}_offsets"]) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        start, end = self._arrays[f"{self.split}_offsets"][index : index + 2]
+        return self._arrays[f"{self.split}_blob"][start:end].tobytes()
+
+    def name(self, index: int) -> str:
+        """File, split and number."""
+        return f"{self.path}:{self.split}[{index}]"
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The {split}_labels of the file, int32 [n], or None."""
+        labels = self._arrays.get(f"{self.split}_labels")
+        return None if labels is None else labels.astype(np.int32)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the labels in order, or None."""
+        names = self._arrays.get("class_names")
+        return None if names is None else [str(name) for name in names]
+
+
+def _open_packed(data_config: Any, split: str) -> PackedSource | None:
+    path, name = str(data_config.path), getattr(data_config, f"{split}_split")
+    if not epath.Path(path).is_file():
+        raise UserError(f"There is no file {path}. Set --config.data.path to a packed .npz.")
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file) as packed:
+            keys = set(packed.files)
+    except Exception as error:  # zip, pickle and value errors, as the bytes happen to be
+        raise UserError(f"{path} is no .npz file ({error}). Set --config.data.path.") from error
+    if f"{name}_blob" not in keys or f"{name}_offsets" not in keys:
+        if split == "test":
+            return None
+        raise UserError(
+            f"{path} has no {name}_blob and {name}_offsets; it holds {', '.join(sorted(keys))}. "
+            "Set --config.data.train_split to the name of a split that is there."
+        )
+    source = PackedSource(path, name)
+    len(source)  # a damaged file is reported now
+    return source
+
+
+# TensorFlow Datasets without TensorFlow
+
+
+class TfdsSource:
+    """One split of a prepared TFDS data set in array_record files."""
+
+    def __init__(self, folder: str, split: str) -> None:
+        """Takes the folder with dataset_info.json and a split, slices such as train[:10%] too."""
+        self.folder, self.split = folder, split
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        return _tfds().builder_from_directory(self.folder)
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        skip = _tfds().decode.SkipDecoding()
+        features = self._builder.info.features
+        images = [key for key in features if isinstance(features[key], _tfds().features.Image)]
+        return self._builder.as_data_source(
+            split=self.split, decoders={key: skip for key in images}
+        )
+
+    def __getstate__(self) -> dict[str, str]:
+        return dict(folder=self.folder, split=self.split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._records[index]["image"]
+        except RuntimeError as error:  # what array_record raises for missing and damaged files
+            raise OSError(str(error)) from error
+
+    def name(self, index: int) -> str:
+        """Folder, split and number, and the original file's name where it is kept."""
+        name = f"{self.folder}:{self.split}[{index}]"
+        try:
+            file = self._records[index].get("file_name", b"")
+        except RuntimeError:  # the record that cannot be read is the one to be named
+            return name
+        return f"{name} {bytes(file).decode(errors='replace')}".strip()
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """The records' labels, int32 [n], or None; a pass over all records, about 30 us each."""
+        if self.class_names is None:
+            return None
+        return np.array([self._records[i]["label"] for i in range(len(self))], np.int32)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the labels in order, or None."""
+        features = self._builder.info.features
+        label = features["label"] if "label" in features else None
+        return list(label.names) if isinstance(label, _tfds().features.ClassLabel) else None
+
+
+def _tfds() -> Any:
+    import tensorflow_datasets  # only when used: it costs a start-up of all other sources
+
+    return tensorflow_datasets
+
+
+def _open_tfds(data_config: Any, split: str) -> TfdsSource | None:
+    path, name = str(data_config.path), data_config.name
+    where = f"{name or 'a data set'} in {path or 'the default data_dir of TFDS'}"
+    try:
+        if name:
+            builder = _tfds().builder(name, data_dir=path or None)
+        else:
+            builder = _tfds().builder_from_directory(path)
+    except Exception as error:  # TFDS has many ways to say that there is nothing there
+        raise UserError(
+            f"TFDS cannot open {where}: {str(error).splitlines()[0]} Set --config.data.path and "
+            "--config.data.name to a prepared data set, or make one from an image tree with "
+            "python -m sop_jax.data.prepare."
+        ) from error
+    splits = set(builder.info.splits)
+    wanted = getattr(data_config, f"{split}_split") or ""
+    if not splits:
+        raise UserError(
+            f"TFDS knows {where} but it is not prepared there. Prepare it once with "
+            'file_format="array_record", or with python -m sop_jax.data.prepare.'
+        )
+    if wanted.split("[")[0] not in splits:
+        if split == "test":
+            return None
+        raise UserError(
+            f"{where} has no split {wanted!r} but {', '.join(sorted(splits))}. "
+            "Set --config.data.train_split."
+        )
+    if "image" not in builder.info.features:
+        raise UserError(
+            f"{where} has no feature 'image' but {', '.join(builder.info.features)}. "
+            "Choose a data set of images."
+        )
+    source = TfdsSource(str(builder.data_dir), wanted)
+    try:
+        _ = source[0], source[len(source) - 1]
+    except Exception as error:
+        raise UserError(
+            f"Cannot read {where}, split {wanted!r}: {str(error).splitlines()[0]} It must be "
+            'prepared with file_format="array_record", and all of its files must be there.'
+        ) from error
+    return source
+
+
+# The embedded default
+
+
+class DigitsSource:
+    """scikit-learn's digits, uint8 [8, 8, 3]: 1437 to train and 360 to test, a fixed shuffle."""
+
+    def __init__(self, split: str) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        order = np.random.RandomState(0).permutation(len(digits.target))
+        rows = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+        grey = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)  # ink 0..16
+        self.images = np.repeat(grey[..., None], 3, axis=3)
+        self.split = split
+        self.labels = digits.target[rows].astype(np.int32)
+        self.class_names = [str(name) for name in digits.target_names]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        """Split and number."""
+        return f"digits:{self.split}[{index}]"

@@ -1,0 +1,143 @@
+"""Measures how good the features of a run are.
+
+    python -m sop_jax.evaluate --workdir=DIR --task=knn [--step=N] [--data_path=PATH]
+
+Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.json.
+"""
+
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from etils import epath
+
+from sop_jax.data.sources import Source, open_source
+from sop_jax.errors import UserError
+from sop_jax.features import Extract, make_extractor
+from sop_jax.knn import knn_top1
+from sop_jax.mesh import make_mesh
+from sop_jax.models import Params
+from sop_jax.pretrained import load
+
+
+def knn_evaluation(
+    extract: Extract,
+    params: Params,
+    train: Source,
+    test: Source | None,
+    eval_config: ml_collections.ConfigDict,
+) -> dict[str, float | int | None]:
+    """Weighted k-NN accuracy of the test images among the train images, as DINO measures it.
+
+    Args:
+        extract: from `features.make_extractor`.
+        params: of the network to judge, the teacher's as a rule.
+        train: images that vote.
+        test: images to classify. Without a test split nothing is measured: there is no
+            leave-one-out on the train images.
+        eval_config: has `knn_k` and `knn_temperature`.
+
+    Returns:
+        `knn_top1`, the best over k, `knn_k`, the k that gave it, and `knn_top1_k<k>` for each k,
+        all shares in [0, 1]; None for a k above the number of train images. `knn_unreadable`
+        counts images left out. All are None without a test split or without labels.
+    """
+    ks = tuple(eval_config.knn_k)
+    names = ["knn_top1", "knn_k", *(f"knn_top1_k{k}" for k in ks), "knn_unreadable"]
+    result: dict[str, float | int | None] = dict.fromkeys(names)
+    if test is None or train.labels is None or test.labels is None:
+        return result
+    known, asked = extract(params, train), extract(params, test)
+    top1 = knn_top1(
+        known.vectors,
+        train.labels[known.index],
+        asked.vectors,
+        test.labels[asked.index],
+        ks,
+        eval_config.knn_temperature,
+    )
+    best = max(top1, key=lambda k: top1[k])  # the smallest k of equals
+    return result | {
+        "knn_top1": top1[best],
+        "knn_k": best,
+        **{f"knn_top1_k{k}": share for k, share in top1.items()},
+        "knn_unreadable": len(known.corrupt) + len(asked.corrupt),
+    }
+
+
+def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run with k-NN, prints the table and writes the JSON file.
+
+    Args:
+        workdir: of the run.
+        step: of which checkpoint; the newest by default.
+        data_path: where the run's data lies now; by default where it lay in training.
+
+    Returns:
+        What `knn_evaluation` returns, and `task` and `step`.
+
+    Raises:
+        UserError: no run, no checkpoint, no data, or data without labels or test split.
+    """
+    config, model, teacher, step = load(workdir, step)
+    if data_path is not None:
+        config.data.path = data_path
+    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    assert train is not None  # only a test split may be missing
+    if test is None:
+        raise UserError(
+            f"the data of this run has no split {config.data.test_split!r} to classify, and k-NN "
+            "needs one beside the train split. Point --data_path to data that has both."
+        )
+    if train.labels is None or test.labels is None:
+        raise UserError(
+            "the images of this run have no labels, and k-NN needs them. Sort them into one "
+            "folder a class, in the train and in the test split, and give --data_path."
+        )
+    extract = make_extractor(model, config, make_mesh(0, jax.device_count()))
+    result = knn_evaluation(extract, teacher, train, test, config.eval)
+    print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
+    print(table(result))
+    record = {"task": "knn", "step": step, **result}
+    path = epath.Path(workdir) / f"knn_{step}.json"
+    path.write_text(json.dumps(record) + "\n")
+    return record
+
+
+def table(result: dict[str, float | int | None]) -> str:
+    """Accuracy by k in percent, a line each, the best one marked."""
+    lines = [f"{'k':>5}  top-1 %"]
+    for name, share in result.items():
+        k = name.removeprefix("knn_top1_k")
+        if k == name:
+            continue
+        mark = "  best" if int(k) == result["knn_k"] else ""
+        value = "  (fewer train images)" if share is None else f"{100 * share:7.2f}{mark}"
+        lines.append(f"{k:>5}  {value}")
+    if result["knn_unreadable"]:
+        lines.append(f"{result['knn_unreadable']} images could not be read and were left out")
+    return "\n".join(lines)
+
+
+TASKS = {"knn": knn}
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates what the flags name."""
+    del argv
+    args = flags.FLAGS
+    if args.task not in TASKS:
+        raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
+    print(json.dumps(TASKS[args.task](args.workdir, args.step, args.data_path)))
+
+
+if __name__ == "__main__":
+    from sop_jax import cli
+
+    flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+    flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
+    flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
+    flags.DEFINE_string("data_path", None, "Where the data lies now, if it was moved.")
+    cli.run(main)

@@ -1,0 +1,107 @@
+"""Writes the features of a folder of images.
+
+    python -m sop_jax.extract --workdir=DIR --images=FOLDER --out=F.npz [--step=N] [--patches]
+
+F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm, `names` [n], paths
+below FOLDER in sorted order, and `step`; `labels` int32 [n] and `class_names` where the folders of
+FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. Images that
+cannot be read have no row and are listed on stderr.
+"""
+
+import sys
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from etils import epath
+
+from sop_jax.data.sources import folder_source
+from sop_jax.errors import UserError
+from sop_jax.features import make_extractor
+from sop_jax.mesh import make_mesh
+from sop_jax.pretrained import load
+
+
+def export(
+    workdir: epath.PathLike,
+    images: str,
+    out: epath.PathLike,
+    step: int | None = None,
+    patches: bool = False,
+) -> None:
+    """Writes the features of all images below a folder.
+
+    Args:
+        workdir: of the run.
+        images: the folder, local or remote (`gs://`).
+        out: the .npz to write; appears when it is complete.
+        step: of which checkpoint; the newest by default.
+        patches: also write the tokens of patches.
+
+    Raises:
+        UserError: no run, no checkpoint, no readable image, or `out` cannot be written.
+    """
+    if not epath.Path(images).is_dir():
+        raise UserError(f"there is no folder {images}; give a folder of images with --images")
+    source = folder_source(images)
+    draft = start_draft(epath.Path(out))
+    try:
+        config, model, teacher, step = load(workdir, step)
+        mesh = make_mesh(0, jax.device_count())
+        extract = make_extractor(model, config, mesh, patches)
+        with tqdm.tqdm(total=len(source), unit="image", dynamic_ncols=True) as bar:
+            features = extract(teacher, source, bar.update)
+        if features.corrupt:
+            print(f"{len(features.corrupt)} images cannot be read:", file=sys.stderr)
+            for index in features.corrupt:
+                print(f"  {source.name(index)}", file=sys.stderr)
+        if not len(features.index):
+            raise UserError(f"none of the {len(source)} images below {images} can be read")
+        arrays = {
+            "features": features.vectors,
+            "names": np.array(source.files)[features.index],
+            "step": np.array(step),
+        }
+        if source.labels is not None and source.class_names is not None:
+            arrays["labels"] = source.labels[features.index]
+            arrays["class_names"] = np.array(source.class_names)
+        if features.patches is not None:
+            arrays["patch_features"] = features.patches
+        with draft.open("wb") as file:
+            np.savez(file, **arrays)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def start_draft(out: epath.Path) -> epath.Path:
+    """An empty file beside `out`: what cannot be written fails before the long work, not after."""
+    draft = out.parent / f"{out.name}.tmp"
+    try:
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}; choose another --out") from error
+    return draft
+
+
+def main(argv: list[str]) -> None:
+    """Writes what the flags name."""
+    del argv
+    args = flags.FLAGS
+    export(args.workdir, args.images, args.out, args.step, args.patches)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    from sop_jax import cli
+
+    flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+    flags.DEFINE_string("images", None, "The folder of images.", required=True)
+    flags.DEFINE_string("out", None, "The .npz to write.", required=True)
+    flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
+    flags.DEFINE_bool("patches", False, "Write the features of patches too.")
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""Backbones and heads, as pure functions of a parameter tree.
+
+Flax NNX stays in this package: a model is split once into its static graph and a plain nested
+dict of float32 parameters, and everything else sees the functions of `Model`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from sop_jax.errors import UserError
+from sop_jax.models.head import Head
+from sop_jax.models.vit import SIZES, Size, ViT
+
+Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
+
+# ImageNet's channel statistics, of pixels in [0, 1].
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class Model(NamedTuple):
+    """What the train step and the evaluations see of a network.
+
+    Attributes:
+        init: key -> parameters.
+        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, key or None, patches: bool)
+            -> unit embeddings, float32: [CLS] [B,d], and [B,h*w,d] of patches or None.
+        features: (params, uint8 images, last=1) -> tokens [B,1+h*w,D] of the last layers, normed.
+        patch: side of a patch in pixels.
+        dim: d, the size of an embedding.
+    """
+
+    init: Callable[[Key[Array, ""]], Params]
+    embed: Callable[..., tuple[Array, Array | None]]
+    features: Callable[..., list[Array]]
+    patch: int
+    dim: int
+
+
+class Network(nnx.Module):
+    """A backbone and the head on it."""
+
+    def __init__(self, backbone: ViT, head: Head):
+        self.backbone = backbone
+        self.head = head
+
+    def embed(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None,
+        key: Key[Array, ""] | None,
+        patches: bool,
+    ) -> tuple[Array, Array | None]:
+        """Unit embeddings of [CLS], and of patches where asked for."""
+        (tokens,) = self.backbone(images, mask, key)
+        if not patches:
+            return self.head(tokens[:, 0]), None
+        embeddings = self.head(tokens)
+        return embeddings[:, 0], embeddings[:, 1:]
+
+
+def vit_size(config: ml_collections.ConfigDict) -> Size:
+    """Width, depth and heads of `config.model`."""
+    if config.size == "custom":
+        return Size(config.width, config.depth, config.heads)
+    if config.size not in SIZES:
+        raise UserError(
+            f"model.size is {config.size!r}; expected one of {', '.join(SIZES)}, or custom with "
+            "model.width, model.depth and model.heads"
+        )
+    return SIZES[config.size]
+
+
+def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
+    """The network of `config.model` and `config.head` for square images of `image_size` pixels."""
+    size, dtype = vit_size(config.model), jnp.dtype(config.model.dtype)
+    patch, hidden, dim = config.model.patch, config.head.hidden, config.head.dim
+    side = image_size // patch
+
+    def make(key: Key[Array, ""]) -> Network:
+        rngs = nnx.Rngs(params=key)
+        backbone = ViT(
+            size, patch, (side, side), config.model.drop_path, config.model.remat, dtype, rngs
+        )
+        return Network(backbone, Head(size.width, hidden, dim, dtype, rngs))
+
+    graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+
+    def init(key: Key[Array, ""]) -> Params:
+        return nnx.to_pure_dict(nnx.split(make(key))[1])
+
+    def network(params: Params) -> Network:
+        state = jax.tree.map(lambda leaf: leaf, template)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def embed(params, images, mask=None, key=None, patches=True):
+        return network(params).embed(normalise(images, dtype), mask, key, patches)
+
+    def features(params, images, last=1):
+        return network(params).backbone(normalise(images, dtype), last=last)
+
+    return Model(init, embed, features, patch, dim)
+
+
+def normalise(images: Array, dtype: jnp.dtype) -> Float[Array, "B H W 3"]:
+    """Pixels 0..255 with ImageNet's mean and standard deviation taken out."""
+    pixels = images.astype(jnp.float32) / 255
+    return ((pixels - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)

@@ -1,0 +1,185 @@
+"""The vision transformer of the paper (iBOT's): pre-norm, learnt positions, [CLS] and mask token."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from sop_jax.models.positions import resize_positions
+
+EPS = 1e-6  # of every LayerNorm
+
+# Embeddings and linear layers start from N(0, 0.02), biases from zero (iBOT): PyTorch's default
+# start would leave all images with nearly the same embedding, and SOP cannot leave that point.
+INIT = nnx.initializers.normal(0.02)
+
+
+class Size(NamedTuple):
+    """Width D, depth and heads of a vision transformer."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "ti": Size(192, 12, 3),
+    "s": Size(384, 12, 6),
+    "b": Size(768, 12, 12),
+    "l": Size(1024, 24, 16),
+}
+
+
+def dense(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer with float32 parameters that computes in `dtype`."""
+    return nnx.Linear(inputs, outputs, kernel_init=INIT, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics, output in `dtype`."""
+    return nnx.LayerNorm(width, epsilon=EPS, dtype=dtype, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm1 = layer_norm(width, dtype, rngs)
+        self.qkv = dense(width, 3 * width, dtype, rngs)
+        self.proj = dense(width, width, dtype, rngs)
+        self.norm2 = layer_norm(width, dtype, rngs)
+        self.fc1 = dense(width, 4 * width, dtype, rngs)
+        self.fc2 = dense(4 * width, width, dtype, rngs)
+
+    def attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Multi-head self-attention; JAX's own, which takes its softmax in float32."""
+        batch, tokens, width = x.shape
+        q, k, v = jnp.moveaxis(
+            self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
+        )
+        mixed = jax.nn.dot_product_attention(q, k, v)
+        return self.proj(mixed.reshape(batch, tokens, width))
+
+    def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Two layers with exact GELU."""
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rate: Float[Array, ""], key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
+        """Both residual branches, each dropped per sample with probability `rate` given a key."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x + drop_path(self.attention(self.norm1(x)), rate, keys[0])
+        return x + drop_path(self.mlp(self.norm2(x)), rate, keys[1])
+
+
+def drop_path(
+    x: Float[Array, "B T D"], rate: Float[Array, ""], key: Key[Array, ""] | None
+) -> Float[Array, "B T D"]:
+    """Stochastic depth: a sample's branch is zero with probability `rate`, scaled up otherwise."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return x * (keep / (1 - rate)).astype(x.dtype)
+
+
+class ViT(nnx.Module):
+    """Vision transformer over NHWC images, its layers stacked and scanned.
+
+    Args:
+        size: width, depth and heads.
+        patch: patch side in pixels.
+        grid: rows and columns of patches that the positional embeddings are made for.
+        drop_rate: drop path of the last layer; it grows linearly from 0 at the first.
+        remat: recompute each layer in the backward pass in place of storing its activations.
+        dtype: of the computation; parameters are float32.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        patch: int,
+        grid: tuple[int, int],
+        drop_rate: float,
+        remat: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        width, depth, heads = size
+        self.patch, self.grid, self.remat, self.dtype = patch, grid, remat, dtype
+        self.rates = tuple(drop_rate * i / max(depth - 1, 1) for i in range(depth))
+        bound = (3 * patch * patch) ** -0.5  # PyTorch's default start of a convolution
+        self.patch_embed = nnx.Linear(
+            3 * patch * patch,
+            width,
+            kernel_init=lambda key, shape, dtype: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            ),
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.cls_token = nnx.Param(INIT(rngs.params(), (width,)))
+        self.pos_embed = nnx.Param(INIT(rngs.params(), (1 + grid[0] * grid[1], width)))
+        self.mask_token = nnx.Param(jnp.zeros((width,)))
+        self.norm = layer_norm(width, dtype, rngs)
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap
+        def layers(rngs: nnx.Rngs) -> Block:
+            return Block(width, heads, dtype, rngs)
+
+        self.blocks = layers(rngs)
+
+    def embed(
+        self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None
+    ) -> Float[Array, "B T D"]:
+        """[CLS] and patch embeddings plus positions; masked patches show the mask token alone."""
+        batch, height, width, _ = images.shape
+        p, (h, w) = self.patch, (height // self.patch, width // self.patch)
+        # A patch embedding by convolution, written as the matrix product that it is.
+        patches = images.reshape(batch, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.patch_embed(patches.reshape(batch, h * w, p * p * 3))
+        if mask is not None:
+            token = self.mask_token[...].astype(x.dtype)
+            x = jnp.where(mask.reshape(batch, h * w, 1), token, x)
+        positions = self.pos_embed[...]
+        table = positions[1:].reshape(*self.grid, -1)
+        table = resize_positions(table, (h, w)).reshape(h * w, -1)
+        cls = jnp.broadcast_to(self.cls_token[...] + positions[0], (batch, 1, table.shape[-1]))
+        return jnp.concatenate([cls.astype(self.dtype), x + table.astype(self.dtype)], axis=1)
+
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None = None,
+        key: Key[Array, ""] | None = None,
+        last: int = 1,
+    ) -> list[Float[Array, "B T D"]]:
+        """Tokens ([CLS] first, then patches row by row) of the `last` layers, each normed.
+
+        Args:
+            images: normalised pixels; any size that the patch divides.
+            mask: patches to replace by the mask token.
+            key: turns on drop path (training of the student).
+            last: how many of the last layers to return, the final one last.
+        """
+        x = self.embed(images, mask)
+        graph, layers = nnx.split(self.blocks)
+        depth = len(self.rates)
+        keys = None if key is None else jax.random.split(key, depth)
+
+        def layer(x: Array, inputs: tuple) -> tuple[Array, Array | None]:
+            params, rate, layer_key = inputs
+            x = nnx.merge(graph, params)(x, rate, layer_key)
+            return x, x if last > 1 else None
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), keys))
+        if last == 1:
+            return [self.norm(x)]
+        return [self.norm(states[i]) for i in range(depth - last, depth)]

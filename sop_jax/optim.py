@@ -1,0 +1,104 @@
+"""Durations, schedules and the optimizer (iBOT's recipe)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Array, Float
+
+Schedule = Callable[[Any], Float[Array, ""]]
+
+
+def duration(config: ml_collections.ConfigDict, name: str, steps_per_epoch: float) -> int:
+    """Steps of `config.<name>steps`, or of `config.<name>epochs` where the former is not set."""
+    steps = config[f"{name}steps"]
+    return steps if steps is not None else round(config[f"{name}epochs"] * steps_per_epoch)
+
+
+def cosine(start: float, end: float, steps: int) -> Schedule:
+    """Half a cosine from `start` at step 0 towards `end` at step `steps`."""
+    return lambda step: (
+        end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1), 0, 1)))
+    )
+
+
+def ramp(start: float, end: float, steps: int) -> Schedule:
+    """Linear from `start` at step 0 to `end` at step `steps - 1`, then constant."""
+    return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
+
+
+def learning_rate(peak: float, end: float, warmup: int, steps: int) -> Schedule:
+    """Linear from 0 to `peak` over `warmup` steps, then a cosine to `end`."""
+    rise, fall = ramp(0.0, peak, warmup), cosine(peak, end, steps - warmup)
+    return lambda step: jnp.where(step < warmup, rise(step), fall(step - warmup))
+
+
+def schedules(config: ml_collections.ConfigDict, steps: int, epoch: float) -> dict[str, Schedule]:
+    """Everything that changes with the step.
+
+    Args:
+        config: of the whole run.
+        steps: of the run.
+        epoch: steps an epoch.
+    """
+    optim, sop = config.optim, config.sop
+    warmup = min(duration(optim, "warmup_", epoch), steps)
+    heating = min(duration(sop, "temperature_warmup_", epoch), steps)
+    peak = optim.lr * config.batch_size / 256
+    return {
+        "lr": learning_rate(peak, optim.min_lr, warmup, steps),
+        "weight_decay": cosine(*optim.weight_decay, steps),
+        "momentum": cosine(optim.momentum, 1.0, steps),
+        "teacher_temperature": ramp(*sop.teacher_temperature, heating),
+        "student_temperature": lambda step: jnp.float32(sop.student_temperature),
+    }
+
+
+def decays(params: Any) -> Any:
+    """True for what weight decay applies to: all but biases and the 1-D scales of norms.
+
+    By name, since the layers are stacked and their biases therefore not 1-D. [CLS], mask token and
+    positions decay too, as in iBOT, where they have leading axes of length one.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in ("bias", "scale"), params
+    )
+
+
+def clip_each_tensor(limit: float) -> optax.GradientTransformation:
+    """Scales each gradient tensor to a norm of at most `limit`, as iBOT's `clip_gradients`.
+
+    A stack of layers counts as a tensor for each layer.
+    """
+
+    def clip(path: tuple, gradient: Array) -> Array:
+        stacked = any(getattr(key, "key", None) == "blocks" for key in path)
+        axes = tuple(range(1 if stacked else 0, gradient.ndim))
+        norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=axes, keepdims=True))
+        return gradient * jnp.minimum(1.0, limit / (norm + 1e-6))
+
+    return optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates)
+    )
+
+
+CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}
+
+
+def optimizer(
+    config: ml_collections.ConfigDict, plan: dict[str, Schedule]
+) -> optax.GradientTransformation:
+    """AdamW behind gradient clipping; `config` is the run's `optim`."""
+    clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
+    adamw = optax.adamw(plan["lr"], weight_decay=plan["weight_decay"], mask=decays)
+    return optax.chain(clip, adamw)
+
+
+def run_length(config: ml_collections.ConfigDict, images: int) -> tuple[int, float]:
+    """Steps of the run, and steps an epoch of `images` images."""
+    epoch = images / config.batch_size
+    return max(1, math.ceil(duration(config, "", epoch))), epoch

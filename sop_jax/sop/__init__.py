@@ -1,0 +1,1 @@
+"""What is SOP's own: memories, prototypes, soft assignment, losses, health and their objective."""

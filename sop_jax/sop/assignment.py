@@ -1,0 +1,47 @@
+"""Soft assignment of embeddings to SOPs: P(u) = softmax(u Dᵀ / τ) Y (section 2.2.1)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sop_jax.sop.prototypes import SOPs
+
+
+def log_assignment(
+    u: Float[Array, "*B d"], sops: SOPs, temperature: Float[Array, ""] | float
+) -> Float[Array, "*B K"]:
+    """log P(u), in float32 and finite for every finite u.
+
+    Y [K(k+1), K] is never built. A row of Y is one vote w for its own SOP and (1-w)/(K-1) for
+    every other, so that P_i is the support's own votes plus what the supports of all other SOPs
+    leave over. Both are sums of exponentials, taken relative to the largest logit of each SOP.
+    """
+    count = len(sops.votes)
+    logits = (
+        jnp.einsum(
+            "...d,kjd->...kj",
+            u.astype(jnp.float32),
+            sops.embeddings,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        / temperature
+    )
+    rests = (1 - sops.votes) / max(count - 1, 1)
+    peaks = jax.lax.stop_gradient(logits.max(axis=-1))  # [..., K]
+    terms = jnp.exp(logits - peaks[..., None])
+    total = jax.nn.logsumexp(peaks + jnp.log(terms.sum(-1)), axis=-1, keepdims=True)
+    tiny = jnp.finfo(jnp.float32).tiny
+    votes = peaks + jnp.log(jnp.maximum((terms * sops.votes).sum(-1), tiny))
+    # What an SOP receives from the others is all that is left over, less its own part. That
+    # difference rounds to zero where one SOP holds everything: it is kept above one rounding.
+    top = peaks.max(axis=-1, keepdims=True)
+    own = (terms * rests).sum(-1) * jnp.exp(peaks - top)
+    everything = own.sum(-1, keepdims=True)
+    others = jnp.maximum(everything - own, jnp.finfo(jnp.float32).eps * everything)
+    return jnp.logaddexp(votes, top + log_positive(others)) - total
+
+
+def log_positive(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+    """log x, and -inf with a zero gradient where x is 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1)), -jnp.inf)

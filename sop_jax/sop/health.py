@@ -1,0 +1,105 @@
+"""Signs of health: what tells a run that learns from one that collapses, long before the k-NN does."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sop_jax.sop.memory import Memory
+from sop_jax.sop.prototypes import SOPs
+
+
+def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
+    """Of distributions, in nats."""
+    return -jax.scipy.special.xlogy(p, p).sum(-1)
+
+
+def agreement(
+    student: Float[Array, "V B d"], teacher: Float[Array, "Q B d"]
+) -> Float[Array, ""]:
+    """Correlation over images of a student view and another view of the teacher, mean of pairs.
+
+    Both are centred over the batch. A direction of the embedding grows only where this exceeds
+    the ratio of the teacher's to the student's temperature, and shrinks elsewhere: the linearised
+    [CLS] loss moves the deviation from the mean along teacher / tau_t - student / tau_s.
+    """
+    student = student - student.mean(1, keepdims=True)
+    teacher = teacher - teacher.mean(1, keepdims=True)
+    products = jnp.einsum("vbd,qbd->vq", student, teacher, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.sqrt((student**2).sum((1, 2))[:, None] * (teacher**2).sum((1, 2)))
+    pairs = 1.0 - jnp.eye(len(student), len(teacher))
+    return (pairs * products / jnp.maximum(norms, 1e-12)).sum() / pairs.sum()
+
+
+def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
+    """exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli)."""
+    x = x - x.mean(0)
+    gram = jnp.einsum("bi,bj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
+    values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))
+    return jnp.exp(entropy(values / jnp.maximum(values.sum(), 1e-12)))
+
+
+def measure(
+    student_cls: Float[Array, "V B d"],
+    teacher_cls: Float[Array, "Q B d"],
+    targets: Float[Array, "tasks Q B K"],
+    sops: SOPs,
+    memory: Memory,
+) -> dict[str, Array]:
+    """The signs of one step.
+
+    Returns:
+        log_k: ln K, what the next two are measured against.
+        entropy: of the teacher's assignments, mean over images; ln K when they say nothing.
+        entropy_of_mean: of their mean over the batch; low when all images share a few SOPs.
+        winning_sops: share of the K SOPs that are some image's first choice; a batch of B images
+            reaches at most 2B / K.
+        support_cosine: mean cosine of supports to their anchor (1 where there are none).
+        embedding_std: standard deviation over the batch times sqrt(d): 1 when embeddings fill the
+            sphere, 0 when all are one point.
+        effective_rank: of the teacher's embeddings.
+        agreement: see `agreement`.
+        memory_filled: share of the memory that came from images.
+    """
+    tasks, views, batch, count = targets.shape
+    flat = targets.reshape(tasks, views * batch, count)
+    winners = jax.vmap(lambda p: jnp.zeros(count).at[p.argmax(-1)].set(1).mean())(flat)
+    anchors, supports = sops.embeddings[:, :, :1], sops.embeddings[:, :, 1:]
+    cosine = (anchors * supports).sum(-1).mean() if supports.shape[2] else jnp.ones(())
+    rows = teacher_cls.reshape(-1, teacher_cls.shape[-1])
+    return {
+        "log_k": jnp.log(jnp.float32(count)),
+        "entropy": entropy(flat).mean(),
+        "entropy_of_mean": entropy(flat.mean(1)).mean(),
+        "winning_sops": winners.mean(),
+        "support_cosine": cosine,
+        "embedding_std": jnp.sqrt(rows.var(0).mean() * rows.shape[1]),
+        "effective_rank": effective_rank(rows),
+        "agreement": agreement(student_cls, teacher_cls),
+        "memory_filled": memory.filled / len(memory.rows),
+    }
+
+
+def verdict(row: Mapping[str, float]) -> str | None:
+    """What a person should hear about a logged step: words when it is collapsing, else nothing.
+
+    Args:
+        row: a logged step, with the signs of `measure` and both temperatures.
+    """
+    ratio = row["teacher_temperature"] / row["student_temperature"]
+    says_nothing = row["entropy"] > 0.97 * row["log_k"]
+    one_point = row["embedding_std"] < 0.25
+    one_cluster = row["entropy_of_mean"] < 0.25 * row["log_k"] and row["log_k"] > math.log(8)
+    if not (one_cluster or (one_point and (says_nothing or row["agreement"] < ratio))):
+        return None
+    cause = (
+        f"views agree {row['agreement']:.2f}, less than teacher/student temperature {ratio:.2f}"
+        if row["agreement"] < ratio
+        else f"embeddings spread only {row['embedding_std']:.2f} of 1"
+    )
+    return (
+        f"collapsing: {cause}. What helps: a lower sop.teacher_temperature, milder crops "
+        "(larger augment.global_scale and augment.local_scale), a larger batch_size"
+    )

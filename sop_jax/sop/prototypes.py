@@ -1,0 +1,90 @@
+"""Self-organizing prototypes: anchors, their supports and the votes of both (section 2.2.1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sop_jax.search import nearest
+
+POOLS = ("non_anchors", "all")
+VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SOPs:
+    """K prototypes, each an anchor (first) and its k supports, nearest first.
+
+    Attributes:
+        embeddings: D of the paper, unit rows.
+        votes: what each support gives its own SOP; the rest of its one vote is spread evenly over
+            the other SOPs. These are the entries of Y on the SOP's own column.
+    """
+
+    embeddings: Float[Array, "K 1+k d"]
+    votes: Float[Array, "K 1+k"]
+
+
+def draw_anchors(key: Key[Array, ""], size: int, anchors: int) -> Int[Array, " K"]:
+    """Rows drawn uniformly without replacement."""
+    return jax.random.choice(key, size, (anchors,), replace=False)
+
+
+def find_supports(
+    rows: Float[Array, "N d"],
+    anchors: Int[Array, " K"],
+    supports: int,
+    *,
+    pool: str = "non_anchors",
+    precision: str = "float32",
+) -> Int[Array, "K 1+k"]:
+    """Each anchor and its nearest rows by cosine.
+
+    Args:
+        rows: the memory.
+        anchors: rows that are anchors.
+        supports: k, besides the anchor.
+        pool: `non_anchors` looks among rows that are no anchor of this draw (the released code),
+            `all` among all rows but the anchor itself (the paper's text and pseudo-code).
+        precision: of the scores, see `search.PRECISIONS`.
+    """
+    if supports == 0:
+        return anchors[:, None]
+    allowed, own = None, anchors
+    if pool == "non_anchors":
+        allowed, own = jnp.ones(len(rows), bool).at[anchors].set(False), None
+    _, found = nearest(rows[anchors], rows, supports, allowed=allowed, own=own, precision=precision)
+    return jnp.concatenate([anchors[:, None], found], axis=1)
+
+
+def cast_votes(
+    embeddings: Float[Array, "K 1+k d"], votes: str, smoothing: float
+) -> Float[Array, "K 1+k"]:
+    """The vote of each support for its own SOP.
+
+    Args:
+        embeddings: anchors first.
+        votes: `one_hot` 1 · `smoothed` 1 - s (the paper's pseudo-code) · `similarity` 1 - s for
+            the anchor and the cosine to it, clipped to [0, 1], for the others (the released code)
+            · `pure_similarity` the same with 1 for the anchor (the paper's text).
+        smoothing: s.
+    """
+    if votes == "one_hot":
+        return jnp.ones(embeddings.shape[:2])
+    if votes == "smoothed":
+        return jnp.full(embeddings.shape[:2], 1 - smoothing)
+    cosine = jnp.einsum(
+        "kd,kjd->kj", embeddings[:, 0], embeddings[:, 1:], precision=jax.lax.Precision.HIGHEST
+    )
+    anchor = jnp.full((len(embeddings), 1), 1.0 if votes == "pure_similarity" else 1 - smoothing)
+    return jnp.concatenate([anchor, jnp.clip(cosine, 0, 1)], axis=1)
+
+
+def build_sops(
+    rows: Float[Array, "N d"], found: Int[Array, "K 1+k"], votes: str, smoothing: float
+) -> SOPs:
+    """The SOPs of anchors and supports given as rows of the memory."""
+    embeddings = rows[found]
+    return SOPs(embeddings, cast_votes(embeddings, votes, smoothing))

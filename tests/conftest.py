@@ -1,0 +1,37 @@
+"""What every test runs under: eight virtual CPU devices, checked types, parsed flags."""
+
+import os
+import pathlib
+
+# Before JAX is imported, and inherited by the processes that tests start.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+# Workers and processes of tests compile the same programs: they share what is compiled.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# The tests share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def parsed_flags() -> None:
+    """Marks absl's flags as parsed, as a command would have: Grain's workers read them."""
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder of reference numbers and data, or a skip that says where it was looked for."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared"
+    folder = pathlib.Path(os.environ.get("SOP_SHARED_DIR", beside))
+    if not folder.is_dir():
+        pytest.skip(f"needs the reference data: {folder} is no folder; set SOP_SHARED_DIR")
+    return folder

@@ -1,0 +1,225 @@
+"""The k-NN evaluation of a run, in training and by its command."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from sop_jax import checkpoint, evaluate
+from sop_jax import config as config_lib
+from sop_jax.config import paper
+from sop_jax.data.sources import DigitsSource, open_source
+from sop_jax.errors import UserError
+from sop_jax.evaluate import knn_evaluation
+from sop_jax.features import Features, make_extractor
+from sop_jax.mesh import make_mesh
+from sop_jax.models import build
+from sop_jax.optim import optimizer, schedules
+from sop_jax.pretrained import load
+from sop_jax.sop.objective import sop
+from sop_jax.state import init_state
+
+
+def small_config(**changes: Any) -> ml_collections.ConfigDict:
+    config = paper()
+    config.steps = 10
+    config.batch_size = 8
+    config.data.update(source="digits")
+    config.model.update(size="custom", width=32, depth=2, heads=2, patch=4, dtype="float32")
+    config.head.update(hidden=32, dim=8)
+    config.augment.update(global_size=16, local_size=8)
+    config.sop.cls.update(memory=64, anchors=16, supports=2)
+    config.sop.patch.update(memory=64, anchors=16)
+    config.eval.update(resize=16, crop=16, batch_size=64)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: Any) -> Any:
+    """A workdir with checkpoints of an untrained network, other parameters in each."""
+    config = small_config(**changes)
+    workdir.mkdir(exist_ok=True)
+    config_lib.save(config, epath.Path(workdir))
+    model = build(config, config.augment.global_size)
+    tx = optimizer(config.optim, schedules(config, 10, 5.0))
+    checkpoints = checkpoint.Checkpoints(workdir, keep_last=5)
+    for step in steps:
+        key = jax.random.key(step)
+        checkpoints.save(step, init_state(key, model, sop(config.sop, model.dim), tx))
+    checkpoints.close()
+    return config
+
+
+class Unlabelled(DigitsSource):
+    """Digits of which nobody says what they are."""
+
+    def __init__(self, split: str) -> None:
+        super().__init__(split)
+        self.labels = None  # type: ignore[assignment]
+
+
+def fake_extract(params: Any, source: Any) -> Features:
+    """Raw pixels for features; `params` says which records are corrupt."""
+    index = np.setdiff1d(np.arange(len(source)), params).astype(np.int32)
+    vectors = source.images[index].reshape(len(index), -1).astype(np.float32)
+    return Features(vectors, None, index, list(params))
+
+
+def test_reports_each_k_and_the_best() -> None:
+    config = small_config(**{"eval.knn_k": (1, 10, 5000)})
+    train, test = DigitsSource("train"), DigitsSource("test")
+    found = knn_evaluation(fake_extract, [], train, test, config.eval)
+    assert list(found) == [
+        "knn_top1",
+        "knn_k",
+        "knn_top1_k1",
+        "knn_top1_k10",
+        "knn_top1_k5000",
+        "knn_unreadable",
+    ]
+    assert found["knn_top1"] == max(found["knn_top1_k1"], found["knn_top1_k10"]) > 0.95
+    assert found["knn_top1"] == found[f"knn_top1_k{found['knn_k']}"]
+    assert found["knn_top1_k5000"] is None  # there are 1437 train images
+    assert found["knn_unreadable"] == 0
+
+
+def test_labels_follow_the_images_that_could_be_read() -> None:
+    config = small_config()
+    train, test = DigitsSource("train"), DigitsSource("test")
+    found = knn_evaluation(fake_extract, [0, 1, 200], train, test, config.eval)
+    assert found["knn_top1"] > 0.95
+    assert found["knn_unreadable"] == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (DigitsSource("train"), None),
+        (Unlabelled("train"), DigitsSource("test")),
+        (DigitsSource("train"), Unlabelled("test")),
+    ],
+)
+def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
+    def extract(params: Any, source: Any) -> Features:
+        raise AssertionError("nothing is to be computed")
+
+    found = knn_evaluation(extract, {}, train, test, small_config().eval)
+    assert {"knn_top1", "knn_k", "knn_top1_k10", "knn_top1_k200"} <= set(found)
+    assert set(found.values()) == {None}
+
+
+def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> None:
+    config = make_run(tmp_path)
+    _, model, params, _ = load(tmp_path)
+    extract = make_extractor(model, config, make_mesh(0, jax.device_count()))
+    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    found = knn_evaluation(extract, params, train, test, config.eval)
+    assert found["knn_top1"] > 0.5
+
+
+# Loading
+
+
+def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) -> None:
+    made = make_run(tmp_path)
+    for asked, step in ((None, 7), (3, 3)):
+        config, model, params, found = load(tmp_path, asked)
+        assert found == step and config == made
+        expected = init_state(
+            jax.random.key(step),
+            model,
+            sop(config.sop, model.dim),
+            optimizer(config.optim, schedules(config, 10, 5.0)),
+        ).teacher
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_load_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no folder of a training run"):
+        load(tmp_path / "nowhere")
+    config_lib.save(small_config(), epath.Path(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint"):
+        load(tmp_path)
+    make_run(tmp_path)
+    with pytest.raises(UserError, match=r"step 5.*\[3, 7\]"):
+        load(tmp_path, 5)
+
+
+def test_load_names_the_leaves_of_another_architecture(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path)
+    config_lib.save(small_config(**{"model.depth": 3}), epath.Path(tmp_path))
+    with pytest.raises(UserError, match="teacher/backbone/blocks"):
+        load(tmp_path)
+
+
+# The command
+
+
+def command(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sop_jax.evaluate", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_command_prints_a_table_and_writes_the_same_json(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path)
+    done = command(f"--workdir={tmp_path}", "--task=knn", "--step=3")
+    assert done.returncode == 0, done.stderr
+    *shown, last = done.stdout.splitlines()
+    record = json.loads(last)
+    assert record == json.loads((tmp_path / "knn_3.json").read_text())
+    assert record["task"] == "knn" and record["step"] == 3
+    assert f"{100 * record['knn_top1']:.2f}  best" in "\n".join(shown)
+
+
+def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:
+    done = command(f"--workdir={tmp_path}", "--task=kmn")
+    assert done.returncode == 1
+    assert "kmn" in done.stderr and "one of: knn" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def colours(root: pathlib.Path, labelled: bool) -> None:
+    """Train and test splits of two classes, red and blue, or a bare folder of the same."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 5)) if labelled else ((".", 12),):
+        for channel, name in enumerate(("red", "green")):
+            folder = root / split / (name if labelled else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (20, 24, 3)).astype(np.uint8)
+                pixels[..., channel] += 180
+                Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+
+
+def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
+    folder = {"data.source": "folder", "data.path": "/moved/away", "data.test_split": "val"}
+    make_run(tmp_path / "run", **folder)
+    colours(tmp_path / "data", labelled=True)
+    with pytest.raises(UserError, match="/moved/away"):
+        evaluate.knn(tmp_path / "run", None, None)
+    found = evaluate.knn(tmp_path / "run", None, str(tmp_path / "data"))
+    assert found["knn_top1"] == 1.0 and found["step"] == 7
+    assert found["knn_top1_k100"] is None  # 24 train images
+
+
+def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path / "run", **{"data.source": "folder", "data.test_split": "val"})
+    colours(tmp_path / "bare", labelled=False)
+    with pytest.raises(UserError, match="no split 'val'"):
+        evaluate.knn(tmp_path / "run", None, str(tmp_path / "bare"))
+    colours(tmp_path / "split" / "train", labelled=False)
+    colours(tmp_path / "split" / "val", labelled=False)
+    with pytest.raises(UserError, match="no labels"):
+        evaluate.knn(tmp_path / "run", None, str(tmp_path / "split"))

@@ -1,0 +1,91 @@
+"""Masks: how much they cover, on any grid, and what they are made of."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sop_jax.data.masks import block_mask, view_mask
+
+
+def config(
+    kind: str = "block", ratio: tuple[float, float] = (0.3, 0.3), none: float = 0.0
+) -> SimpleNamespace:
+    return SimpleNamespace(kind=kind, ratio=ratio, none=none)
+
+
+def draws(grid: tuple[int, int], c: SimpleNamespace, count: int = 4000) -> np.ndarray:
+    """bool [count, high, wide]."""
+    rng = np.random.default_rng(0)
+    return np.stack([view_mask(grid, rng, c) for _ in range(count)])
+
+
+@pytest.mark.parametrize(
+    "side, ratio, none, mean, tolerance",
+    [
+        (14, (0.3, 0.3), 0.0, 0.292, 0.002),
+        (7, (0.3, 0.3), 0.0, 0.284, 0.002),
+        (14, (0.1, 0.5), 0.0, 0.294, 0.008),
+        (14, (0.1, 0.5), 0.5, 0.145, 0.011),
+        (7, (0.1, 0.5), 0.5, 0.143, 0.011),
+    ],
+)
+def test_block_masks_cover_as_much_as_ibots(side, ratio, none, mean, tolerance):
+    masks = draws((side, side), config(ratio=ratio, none=none))
+    assert masks.dtype == bool and masks.shape[1:] == (side, side)
+    covered = masks.mean((1, 2))
+    assert abs(covered.mean() - mean) < tolerance
+    assert covered.max() <= ratio[1]
+    assert abs((covered == 0).mean() - none) < 0.03
+
+
+def test_random_masks_cover_exactly():
+    for ratio, count in ((0.7, 137), (0.3, 58)):
+        masks = draws((14, 14), config("random", (ratio, ratio)), 200)
+        assert (masks.sum((1, 2)) == count).all()
+        assert masks.any(0).all()  # every place has its turn
+    rectangular = draws((3, 5), config("random", (0.5, 0.5)), 50)
+    assert (rectangular.sum((1, 2)) == 7).all()
+
+
+def test_ratio_is_drawn_for_every_view():
+    covered = draws((14, 14), config("random", (0.1, 0.5)), 2000).mean((1, 2))
+    deciles = np.linspace(0.1, 0.9, 9)
+    np.testing.assert_allclose(np.quantile(covered, deciles), 0.1 + 0.4 * deciles, atol=0.015)
+
+
+def test_block_masks_are_made_of_blocks():
+    """Masked patches lie together: far more masked neighbours than random masks have."""
+
+    def together(masks: np.ndarray) -> float:
+        return (masks[:, :, 1:] & masks[:, :, :-1]).mean() / masks.mean()
+
+    blocks = together(draws((14, 14), config(), 500))
+    assert blocks > 0.65 > 0.35 > together(draws((14, 14), config("random"), 500))
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 4), (4, 4), (4, 6), (14, 10)])
+def test_small_and_oblong_grids_end_and_mask_something(grid):
+    rng = np.random.default_rng(0)
+    for ratio in (0.3, 0.5, 0.7):
+        masks = np.stack([block_mask(grid, rng, ratio) for _ in range(500)])
+        assert masks.mean((1, 2)).max() <= ratio
+        assert masks.any((1, 2)).mean() > 0.95  # ten tries may be in vain
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 8), (5, 1)])
+def test_grids_one_patch_wide_stay_unmasked(grid):
+    assert not draws(grid, config(ratio=(0.5, 0.5)), 20).any()
+
+
+def test_nothing_to_mask():
+    assert not draws((4, 4), config(ratio=(0.0, 0.0)), 20).any()
+    assert not draws((14, 14), config(none=1.0), 20).any()
+    assert not draws((2, 2), config("random", (0.2, 0.2)), 20).any()
+
+
+def test_same_generator_same_mask():
+    for kind in ("block", "random"):
+        first, second = draws((14, 14), config(kind), 5), draws((14, 14), config(kind), 5)
+        np.testing.assert_array_equal(first, second)
+        assert len({mask.tobytes() for mask in first}) == 5

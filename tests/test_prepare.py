@@ -1,0 +1,119 @@
+"""An image tree becomes a TFDS data set that opens again, without TensorFlow."""
+
+import pathlib
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sop_jax.data.decode import decode
+from sop_jax.data.prepare import prepare
+from sop_jax.data.sources import Source, open_source
+from sop_jax.errors import UserError
+
+FILES = ["train/n01/a.JPEG", "train/n01/b.JPEG", "train/n02/c.JPEG", "train/n02/d.png"]
+FILES += ["val/n01/e.JPEG", "val/n02/f.JPEG"]
+MODES = ["RGB", "L", "CMYK", "RGBA", "RGB", "L"]  # as in ImageNet, and worse
+
+
+def write_tree(root: pathlib.Path, files: list[str] = FILES) -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (len(files), 20, 30, 3), np.uint8)
+    for file, mode, picture in zip(files, MODES, pixels, strict=False):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).convert(mode).save(root / file)
+    return str(root)
+
+
+def reopen(config_flags: str, split: str = "train") -> Source | None:
+    """Opens what the printed flags name."""
+    values = dict(
+        flag.removeprefix("--config.data.").split("=", 1) for flag in config_flags.split()
+    )
+    return open_source(SimpleNamespace(**values), split)
+
+
+def test_round_trip_of_an_imagenet_tree(tmp_path):
+    tree = write_tree(tmp_path / "tree")
+    config_flags = prepare(tree, str(tmp_path / "out"), "tiny", ["train", "val"])
+    for split, folder in (("train", "train"), ("test", "val")):
+        source = reopen(config_flags, split)
+        source = pickle.loads(pickle.dumps(source))
+        assert source.class_names == ["n01", "n02"]
+        found = {}
+        for i in range(len(source)):
+            file = source.name(i).split(" ")[-1]
+            found[file] = source.labels[i]
+            record = source[i]
+            assert record == (tmp_path / "tree" / folder / file).read_bytes()
+            assert decode(record).shape == (20, 30, 3)
+        expected = [file.removeprefix(f"{folder}/") for file in FILES if file.startswith(folder)]
+        assert found == {file: int(file.startswith("n02")) for file in expected}
+        assert source.labels.dtype == np.int32
+
+
+def test_the_folder_alone_opens_too_and_splits_can_be_sliced(tmp_path):
+    prepare(write_tree(tmp_path / "tree"), str(tmp_path), "tiny", ["train", "val"])
+    config = SimpleNamespace(source="tfds", path=str(tmp_path / "tiny" / "1.0.0"), name="")
+    config.train_split, config.test_split = "train[:50%]", "train[50%:]"
+    train, test = open_source(config, "train"), open_source(config, "test")
+    assert len(train) == len(test) == 2
+    assert {train[0], train[1]}.isdisjoint({test[0], test[1]})
+    config.test_split = "validation"
+    assert open_source(config, "test") is None
+
+
+def test_an_unlabelled_tree_is_one_split(tmp_path):
+    tree = write_tree(tmp_path / "tree", ["a.jpg", "deep/b.jpg", "deep/c.jpg"])
+    config_flags = prepare(tree, str(tmp_path / "out"), "plain", ["train", "val"])
+    source = reopen(config_flags)
+    assert len(source) == 3 and source.labels is None and source.class_names is None
+    assert reopen(config_flags, "test") is None
+
+
+def test_nonsense(tmp_path):
+    tree, out = write_tree(tmp_path / "tree"), str(tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        "is no name": (tree, out, "My-Images", ["train"]),
+        "holds no images": (str(tmp_path / "empty"), out, "x", ["train"]),
+        "There is no folder": (str(tmp_path / "nowhere"), out, "x", ["train"]),
+        "not test.*--splits=train": (tree, out, "x", ["train", "test"]),
+    }
+    for message, arguments in cases.items():
+        with pytest.raises(UserError, match=message):
+            prepare(*arguments)
+    prepare(tree, out, "x", ["train", "val"])
+    with pytest.raises(UserError, match="is there already"):
+        prepare(tree, out, "x", ["train", "val"])
+
+
+def test_tfds_nonsense(tmp_path):
+    config_flags = prepare(write_tree(tmp_path / "tree"), str(tmp_path), "tiny", ["train", "val"])
+    for change, message in (
+        (("tiny", "absent"), "cannot open absent"),
+        (("train_split=train", "train_split=training"), "no split 'training'"),
+        (("tiny", "cifar10"), "not prepared"),
+    ):
+        with pytest.raises(UserError, match=message):
+            reopen(config_flags.replace(*change))
+    for file in (tmp_path / "tiny" / "1.0.0").glob("*.array_record*"):
+        file.unlink()
+    with pytest.raises(UserError, match="Cannot read tiny"):
+        reopen(config_flags)
+
+
+def test_the_command(tmp_path):
+    pytest.importorskip("sop_jax.cli")
+    command = [sys.executable, "-m", "sop_jax.data.prepare", f"--out={tmp_path}", "--name=tiny"]
+    command += [f"--images={write_tree(tmp_path / 'tree')}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config_flags = done.stdout.strip().splitlines()[-1]
+    assert len(reopen(config_flags)) == 4 and len(reopen(config_flags, "test")) == 2
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "Traceback" not in again.stderr
+    assert again.stderr.strip().splitlines()[-1].startswith("error: ")

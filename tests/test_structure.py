@@ -1,0 +1,109 @@
+"""Which file may import which: what keeps the rooms of this project apart."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sop_jax"
+
+# A module imports from the layers above its own alone, or from its own package.
+LAYERS = [
+    {"errors"},
+    {"config", "mesh", "optim", "checkpoint", "metrics", "models", "data"},
+    {"cli", "search", "features"},
+    {"sop", "knn"},
+    {"check", "pretrained", "state"},
+    {"step"},
+    {"evaluate", "extract"},
+    {"train"},
+]
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(file: pathlib.Path) -> set[str]:
+    """The modules that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write imports in full"
+            assert node.module
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(file: pathlib.Path) -> set[str]:
+    """The modules of sop_jax that a file imports, without that prefix."""
+    return {name for name in map(_module_of_import, imports(file)) if name}
+
+
+def _module_of_import(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] != "sop_jax":
+        return ""
+    while not (ROOT.joinpath(*parts).with_suffix(".py").is_file() or ROOT.joinpath(*parts).is_dir()):
+        parts.pop()
+    return ".".join(parts[1:])
+
+
+def module(file: pathlib.Path) -> str:
+    name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix("__init__").removesuffix(".")
+
+
+def imports_any(file: pathlib.Path, *packages: str) -> bool:
+    return any(name.split(".")[0] in packages for name in imports(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_imports_run_one_way(file: pathlib.Path) -> None:
+    layer = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    room = module(file).split(".")[0]
+    if not room:
+        assert not ours(file)
+        return
+    assert room in layer, f"{room} has no layer: give it one in LAYERS"
+    for other in {name.split(".")[0] for name in ours(file)} - {room}:
+        if module(file) == "data.prepare" and other == "cli":
+            continue  # a command, which nothing imports
+        assert layer[other] < layer[room], f"{room} may not import {other}"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {module(file): ours(file) for file in FILES}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join([*path, name])}"
+        for other in graph.get(name, ()):
+            visit(other, (*path, name))
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "data"], ids=module)
+def test_data_knows_neither_jax_nor_the_rest(file: pathlib.Path) -> None:
+    assert not imports_any(file, "jax", "jaxlib", "flax", "optax", "chex", "orbax")
+    rest = {name for name in ours(file) if name.split(".")[0] not in ("data", "errors")}
+    assert rest <= ({"cli"} if module(file) == "data.prepare" else set())
+
+
+def test_one_room_knows_flax_and_one_file_orbax() -> None:
+    assert {f.parent.name for f in FILES if imports_any(f, "flax")} <= {"models"}
+    assert {module(f) for f in FILES if imports_any(f, "orbax")} == {"checkpoint"}
+
+
+def test_configs_import_the_settings_alone() -> None:
+    for file in (ROOT / "configs").glob("*.py"):
+        assert ours(file) <= {"config"}, file.name
+
+
+@pytest.mark.parametrize("file", FILES, ids=module)
+def test_module_says_what_it_is_for(file: pathlib.Path) -> None:
+    assert file.stem not in ("utils", "util", "helpers", "misc", "common")
+    assert ast.get_docstring(ast.parse(file.read_text())), "no docstring"
+    assert not imports_any(file, "tensorflow", "torch")
