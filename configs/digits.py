@@ -1,4 +1,5 @@
 """placeholder"""
+
 from sop_jax.config import paper
 
 
@@ -26,6 +27,6 @@ def get_config():
     s.patch.update(dict(memory=512, anchors=64))
     s.teacher_temperature = (0.02, 0.02)
     c.optim.lr = 4e-3
-    c.optim.momentum = 0.99
+    c.optim.momentum = (0.98, 0.995)
     c.eval.resize = c.eval.crop = 16
     return c

@@ -4,6 +4,7 @@ A checkpoint is committed by renaming its folder at the end of the write, so a p
 the middle leaves the earlier ones as they were and nothing that could be taken for a checkpoint.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ class Checkpoints:
                 "learning rate, a longer warm-up or float32 compute."
             )
         self._running = self._orbax.save_checkpointables_async(
-            step, {_NAME: state}, force=True, custom_metadata={_SUMS: sums}
+            step, {_NAME: _as_dicts(state)}, force=True, custom_metadata={_SUMS: sums}
         )
 
     def wait(self) -> None:
@@ -167,7 +168,11 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
             raise ValueError("the description of its arrays is missing or damaged")
         _check_leaves(path, saved, abstract, partial)
         with context:
-            state = ocp.load_checkpointables(path, {_NAME: abstract})[_NAME]
+            loaded = ocp.load_checkpointables(path, {_NAME: _as_dicts(abstract)})[_NAME]
+        leaves = _named_leaves(loaded)
+        state = jax.tree.unflatten(
+            jax.tree.structure(abstract), [leaves[name] for name in _named_leaves(abstract)]
+        )
         if _dtypes(state) != _dtypes(abstract):
             raise ValueError("the types of its arrays are missing or damaged")
         _, sums = _inspect(state)
@@ -180,15 +185,19 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
 
 
 def _read_through(path: epath.Path) -> None:
-    """Reads every value once, in turn: Orbax's parallel reads bury the first error in many."""
+    """Reads every file once, in turn: Orbax's parallel reads bury the first error in many."""
     if "://" in str(path):
         return
-    store = tensorstore.KvStore.open(
-        {"driver": "ocdbt", "base": f"file://{path / _NAME}/"}
-    ).result()
-    keys = store.list().result()
-    if not keys or not all(store.read(key).result().value for key in keys):
+    for file in (path / _NAME / "array_metadatas").glob("*"):
+        json.loads(file.read_text())
+    store = {"driver": "ocdbt", "base": f"file://{path / _NAME}/"}
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    names = [key.decode().removesuffix("zarr.json") for key in keys if key.endswith(b"/zarr.json")]
+    if not names:
         raise FileNotFoundError("files are missing")
+    for name in names:
+        array = {"driver": "zarr3", "kvstore": store | {"path": name}}
+        tensorstore.open(array | {"fill_missing_data_reads": False}).result().read().result()
 
 
 def _unreadable(
@@ -236,9 +245,21 @@ def _dtypes(tree: Any) -> list[Any]:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, the same for a dataclass and for the dict that Orbax makes of it."""
+    """Leaves by their path."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _as_dicts(tree: Any) -> dict[str, Any]:
+    """The tree as nested dicts, so that what is on disk does not depend on the types in memory."""
+    nested: dict[str, Any] = {}
+    for name, leaf in _named_leaves(tree).items():
+        *parents, last = name.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
 
 
 def _inspect(state: Any) -> tuple[dict[str, bool], dict[str, int]]:

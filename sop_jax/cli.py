@@ -7,11 +7,13 @@ after one in the command line, and 130 when interrupted.
 import difflib
 import errno
 import importlib.util
+import numbers
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_dict
 from ml_collections.config_flags import config_path
@@ -45,7 +47,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _exit(message: str, code: int) -> None:
+def _exit(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -58,15 +60,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if config is not None:
             _check_names(argv, config)
         rest = FLAGS(argv)
+        if config is not None:
+            _check_tuples(flatten(FLAGS["config"].value), flatten(config))
         if rest[1:]:
             raise UserError(
                 f"unexpected argument {rest[1]!r}: flags are written --name=value, settings "
                 "--config.name=value"
             )
+        verbosity = FLAGS["verbosity"]
+        if verbosity.using_default_value:  # which app.run would raise to INFO
+            verbosity.value, verbosity.using_default_value = logging.WARNING, False
         return rest
     except (UserError, flags.Error) as error:
         _exit(f"error: {_usage(error, config)}", 2)
-        raise
 
 
 def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
@@ -111,6 +117,20 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
             )
 
 
+def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
+    """Checks what absl does not: it takes any word for a tuple, of numbers too."""
+    for name, example in file.items():
+        if isinstance(example, list):
+            kind = str if any(isinstance(item, str) for item in example) else numbers.Real
+            if not all(isinstance(item, kind) for item in given[name]):
+                raise UserError(_wrong_type(name, "tuple", tuple(example), tuple(given[name])))
+
+
+def _wrong_type(name: str, kind: str, example: Any, given: Any) -> str:
+    such_as = "" if example is None else f", such as {example!r}"
+    return f"config.{name} must be of type {kind}{such_as}, not {given!r}"
+
+
 def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """A question naming what was probably meant, by the whole name or by its last part."""
 
@@ -135,8 +155,7 @@ def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
     if match and config is not None:
         kind = config_path.get_type(match[1], config).__name__
         example = config_path.get_value(match[1], config)
-        such_as = "" if example is None else f", such as {example!r}"
-        return f"config.{match[1]} must be of type {kind}{such_as}, not {match[2]!r}"
+        return _wrong_type(match[1], kind, example, match[2])
     return text
 
 

@@ -83,6 +83,7 @@ def paper() -> ml_collections.ConfigDict:
             heads=6,
             patch=16,
             drop_path=0.1,
+            init_std=0.02,  # of linear layers
             remat=False,
             dtype="bfloat16",  # of the computation; parameters are float32
         )
@@ -114,7 +115,7 @@ def paper() -> ml_collections.ConfigDict:
             weight_decay=(0.04, 0.4),
             clip=3.0,  # 0 for none
             clip_kind="tensor",  # tensor | global
-            momentum=0.994,  # of the teacher; rises to 1
+            momentum=(0.994, 1.0),  # of the teacher
         )
     )
     config.eval = ml_collections.ConfigDict(

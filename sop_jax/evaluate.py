@@ -102,7 +102,13 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
     print(table(result))
     record = {"task": "knn", "step": step, **result}
     path = epath.Path(workdir) / f"knn_{step}.json"
-    path.write_text(json.dumps(record) + "\n")
+    try:
+        path.write_text(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the accuracy above was not saved, because {path} cannot be written: {error}; make "
+            "the workdir writable or copy it, and run the same command again"
+        ) from error
     return record
 
 

@@ -1,7 +1,8 @@
 """Features of images: what evaluations and exports see of a trained network."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from sop_jax.mesh import replicated, to_devices
 from sop_jax.models import Model, Params
 
 
-class Features(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Features:
     """Features of the images of a source that could be read, in the source's order.
 
     Attributes:
@@ -92,9 +94,7 @@ def make_extractor(
         joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
         order = np.argsort(joined["index"])  # hosts take turns
         joined = {name: array[order] for name, array in joined.items()}
-        return Features(
-            joined["vectors"], joined.get("patches"), joined["index"], sorted(corrupt)
-        )
+        return Features(joined["vectors"], joined.get("patches"), joined["index"], sorted(corrupt))
 
     return extract
 
@@ -103,13 +103,29 @@ class HostShare:
     """Every `hosts`-th record of a source; equally many for each host, the last ones repeated."""
 
     def __init__(self, source: Source, host: int, hosts: int) -> None:
-        self.source, self.host, self.hosts = source, host, hosts
+        rounds = -(-len(source) // hosts)
+        self.source = source
+        self.records = np.minimum(np.arange(rounds) * hosts + host, len(source) - 1)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.hosts)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> bytes | np.ndarray:
-        return self.source[min(index * self.hosts + self.host, len(self.source) - 1)]
+        return self.source[int(self.records[index])]
+
+    def name(self, index: int) -> str:
+        """As the source calls it."""
+        return self.source.name(int(self.records[index]))
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Of this host's records."""
+        return None if self.source.labels is None else self.source.labels[self.records]
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Of the source."""
+        return self.source.class_names
 
 
 def host_batches(
@@ -120,7 +136,7 @@ def host_batches(
     Hosts get equally many batches, whatever the size of the source; each record is valid, or
     corrupt, on exactly one of them.
     """
-    share: Any = HostShare(source, host, hosts)
+    share = HostShare(source, host, hosts)
     for batch in eval_batches(share, eval_config.resize, eval_config.crop, batch_size):
         index = batch["index"] * hosts + host
         inside = index < len(source)

@@ -19,21 +19,23 @@ def duration(config: ml_collections.ConfigDict, name: str, steps_per_epoch: floa
     return steps if steps is not None else round(config[f"{name}epochs"] * steps_per_epoch)
 
 
-def cosine(start: float, end: float, steps: int) -> Schedule:
-    """Half a cosine from `start` at step 0 towards `end` at step `steps`."""
+def cosine(ends: tuple[float, float], steps: int) -> Schedule:
+    """Half a cosine from the first end at step 0 towards the second at step `steps`."""
+    start, end = ends
     return lambda step: (
         end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1), 0, 1)))
     )
 
 
-def ramp(start: float, end: float, steps: int) -> Schedule:
-    """Linear from `start` at step 0 to `end` at step `steps - 1`, then constant."""
+def ramp(ends: tuple[float, float], steps: int) -> Schedule:
+    """Linear from the first end at step 0 to the second at step `steps - 1`, then constant."""
+    start, end = ends
     return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
 
 
 def learning_rate(peak: float, end: float, warmup: int, steps: int) -> Schedule:
     """Linear from 0 to `peak` over `warmup` steps, then a cosine to `end`."""
-    rise, fall = ramp(0.0, peak, warmup), cosine(peak, end, steps - warmup)
+    rise, fall = ramp((0.0, peak), warmup), cosine((peak, end), steps - warmup)
     return lambda step: jnp.where(step < warmup, rise(step), fall(step - warmup))
 
 
@@ -51,9 +53,9 @@ def schedules(config: ml_collections.ConfigDict, steps: int, epoch: float) -> di
     peak = optim.lr * config.batch_size / 256
     return {
         "lr": learning_rate(peak, optim.min_lr, warmup, steps),
-        "weight_decay": cosine(*optim.weight_decay, steps),
-        "momentum": cosine(optim.momentum, 1.0, steps),
-        "teacher_temperature": ramp(*sop.teacher_temperature, heating),
+        "weight_decay": cosine(optim.weight_decay, steps),
+        "momentum": cosine(optim.momentum, steps),
+        "teacher_temperature": ramp(sop.teacher_temperature, heating),
         "student_temperature": lambda step: jnp.float32(sop.student_temperature),
     }
 
@@ -81,9 +83,7 @@ def clip_each_tensor(limit: float) -> optax.GradientTransformation:
         norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=axes, keepdims=True))
         return gradient * jnp.minimum(1.0, limit / (norm + 1e-6))
 
-    return optax.stateless(
-        lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates)
-    )
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
 
 
 CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}

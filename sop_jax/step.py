@@ -22,7 +22,7 @@ def embed_views(
     mask: Bool[Array, "B V h w"] | None = None,
     key: Key[Array, ""] | None = None,
     patches: bool = True,
-) -> tuple[Float[Array, "V B d"], Float[Array, "V B L d"] | None]:
+) -> tuple[Float[Array, "V B d"], Float[Array, "V B L d"]]:
     """Embeddings of views in one forward, views first in the result."""
     batch, count = views.shape[:2]
     flat_mask = None if mask is None else mask.reshape(-1, *mask.shape[2:])
@@ -120,11 +120,8 @@ def make_train_step(
     return train_step
 
 
-def measure_when(
-    due: Bool[Array, ""], measure: Callable[[], dict[str, Array]]
-) -> dict[str, Array]:
+def measure_when(due: Bool[Array, ""], measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:
     """The measurements when they are due, zeros in their place otherwise."""
     shapes = jax.eval_shape(measure)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.cond(due, measure, lambda: zeros)
-

@@ -8,9 +8,8 @@ resumes an interrupted run, exactly; a finished one it leaves as it is.
 
 import functools
 import json
-import signal
+import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,11 +21,13 @@ from etils import epath
 from sop_jax import checkpoint, optim
 from sop_jax import config as config_lib
 from sop_jax.check import check
+from sop_jax.corrupt import CorruptImages
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.evaluate import knn_evaluation
 from sop_jax.features import make_extractor
+from sop_jax.interruption import Interruption
 from sop_jax.mesh import make_mesh, replicated, to_devices
 from sop_jax.metrics import Progress, open_writer, read_metrics
 from sop_jax.models import build
@@ -35,7 +36,6 @@ from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
-FEW_IMAGES = 1000  # below this many seen, a share of corrupt images says little
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
@@ -97,32 +97,33 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
 
     writer = open_writer(workdir, start) if jax.process_index() == 0 else None
     rows = read_metrics(workdir)
-    untrained = rows[0].get("knn_top1") if rows else None
     wall_before = rows[-1]["wall_s"] if rows else 0.0
     progress = Progress(start, steps, shown=writer is not None)
     progress.note(describe(config, train_source, state, mesh.devices, start, steps, epoch))
     batches = train_batches(
         train_source, config, model.patch, start, jax.process_index(), jax.process_count()
     )
+    corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
     began = time.monotonic()
 
     def record(step: int, row: dict[str, Any]) -> None:
-        row = row | {"wall_s": wall_before + time.monotonic() - began}
+        """Writes the row of a step, and shows what a person watches."""
+        row = {"step": step, **row, "wall_s": wall_before + time.monotonic() - began}
+        rows.append(row)
         if writer is not None:
-            writer.write(step, row)
-        rows.append({"step": step} | row)
+            writer.write(step, {name: value for name, value in row.items() if name != "step"})
+        shown = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
+        progress.show(step, {name: row.get(key) for name, key in shown.items()})
+        if "entropy" in row and (words := objective.verdict(row)):
+            progress.note(f"step {step}: {words}")
 
     try:
         with Interruption() as interruption:
             if start == 0 and config.eval_every:
-                progress.note("k-NN accuracy of the untrained network ...")
-                result = evaluate(state.teacher)
-                untrained = result["knn_top1"]
-                record(0, result)
-                progress.show(0, {"knn": untrained})
+                progress.note("Measuring the k-NN accuracy of the untrained network.")
+                record(0, evaluate(state.teacher))
 
             pending: list[tuple[int, dict[str, jax.Array]]] = []
-            corrupt = Corrupt(train_source, config)
             clock, timed = time.monotonic(), start
             for step in range(start + 1, steps + 1):
                 last = step == steps
@@ -134,26 +135,18 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                 progress.advance()
 
                 save = last or interruption.asked or due(step, config.checkpoint_every)
-                evaluating = config.eval_every and (last or due(step, config.eval_every))
-                if not (log or save or evaluating):
+                judge = config.eval_every and (last or due(step, config.eval_every))
+                if not (log or save or judge):
                     continue
-                row = fetch(pending, checkpoint.latest_step(workdir), corrupt, progress)
+                row, unreadable = fetch(pending, checkpoint.latest_step(workdir), corrupt)
                 pending.clear()
+                for name in unreadable:
+                    progress.note(f"cannot be read, replaced by another image: {name}")
                 if log:
-                    speed = (step - timed) * config.batch_size / (time.monotonic() - clock)
-                    row["images_per_s"] = speed
-                    shown = {"loss": row["loss"], "images/s": speed}
-                    if words := objective.verdict(row):
-                        progress.note(f"step {step}: {words}")
-                    progress.show(step, shown)
-                else:
-                    row = {}
-                if evaluating:
-                    result = evaluate(state.teacher)
-                    row |= result
-                    progress.show(step, {"knn": result["knn_top1"]})
-                if row:
-                    record(step, row)
+                    elapsed = time.monotonic() - clock
+                    row["images_per_s"] = (step - timed) * config.batch_size / elapsed
+                if log or judge:
+                    record(step, (row if log else {}) | (evaluate(state.teacher) if judge else {}))
                 if save:
                     checkpoints.save(step, state)
                 if interruption.asked and not last:
@@ -162,8 +155,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                         f"interrupted; step {step} of {steps} is saved, and the same command goes "
                         "on from there"
                     )
-                if log or evaluating or save:
-                    clock, timed = time.monotonic(), step
+                clock, timed = time.monotonic(), step
             checkpoints.wait()
     finally:
         batches.close()
@@ -172,7 +164,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         if writer is not None:
             writer.close()
 
-    summary = summarise(rows, untrained, steps)
+    summary = summarise(rows, steps)
     if writer is not None:
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(json.dumps(summary))
@@ -214,90 +206,40 @@ def due(step: int, every: int) -> bool:
 
 
 def fetch(
-    pending: list[tuple[int, dict[str, jax.Array]]],
-    saved: int | None,
-    corrupt: "Corrupt",
-    progress: Progress,
-) -> dict[str, float]:
+    pending: list[tuple[int, dict[str, jax.Array]]], saved: int | None, corrupt: CorruptImages
+) -> tuple[dict[str, Any], list[str]]:
     """The newest step's metrics, after a look at those of all steps since the last fetch.
 
     Args:
         pending: steps and their metrics, still on the devices.
         saved: the newest checkpoint, for the error.
         corrupt: counts images that had to be replaced.
-        progress: tells of them.
+
+    Returns:
+        The metrics, and the names of images found corrupt.
 
     Raises:
         UserError: a loss is not finite, or too many images are corrupt.
     """
+    names = []
+    row: dict[str, Any] = {}
     for step, metrics in jax.device_get(pending):
-        for index in corrupt.add(metrics.pop("corrupt")):
-            progress.note(f"corrupt image replaced: {corrupt.source.name(index)}")
+        batch_corrupt = metrics.pop("corrupt")
+        names += corrupt.add(batch_corrupt)
         row = {name: float(value) for name, value in metrics.items()}
-        bad = [name for name in ("cls", "mim", "loss", "grad_norm") if not finite(row.get(name, 0))]
+        row["corrupt"] = int((batch_corrupt >= 0).sum())
+        terms = {name: row[name] for name in ("cls", "mim", "loss", "grad_norm") if name in row}
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
         if bad:
-            values = ", ".join(f"{name} {row[name]:.4g}" for name in ("cls", "mim", "grad_norm") if name in row)
+            last = f"The last good checkpoint is step {saved}" if saved else "None was saved yet"
             raise UserError(
-                f"step {step}: {bad[0]} is not finite ({values}). "
-                + (f"The last good checkpoint is step {saved}. " if saved else "None was saved yet. ")
-                + "Try a lower optim.lr, a longer optim.warmup_steps, or model.dtype=float32; "
-                "nothing was saved after the failure"
+                f"step {step}: {bad[0]} is not finite "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in terms.items())}). {last}; "
+                "nothing is saved after such a step. Try a lower optim.lr, a longer "
+                "optim.warmup_steps or model.dtype=float32 in a new --workdir"
             )
     corrupt.check()
-    return row
-
-
-def finite(value: float) -> bool:
-    """Neither NaN nor infinite."""
-    return bool(np.isfinite(value))
-
-
-class Corrupt:
-    """Images that could not be read, over all hosts: each step reports those of the global batch."""
-
-    def __init__(self, source: Source, config: ml_collections.ConfigDict):
-        """Counts for a run over `source` with the share that `config.data` allows."""
-        self.source, self.share = source, config.data.max_corrupt_share
-        self.seen, self.found = 0, set[int]()
-
-    def add(self, corrupt: np.ndarray) -> list[int]:
-        """Takes a batch's `corrupt` [B] and returns the records not met before."""
-        self.seen += len(corrupt)
-        new = sorted(set(corrupt[corrupt >= 0].tolist()) - self.found)
-        self.found.update(new)
-        return new
-
-    def check(self) -> None:
-        """Raises UserError when more than the allowed share of the images seen is corrupt."""
-        base = min(len(self.source), max(self.seen, FEW_IMAGES))
-        if len(self.found) > self.share * base:
-            names = [self.source.name(index) for index in sorted(self.found)]
-            raise UserError(
-                f"{len(names)} of {base} images cannot be read, more than "
-                f"data.max_corrupt_share {self.share:.2%}:\n  "
-                + "\n  ".join(names[:100])
-                + (f"\n  and {len(names) - 100} more" if len(names) > 100 else "")
-                + "\nRepair or remove them, or allow more with --config.data.max_corrupt_share"
-            )
-
-
-class Interruption:
-    """Turns SIGINT and SIGTERM into a wish that the loop reads; a second one ends the program."""
-
-    def __enter__(self) -> "Interruption":
-        self.asked = False
-        self.before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    return row, names
 
 
 def state_bytes(abstract: TrainState) -> int:
@@ -333,15 +275,13 @@ def describe(
     )
 
 
-def summarise(
-    rows: list[dict[str, Any]], untrained: float | None, steps: int
-) -> dict[str, Any]:
+def summarise(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """The summary of a finished run from its logged rows."""
-    final = rows[-1]
+    first, final = rows[0], rows[-1]
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
         "knn_top1": final.get("knn_top1"),
-        "knn_top1_untrained": untrained,
+        "knn_top1_untrained": first["knn_top1"] if first["step"] == 0 else None,
         "knn_k": final.get("knn_k"),
         "loss": final["loss"],
         "steps": steps,

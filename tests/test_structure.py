@@ -10,9 +10,9 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors"},
+    {"errors", "interruption"},
     {"config", "mesh", "optim", "checkpoint", "metrics", "models", "data"},
-    {"cli", "search", "features"},
+    {"cli", "search", "features", "corrupt"},
     {"sop", "knn"},
     {"check", "pretrained", "state"},
     {"step"},
@@ -45,7 +45,9 @@ def _module_of_import(name: str) -> str:
     parts = name.split(".")
     if parts[0] != "sop_jax":
         return ""
-    while not (ROOT.joinpath(*parts).with_suffix(".py").is_file() or ROOT.joinpath(*parts).is_dir()):
+    while not (
+        ROOT.joinpath(*parts).with_suffix(".py").is_file() or ROOT.joinpath(*parts).is_dir()
+    ):
         parts.pop()
     return ".".join(parts[1:])
 

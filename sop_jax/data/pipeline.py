@@ -4,12 +4,13 @@ Training batches are a pure function of (seed, global index): neither hosts nor 
 threads change what they hold, and to resume is to start at a step.
 """
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
@@ -24,16 +25,27 @@ from sop_jax.errors import UserError
 PIECE_BYTES = 2**24  # what a thread makes and a process hands over at a time
 
 
-@runtime_checkable
-class Batches(Protocol):
+class Batches:
     """An endless iterator of batches."""
 
-    def __iter__(self) -> "Batches": ...
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            raise ValueError("these batches are closed")
+        return next(self._iterator)
 
     def close(self) -> None:
-        """Ends the threads and processes."""
+        """Ends the threads and processes; may be called twice."""
+        if self._iterator is not None:
+            self._iterator.close()
+            # grain's iterators print errors when they are left until the interpreter ends.
+            self._iterator = None
+            gc.collect()
 
 
 class MakeViews(grain.transforms.RandomMap):
@@ -85,9 +97,13 @@ def train_batches(
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
 
     Raises:
-        UserError: the settings do not fit each other.
+        UserError: the batch cannot be split over the hosts.
     """
-    _check(config, patch_size, hosts)
+    if config.batch_size % hosts:
+        raise UserError(
+            f"batch_size={config.batch_size} cannot be split over {hosts} hosts. "
+            f"Set --config.batch_size to a multiple of {hosts}."
+        )
     local_batch = config.batch_size // hosts
     piece = _piece_size(local_batch, config.augment)
     views = MakeViews(source, config.augment.to_dict(), config.mask.to_dict(), patch_size)
@@ -105,32 +121,9 @@ def train_batches(
         pieces = pieces.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
         )
-    if piece < local_batch:
+    if config.data.workers or piece < local_batch:
         pieces = pieces.batch(local_batch // piece, batch_fn=_join)
-    return iter(pieces)
-
-
-def _check(config: Any, patch_size: int, hosts: int) -> None:
-    """Raises UserError for settings that do not fit each other."""
-    if config.batch_size < 1 or config.batch_size % hosts:
-        raise UserError(
-            f"batch_size={config.batch_size} cannot be split over {hosts} hosts. "
-            f"Set --config.batch_size to a multiple of {hosts}."
-        )
-    augment = config.augment
-    for name, size in (("global_size", augment.global_size), ("local_size", augment.local_size)):
-        if size < 1 or size % patch_size:
-            raise UserError(
-                f"augment.{name}={size} is not divisible by the patch size {patch_size}. "
-                f"Set --config.augment.{name} to a multiple of {patch_size}."
-            )
-    choices = {
-        "augment.resample": (augment.resample, ("opencv", "pillow")),
-        "mask.kind": (config.mask.kind, ("block", "random")),
-    }
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise UserError(f"Unknown {name}={value!r}. Choose one of: {', '.join(known)}.")
+    return Batches(iter(pieces))
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:
@@ -145,7 +138,7 @@ def _piece_size(local_batch: int, augment: Any) -> int:
 
 
 def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenates the pieces of a batch."""
+    """Concatenates the pieces of a batch: a copy, which leaves the workers' shared memory."""
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models.head import Head
-from sop_jax.models.vit import SIZES, Size, ViT
+from sop_jax.models.vit import SIZES, Size, Start, ViT
 
 Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
 
@@ -29,15 +29,17 @@ class Model(NamedTuple):
 
     Attributes:
         init: key -> parameters.
-        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, key or None, patches: bool)
-            -> unit embeddings, float32: [CLS] [B,d], and [B,h*w,d] of patches or None.
-        features: (params, uint8 images, last=1) -> tokens [B,1+h*w,D] of the last layers, normed.
+        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, key or None, patches=True)
+            -> unit embeddings, float32: [CLS] [B,d], and of patches [B,h*w,d]; without `patches`
+            those are [B,0,d], and the head does not see them.
+        features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
+            layers, normed.
         patch: side of a patch in pixels.
         dim: d, the size of an embedding.
     """
 
     init: Callable[[Key[Array, ""]], Params]
-    embed: Callable[..., tuple[Array, Array | None]]
+    embed: Callable[..., tuple[Array, Array]]
     features: Callable[..., list[Array]]
     patch: int
     dim: int
@@ -56,12 +58,10 @@ class Network(nnx.Module):
         mask: Bool[Array, "B h w"] | None,
         key: Key[Array, ""] | None,
         patches: bool,
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Float[Array, "B d"], Float[Array, "B L d"]]:
         """Unit embeddings of [CLS], and of patches where asked for."""
         (tokens,) = self.backbone(images, mask, key)
-        if not patches:
-            return self.head(tokens[:, 0]), None
-        embeddings = self.head(tokens)
+        embeddings = self.head(tokens if patches else tokens[:, :1])
         return embeddings[:, 0], embeddings[:, 1:]
 
 
@@ -79,16 +79,15 @@ def vit_size(config: ml_collections.ConfigDict) -> Size:
 
 def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
     """The network of `config.model` and `config.head` for square images of `image_size` pixels."""
-    size, dtype = vit_size(config.model), jnp.dtype(config.model.dtype)
-    patch, hidden, dim = config.model.patch, config.head.hidden, config.head.dim
+    size, patch, dim = vit_size(config.model), config.model.patch, config.head.dim
+    start = Start(jnp.dtype(config.model.dtype), config.model.init_std)
     side = image_size // patch
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)
-        backbone = ViT(
-            size, patch, (side, side), config.model.drop_path, config.model.remat, dtype, rngs
-        )
-        return Network(backbone, Head(size.width, hidden, dim, dtype, rngs))
+        grid, drop_rate, remat = (side, side), config.model.drop_path, config.model.remat
+        backbone = ViT(size, patch, grid, drop_rate, remat, start, rngs)
+        return Network(backbone, Head(size.width, config.head.hidden, dim, start, rngs))
 
     graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
 
@@ -101,10 +100,10 @@ def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
         return nnx.merge(graph, state)
 
     def embed(params, images, mask=None, key=None, patches=True):
-        return network(params).embed(normalise(images, dtype), mask, key, patches)
+        return network(params).embed(normalise(images, start.dtype), mask, key, patches)
 
-    def features(params, images, last=1):
-        return network(params).backbone(normalise(images, dtype), last=last)
+    def features(params, images, mask=None, last=1):
+        return network(params).backbone(normalise(images, start.dtype), mask, last=last)
 
     return Model(init, embed, features, patch, dim)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sop_jax.models.vit import dense
+from sop_jax.models.vit import Start, dense
 
 
 class Head(nnx.Module):
@@ -14,10 +14,10 @@ class Head(nnx.Module):
     Source: the authors' head (iBOT's without its prototypes): hidden 2048, output 256.
     """
 
-    def __init__(self, width: int, hidden: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.fc1 = dense(width, hidden, dtype, rngs)
-        self.fc2 = dense(hidden, hidden, dtype, rngs)
-        self.fc3 = dense(hidden, outputs, dtype, rngs)
+    def __init__(self, width: int, hidden: int, outputs: int, start: Start, rngs: nnx.Rngs):
+        self.fc1 = dense(width, hidden, start, rngs)
+        self.fc2 = dense(hidden, hidden, start, rngs)
+        self.fc3 = dense(hidden, outputs, start, rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B d"]:
         """Unit embeddings of tokens."""

@@ -1,6 +1,6 @@
-"""The vision transformer of the paper (iBOT's): pre-norm, learnt positions, [CLS] and mask token."""
+"""The vision transformer of the paper, which is iBOT's."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,6 @@ from jaxtyping import Array, Bool, Float, Key
 from sop_jax.models.positions import resize_positions
 
 EPS = 1e-6  # of every LayerNorm
-
-# Embeddings and linear layers start from N(0, 0.02), biases from zero (iBOT): PyTorch's default
-# start would leave all images with nearly the same embedding, and SOP cannot leave that point.
-INIT = nnx.initializers.normal(0.02)
 
 
 class Size(NamedTuple):
@@ -32,27 +28,40 @@ SIZES = {
 }
 
 
-def dense(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with float32 parameters that computes in `dtype`."""
-    return nnx.Linear(inputs, outputs, kernel_init=INIT, dtype=dtype, rngs=rngs)
+class Start(NamedTuple):
+    """How layers are made: dtype of the computation, and the start of their float32 parameters.
+
+    Embeddings and linear layers start from N(0, std), biases from zero. iBOT's std is 0.02. At
+    widths far below 384 that leaves all images with nearly the same embedding, a point that SOP
+    may never leave: small networks want about 0.1.
+    """
+
+    dtype: jnp.dtype
+    std: float
 
 
-def layer_norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics, output in `dtype`."""
-    return nnx.LayerNorm(width, epsilon=EPS, dtype=dtype, rngs=rngs)
+def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer."""
+    init = nnx.initializers.normal(start.std)
+    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
+
+
+def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with float32 statistics."""
+    return nnx.LayerNorm(width, epsilon=EPS, dtype=start.dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, start: Start, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm1 = layer_norm(width, dtype, rngs)
-        self.qkv = dense(width, 3 * width, dtype, rngs)
-        self.proj = dense(width, width, dtype, rngs)
-        self.norm2 = layer_norm(width, dtype, rngs)
-        self.fc1 = dense(width, 4 * width, dtype, rngs)
-        self.fc2 = dense(4 * width, width, dtype, rngs)
+        self.norm1 = layer_norm(width, start, rngs)
+        self.qkv = dense(width, 3 * width, start, rngs)
+        self.proj = dense(width, width, start, rngs)
+        self.norm2 = layer_norm(width, start, rngs)
+        self.fc1 = dense(width, 4 * width, start, rngs)
+        self.fc2 = dense(4 * width, width, start, rngs)
 
     def attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Multi-head self-attention; JAX's own, which takes its softmax in float32."""
@@ -95,7 +104,7 @@ class ViT(nnx.Module):
         grid: rows and columns of patches that the positional embeddings are made for.
         drop_rate: drop path of the last layer; it grows linearly from 0 at the first.
         remat: recompute each layer in the backward pass in place of storing its activations.
-        dtype: of the computation; parameters are float32.
+        start: dtype and start of the parameters.
     """
 
     def __init__(
@@ -105,32 +114,31 @@ class ViT(nnx.Module):
         grid: tuple[int, int],
         drop_rate: float,
         remat: bool,
-        dtype: jnp.dtype,
+        start: Start,
         rngs: nnx.Rngs,
     ):
         width, depth, heads = size
-        self.patch, self.grid, self.remat, self.dtype = patch, grid, remat, dtype
+        self.patch, self.grid, self.remat, self.dtype = patch, grid, remat, start.dtype
         self.rates = tuple(drop_rate * i / max(depth - 1, 1) for i in range(depth))
-        bound = (3 * patch * patch) ** -0.5  # PyTorch's default start of a convolution
+        inputs = 3 * patch * patch
+
+        def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
+            # PyTorch's default start of a convolution, which iBOT leaves as it is.
+            return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
         self.patch_embed = nnx.Linear(
-            3 * patch * patch,
-            width,
-            kernel_init=lambda key, shape, dtype: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
-            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
-            dtype=dtype,
-            rngs=rngs,
+            inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
         )
-        self.cls_token = nnx.Param(INIT(rngs.params(), (width,)))
-        self.pos_embed = nnx.Param(INIT(rngs.params(), (1 + grid[0] * grid[1], width)))
+        normal = nnx.initializers.normal(0.02)
+        self.cls_token = nnx.Param(normal(rngs.params(), (width,)))
+        self.pos_embed = nnx.Param(normal(rngs.params(), (1 + grid[0] * grid[1], width)))
         self.mask_token = nnx.Param(jnp.zeros((width,)))
-        self.norm = layer_norm(width, dtype, rngs)
+        self.norm = layer_norm(width, start, rngs)
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
         def layers(rngs: nnx.Rngs) -> Block:
-            return Block(width, heads, dtype, rngs)
+            return Block(width, heads, start, rngs)
 
         self.blocks = layers(rngs)
 
@@ -172,10 +180,10 @@ class ViT(nnx.Module):
         depth = len(self.rates)
         keys = None if key is None else jax.random.split(key, depth)
 
-        def layer(x: Array, inputs: tuple) -> tuple[Array, Array | None]:
+        def layer(x: Array, inputs: tuple) -> tuple[Array, Array]:
             params, rate, layer_key = inputs
             x = nnx.merge(graph, params)(x, rate, layer_key)
-            return x, x if last > 1 else None
+            return x, x if last > 1 else x[:0]
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)

@@ -10,7 +10,7 @@ from sop_jax.sop.prototypes import SOPs
 def log_assignment(
     u: Float[Array, "*B d"], sops: SOPs, temperature: Float[Array, ""] | float
 ) -> Float[Array, "*B K"]:
-    """log P(u), in float32 and finite for every finite u.
+    """Log P(u), in float32 and finite for every finite u.
 
     Y [K(k+1), K] is never built. A row of Y is one vote w for its own SOP and (1-w)/(K-1) for
     every other, so that P_i is the support's own votes plus what the supports of all other SOPs
@@ -42,6 +42,6 @@ def log_assignment(
 
 
 def log_positive(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
-    """log x, and -inf with a zero gradient where x is 0."""
+    """Log x, and -inf with a zero gradient where x is 0."""
     positive = x > 0
     return jnp.where(positive, jnp.log(jnp.where(positive, x, 1)), -jnp.inf)

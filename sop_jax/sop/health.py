@@ -1,4 +1,4 @@
-"""Signs of health: what tells a run that learns from one that collapses, long before the k-NN does."""
+"""Signs of health: what tells learning from collapse long before the k-NN accuracy does."""
 
 import math
 from collections.abc import Mapping
@@ -16,9 +16,7 @@ def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
     return -jax.scipy.special.xlogy(p, p).sum(-1)
 
 
-def agreement(
-    student: Float[Array, "V B d"], teacher: Float[Array, "Q B d"]
-) -> Float[Array, ""]:
+def agreement(student: Float[Array, "V B d"], teacher: Float[Array, "Q B d"]) -> Float[Array, ""]:
     """Correlation over images of a student view and another view of the teacher, mean of pairs.
 
     Both are centred over the batch. A direction of the embedding grows only where this exceeds
@@ -34,7 +32,7 @@ def agreement(
 
 
 def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
-    """exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli)."""
+    """Exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli)."""
     x = x - x.mean(0)
     gram = jnp.einsum("bi,bj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
     values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))

@@ -3,6 +3,7 @@
 Another objective stands beside this one by offering the same functions.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from sop_jax.sop.assignment import log_assignment
 from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
 from sop_jax.sop.memory import Memory, init_memory, push
 from sop_jax.sop.prototypes import SOPs, build_sops, draw_anchors, find_supports
-
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
@@ -57,6 +57,32 @@ class Objective(NamedTuple):
     verdict: Callable[..., str | None]
 
 
+def draw_sops(
+    rows: Float[Array, "N d"],
+    level: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict,
+    key: Key[Array, ""],
+    frozen: Float[Array, "K d"] | None,
+) -> SOPs:
+    """The SOPs of one task.
+
+    Args:
+        rows: of the memory.
+        level: `config.cls` or `config.patch`.
+        config: the run's `sop`.
+        key: draws the anchors.
+        frozen: anchors to use in their place.
+    """
+    if frozen is None:
+        anchors = draw_anchors(key, level.memory, level.anchors)
+    else:
+        rows, anchors = jnp.concatenate([frozen, rows]), jnp.arange(level.anchors)
+    found = find_supports(
+        rows, anchors, level.supports, pool=config.pool, precision=config.search_precision
+    )
+    return build_sops(rows, found, level.votes, config.smoothing)
+
+
 def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
     """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers."""
     levels = {"cls": config.cls, "patch": config.patch}
@@ -84,30 +110,17 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
         if config.anchors == "fixed_slots":
             key = jax.random.key(0)  # the same slots at every step
         drawn = {}
-        for name, task_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
-            level, memory = levels[name], memories[name]
+        for name, level_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
+            level = levels[name]
             if level.tasks == 0:
                 continue
-
-            def draw(inputs: tuple, level=level, rows=memory.rows) -> SOPs:
-                task, frozen = inputs
-                if frozen is not None:
-                    rows = jnp.concatenate([frozen, rows])
-                    anchors = jnp.arange(level.anchors)
-                else:
-                    anchors = draw_anchors(task, level.memory, level.anchors)
-                found = find_supports(
-                    rows,
-                    anchors,
-                    level.supports,
-                    pool=config.pool,
-                    precision=config.search_precision,
-                )
-                return build_sops(rows, found, level.votes, config.smoothing)
-
+            draw = functools.partial(draw_sops, memories[name].rows, level, config)
             frozen = memories["frozen"][name] if config.anchors == "frozen_rows" else None
             # One task after another: batched, the top-k would leave XLA's fast path on CPUs.
-            drawn[name] = jax.lax.map(draw, (jax.random.split(task_key, level.tasks), frozen))
+            drawn[name] = jax.lax.map(
+                lambda task, draw=draw: draw(*task),
+                (jax.random.split(level_key, level.tasks), frozen),
+            )
         return drawn
 
     def targets(
@@ -126,23 +139,19 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
         temperatures: Temperatures,
     ) -> tuple[Array, dict[str, Array]]:
         """λ1 times equation 2 plus λ2 times equation 4, each the mean of its tasks."""
-        terms = {}
-        terms["cls"] = jax.vmap(
-            lambda task, target: cls_loss(student.cls, target, task, temperatures.student)
-        )(sops["cls"], targets).mean()
+
+        def cls(task: SOPs, target: Array) -> Array:
+            return cls_loss(student.cls, target, task, temperatures.student)
+
+        def mim(task: SOPs) -> Array:
+            return mim_loss(student.patches, teacher.patches, mask, task, *temperatures)
+
+        terms = {"cls": jax.vmap(cls)(sops["cls"], targets).mean()}
+        total = config.cls.weight * terms["cls"]
         if "patch" in sops:
-            terms["mim"] = jax.vmap(
-                lambda task: mim_loss(
-                    student.patches,
-                    teacher.patches,
-                    mask,
-                    task,
-                    temperatures.student,
-                    temperatures.teacher,
-                )
-            )(sops["patch"]).mean()
-        weights = {"cls": config.cls.weight, "mim": config.patch.weight}
-        return sum(weights[name] * term for name, term in terms.items()), terms
+            terms["mim"] = jax.vmap(mim)(sops["patch"]).mean()
+            total += config.patch.weight * terms["mim"]
+        return total, terms
 
     def remember(
         memories: dict[str, Any], teacher: Embeddings, index: Int[Array, " B"], key: Key[Array, ""]

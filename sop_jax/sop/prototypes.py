@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from sop_jax.search import nearest
 
@@ -15,7 +15,7 @@ VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SOPs:
-    """K prototypes, each an anchor (first) and its k supports, nearest first.
+    """K prototypes, each an anchor (first) and its k supports, nearest first; S = 1 + k.
 
     Attributes:
         embeddings: D of the paper, unit rows.
@@ -23,8 +23,8 @@ class SOPs:
             the other SOPs. These are the entries of Y on the SOP's own column.
     """
 
-    embeddings: Float[Array, "K 1+k d"]
-    votes: Float[Array, "K 1+k"]
+    embeddings: Float[Array, "K S d"]
+    votes: Float[Array, "K S"]
 
 
 def draw_anchors(key: Key[Array, ""], size: int, anchors: int) -> Int[Array, " K"]:
@@ -39,7 +39,7 @@ def find_supports(
     *,
     pool: str = "non_anchors",
     precision: str = "float32",
-) -> Int[Array, "K 1+k"]:
+) -> Int[Array, "K S"]:
     """Each anchor and its nearest rows by cosine.
 
     Args:
@@ -52,16 +52,17 @@ def find_supports(
     """
     if supports == 0:
         return anchors[:, None]
-    allowed, own = None, anchors
     if pool == "non_anchors":
-        allowed, own = jnp.ones(len(rows), bool).at[anchors].set(False), None
-    _, found = nearest(rows[anchors], rows, supports, allowed=allowed, own=own, precision=precision)
+        allowed = jnp.ones(len(rows), bool).at[anchors].set(False)
+        _, found = nearest(rows[anchors], rows, supports, allowed=allowed, precision=precision)
+    else:
+        _, found = nearest(rows[anchors], rows, supports, own=anchors, precision=precision)
     return jnp.concatenate([anchors[:, None], found], axis=1)
 
 
 def cast_votes(
-    embeddings: Float[Array, "K 1+k d"], votes: str, smoothing: float
-) -> Float[Array, "K 1+k"]:
+    embeddings: Float[Array, "K S d"], votes: str, smoothing: float
+) -> Float[Array, "K S"]:
     """The vote of each support for its own SOP.
 
     Args:
@@ -83,7 +84,7 @@ def cast_votes(
 
 
 def build_sops(
-    rows: Float[Array, "N d"], found: Int[Array, "K 1+k"], votes: str, smoothing: float
+    rows: Float[Array, "N d"], found: Int[Array, "K S"], votes: str, smoothing: float
 ) -> SOPs:
     """The SOPs of anchors and supports given as rows of the memory."""
     embeddings = rows[found]

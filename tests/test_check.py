@@ -1,0 +1,123 @@
+"""Each setting that cannot work is named, with a way out, before any work starts."""
+
+import re
+from typing import Any
+
+import ml_collections
+import pytest
+
+from sop_jax import config as config_lib
+from sop_jax.check import CHOICES, POSITIVE, check
+from sop_jax.errors import UserError
+
+
+def changed(settings: dict[str, Any]) -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    with config.unlocked():
+        for key, value in settings.items():
+            config.update_from_flattened_dict({key: value})
+    return config
+
+
+def test_the_papers_settings_pass() -> None:
+    check(config_lib.paper())
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(changed({key: "magic"}))
+    assert f"{key} is 'magic'" in str(error.value)
+    assert all(choice in str(error.value) for choice in CHOICES[key])
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_passes(key: str) -> None:
+    for choice in CHOICES[key]:
+        check(changed({key: choice}))
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_nothing_that_must_be_positive_may_be_zero(key: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{key} is 0") + r"(\.0)?; expected more than 0"):
+        check(changed({key: type(config_lib.flatten(config_lib.paper())[key])(0)}))
+
+
+BAD = {
+    "more anchors than rows": (
+        {"sop.patch.anchors": 8193},
+        r"sop\.patch\.anchors 8193 .*sop\.patch\.memory 8192; expected 2 to 8192",
+    ),
+    "one anchor": ({"sop.cls.anchors": 1}, r"sop\.cls\.anchors 1 .*expected 2 to 65536"),
+    "a batch larger than E_P": (
+        {"batch_size": 8200},
+        r"batch_size 8200 does not fit sop\.patch\.memory 8192.*at most 8192 or a larger memory",
+    ),
+    "a batch larger than E_C": (
+        {"sop.cls.memory": 1000, "sop.cls.anchors": 100},
+        r"batch_size 1024 does not fit sop\.cls\.memory 1000",
+    ),
+    "a batch larger than a memory that no task reads": (
+        {"batch_size": 8200, "sop.patch.tasks": 0},
+        r"batch_size 8200 does not fit sop\.patch\.memory 8192",
+    ),
+    "more supports than non-anchors": (
+        {"sop.cls.anchors": 65530},
+        r"sop\.cls\.supports 8 .* the 6 rows .*non_anchors.*fewer supports or anchors",
+    ),
+    "more supports than rows": (
+        {"sop.pool": "all", "sop.patch.supports": 8192},
+        r"sop\.patch\.supports 8192 .* the 8191 rows .*sop\.pool=all",
+    ),
+    "fewer than no supports": ({"sop.patch.supports": -1}, r"sop\.patch\.supports -1"),
+    "global views of broken patches": (
+        {"augment.global_size": 225},
+        r"augment\.global_size 225 .*model\.patch 16; choose 224 or 240",
+    ),
+    "local views of broken patches": (
+        {"augment.local_size": 10},
+        r"augment\.local_size 10 .*model\.patch 16; choose 16, or another patch",
+    ),
+    "an evaluation of broken patches": (
+        {"model.patch": 32, "eval.crop": 240},
+        r"eval\.crop 240 .*model\.patch 32; choose 224 or 256",
+    ),
+    "a crop larger than its image": (
+        {"eval.resize": 200},
+        r"eval\.resize 200 is smaller than eval\.crop 224",
+    ),
+    "no steps": ({"steps": 0}, r"0 steps.*--config\.steps or --config\.epochs"),
+    "no epochs": ({"epochs": 0.0}, r"None steps and 0\.0 epochs"),
+    "a teacher at zero": (
+        {"sop.teacher_temperature": (0.0, 0.07)},
+        r"sop\.teacher_temperature is .*both more than 0",
+    ),
+    "heads that do not divide": (
+        {"model.size": "custom", "model.width": 100, "model.heads": 3},
+        r"model\.width 100 .*model\.heads 3; choose a width",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_names_the_setting_and_a_way_out(case: str) -> None:
+    settings, message = BAD[case]
+    with pytest.raises(UserError, match=message):
+        check(changed(settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sop.cls.anchors": 65528},
+        {"sop.pool": "all", "sop.cls.anchors": 65536},
+        {"batch_size": 8192},
+        {"steps": 1, "epochs": 0.0},
+        {"sop.patch.tasks": 0, "sop.patch.anchors": 9000},
+        {"augment.local_crops": 0},
+        {"model.size": "custom", "model.width": 96, "model.heads": 3},
+    ],
+    ids=str,
+)
+def test_what_just_works_passes(settings: dict[str, Any]) -> None:
+    check(changed(settings))

@@ -1,0 +1,205 @@
+"""Backbones and heads: shapes, precision, masks, drop path, and memory for time."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from sop_jax import config as config_lib
+from sop_jax.errors import UserError
+from sop_jax.models import Model, Params, build
+from sop_jax.models.head import unit
+from sop_jax.models.vit import drop_path
+
+BATCH, SIDE, PATCH, WIDTH, DIM = 3, 16, 4, 16, 8
+
+
+def small_config(**changed: Any) -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    small = dict(size="custom", width=WIDTH, depth=3, heads=2, patch=PATCH, dtype="float32")
+    config.model.update(small | dict(init_std=0.2) | changed)
+    config.head.update(dict(hidden=12, dim=DIM))
+    return config
+
+
+def images(height: int = SIDE, width: int = SIDE, seed: int = 0) -> jax.Array:
+    pixels = np.random.default_rng(seed).integers(0, 256, (BATCH, height, width, 3))
+    return jnp.asarray(pixels, jnp.uint8)
+
+
+def small_model(**changed: Any) -> Model:
+    return build(small_config(**changed), SIDE)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return small_model(drop_path=0.5)
+
+
+@pytest.fixture(scope="module")
+def params(model: Model) -> Params:
+    """Where the mask token is no longer zero."""
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["backbone"]["mask_token"] = jax.random.normal(jax.random.key(1), (WIDTH,))
+    return params
+
+
+@pytest.fixture(scope="module")
+def embed(model: Model) -> Any:
+    return jax.jit(model.embed, static_argnames="patches")
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (8, 24), (20, 4)])
+def test_any_size_of_whole_patches_is_embedded(
+    embed: Any, params: Params, size: tuple[int, int]
+) -> None:
+    cls, patches = embed(params, images(*size))
+    assert cls.shape == (BATCH, DIM)
+    assert patches.shape == (BATCH, size[0] * size[1] // PATCH**2, DIM)
+    np.testing.assert_allclose(jnp.linalg.norm(cls, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(patches, axis=-1), 1, rtol=1e-5)
+
+
+def test_cls_alone_is_the_same_cls(embed: Any, params: Params) -> None:
+    both, _ = embed(params, images())
+    alone, patches = embed(params, images(), patches=False)
+    assert patches is None
+    np.testing.assert_allclose(alone, both, atol=1e-6)
+
+
+def test_features_are_normed_tokens_of_the_last_layers(model: Model, params: Params) -> None:
+    layers = jax.jit(functools.partial(model.features, last=2))(params, images())
+    (final,) = jax.jit(model.features)(params, images())
+    assert [layer.shape for layer in layers] == [(BATCH, 1 + 16, WIDTH)] * 2
+    np.testing.assert_allclose(layers[-1], final, atol=1e-5)
+    assert jnp.abs(layers[0] - layers[1]).max() > 1e-2
+    np.testing.assert_allclose(jnp.stack(layers).mean(-1), 0, atol=1e-5)
+
+
+def test_patches_run_row_by_row(model: Model, params: Params) -> None:
+    """Only the token of a changed patch changes before tokens mix."""
+    positions = jnp.zeros_like(params["backbone"]["pos_embed"])
+    still = jax.tree.map(jnp.zeros_like, params["backbone"]["blocks"])  # layers that add nothing
+    params = params | {"backbone": params["backbone"] | {"pos_embed": positions, "blocks": still}}
+    before = images(8, 16)
+    after = before.at[:, 4:8, 8:12].set(255 - before[:, 4:8, 8:12])
+    features = jax.jit(model.features)
+    (old,), (new,) = features(params, before), features(params, after)
+    changed = jnp.abs(old - new).max((0, 2)) > 1e-3
+    assert np.flatnonzero(changed).tolist() == [1 + 4 + 2]
+
+
+def test_pixels_of_masked_patches_do_not_matter(embed: Any, params: Params) -> None:
+    mask = jnp.asarray(np.random.default_rng(0).random((BATCH, 4, 4)) < 0.5)
+    pixels = jnp.repeat(jnp.repeat(mask, PATCH, axis=1), PATCH, axis=2)[..., None]
+    noise = images(seed=1)
+    cls, patches = embed(params, images(), mask)
+    for hidden, same in ((pixels, True), (~pixels, False)):
+        other_cls, other_patches = embed(params, jnp.where(hidden, noise, images()), mask)
+        assert np.array_equal(cls, other_cls) == same
+        assert np.array_equal(patches, other_patches) == same
+    bare, _ = embed(params, images())
+    assert jnp.abs(bare - cls).max() > 1e-3
+
+
+def test_masked_patches_still_know_their_places(embed: Any, params: Params) -> None:
+    _, patches = embed(params, images(), jnp.ones((BATCH, 4, 4), bool))
+    np.testing.assert_allclose(patches[0], patches[1], atol=1e-6)
+    assert jnp.abs(patches[0, 0] - patches[0, 1]).max() > 1e-3
+
+
+def test_no_key_means_no_drop_path_and_a_key_draws_for_each_sample(
+    embed: Any, params: Params
+) -> None:
+    same = jnp.tile(images()[:1], (BATCH, 1, 1, 1))
+    still, _ = embed(params, same)
+    np.testing.assert_allclose(still[0], still[1], atol=1e-6)
+    drawn = [embed(params, same, None, jax.random.key(i))[0] for i in range(4)]
+    assert np.array_equal(drawn[0], embed(params, same, None, jax.random.key(0))[0])
+    assert len(np.unique(np.round(jnp.concatenate(drawn), 4), axis=0)) >= 4
+
+
+def test_drop_path_keeps_or_drops_whole_branches_and_their_mean() -> None:
+    dropped = np.asarray(drop_path(jnp.ones((8000, 2, 3)), jnp.array(0.3), jax.random.key(0)))
+    per_sample = dropped[:, 0, 0]
+    np.testing.assert_array_equal(dropped, per_sample[:, None, None] * np.ones((1, 2, 3)))
+    np.testing.assert_allclose(np.unique(per_sample), [0, 1 / 0.7], rtol=1e-6)
+    assert per_sample.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_half_precision_gives_float32_unit_embeddings_near_those_of_float32(
+    embed: Any, params: Params
+) -> None:
+    half = small_model(dtype="bfloat16")
+    shapes = jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0)))
+    assert {leaf.dtype for leaf in shapes} == {jnp.dtype("float32")}
+    coarse, patches = jax.jit(half.embed)(params, images())
+    assert coarse.dtype == patches.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.linalg.norm(coarse, axis=-1), 1, rtol=1e-5)
+    fine, _ = embed(params, images())
+    assert 1e-5 < jnp.abs(coarse - fine).max() < 0.1
+
+
+def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
+    def gradients(remat: bool) -> Params:
+        model = small_model(remat=remat, drop_path=0.5)
+
+        def loss(params: Params) -> jax.Array:
+            cls, patches = model.embed(params, images(), None, jax.random.key(0))
+            return cls[:, 0].sum() + patches[..., 1].sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert jnp.abs(plain["backbone"]["blocks"]["qkv"]["kernel"]).max() > 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("s", 21.665664), ("b", 85.798656), ("l", 303.301632)]
+)
+def test_sizes_have_the_known_numbers_of_parameters(size: str, millions: float) -> None:
+    config = config_lib.paper()
+    config.model.size = size
+    shapes = jax.eval_shape(build(config, 224).init, jax.random.key(0))
+    backbone = shapes["backbone"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(backbone)) - backbone["mask_token"].size
+    assert count == round(millions * 1e6)
+    width = backbone["cls_token"].size
+    head = sum(leaf.size for leaf in jax.tree.leaves(shapes["head"]))
+    assert head == (width + 1) * 2048 + 2049 * 2048 + 2049 * 256
+
+
+def test_start_is_ibots() -> None:
+    config = small_config(width=128, init_std=0.02)
+    params = jax.jit(build(config, SIDE).init)(jax.random.key(0))
+    blocks = params["backbone"]["blocks"]
+    for kernel in (
+        blocks["qkv"]["kernel"],
+        blocks["fc2"]["kernel"],
+        params["head"]["fc1"]["kernel"],
+    ):
+        assert kernel.std() == pytest.approx(0.02, rel=0.1)
+    assert jnp.abs(blocks["qkv"]["bias"]).max() == 0
+    assert jnp.abs(params["backbone"]["mask_token"]).max() == 0
+    bound = (3 * PATCH**2) ** -0.5
+    assert jnp.abs(params["backbone"]["patch_embed"]["kernel"]).max() == pytest.approx(
+        bound, rel=0.01
+    )
+    assert not np.array_equal(blocks["qkv"]["kernel"][0], blocks["qkv"]["kernel"][1])
+
+
+def test_an_unknown_size_names_those_that_are_known() -> None:
+    with pytest.raises(UserError, match="model.size is 'xl'; expected one of ti, s, b, l"):
+        build(small_config(size="xl"), SIDE)
+
+
+def test_unit_rows_and_a_row_of_zeros() -> None:
+    x = jnp.array([[3.0, 4.0], [0.0, 0.0], [1e-3, 0.0]])
+    np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0], [1, 0]], rtol=1e-6)
+    gradient = jax.grad(lambda x: unit(x).sum())(x)
+    assert np.isfinite(gradient).all()

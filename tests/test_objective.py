@@ -1,0 +1,170 @@
+"""What the objective draws, stores and adds up, beyond its parts."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sop_jax import config as config_lib
+from sop_jax.models.head import unit
+from sop_jax.sop.objective import Embeddings, Objective, Temperatures, sop
+from sop_jax.sop.prototypes import SOPs
+
+BATCH, VIEWS, PATCHES, DIM = 6, 3, 4, 8
+
+
+def objective(**changed: object) -> Objective:
+    config = config_lib.paper().sop
+    config.cls.update(dict(memory=32, anchors=4, supports=2, tasks=2))
+    config.patch.update(dict(memory=16, anchors=3))
+    for key, value in changed.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return sop(config, DIM)
+
+
+def random_units(seed: int, *shape: int) -> jax.Array:
+    return unit(jax.random.normal(jax.random.key(seed), shape))
+
+
+def embeddings(seed: int, views: int = 2) -> Embeddings:
+    return Embeddings(
+        random_units(seed, views, BATCH, DIM), random_units(seed + 1, 2, BATCH, PATCHES, DIM)
+    )
+
+
+def turned_over(method: Objective, memories: dict, seed: int = 100) -> dict:
+    """The memories after enough batches to replace every row."""
+    remember = jax.jit(method.remember)
+    for i in range(seed, seed + 6):
+        key = jax.random.key(i)
+        memories = remember(memories, embeddings(i), jnp.arange(BATCH, dtype=jnp.int32), key)
+    return memories
+
+
+def slots(sops: SOPs, rows: jax.Array) -> list[list[int]]:
+    """The rows of the memory that are anchors, for each task."""
+    cosine = jnp.einsum("tkd,nd->tkn", sops.embeddings[:, :, 0], rows)
+    np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
+    return cosine.argmax(-1).tolist()
+
+
+def anchors(sops: SOPs) -> np.ndarray:
+    return np.asarray(sops.embeddings[:, :, 0])
+
+
+@pytest.fixture(scope="module")
+def method() -> Objective:
+    return objective()
+
+
+def test_random_anchors_differ_between_steps_and_tasks(method: Objective) -> None:
+    memories = method.init(jax.random.key(0))
+    draw = jax.jit(method.prototypes)
+    first, second = (draw(memories, jax.random.key(i)) for i in range(2))
+    picked = slots(first["cls"], memories["cls"].rows)
+    assert first["cls"].embeddings.shape == (2, 4, 3, DIM)
+    assert first["patch"].embeddings.shape == (1, 3, 1, DIM)
+    assert set(picked[0]) != set(picked[1])
+    assert picked != slots(second["cls"], memories["cls"].rows)
+    assert not np.array_equal(anchors(first["patch"]), anchors(second["patch"]))
+    again = draw(memories, jax.random.key(0))
+    chex.assert_trees_all_equal(first, again)
+
+
+def test_fixed_slots_stay_while_their_rows_change() -> None:
+    method = objective(anchors="fixed_slots")
+    before = method.init(jax.random.key(0))
+    after = turned_over(method, before)
+    draw = jax.jit(method.prototypes)
+    first, second = draw(before, jax.random.key(1)), draw(after, jax.random.key(2))
+    for name in ("cls", "patch"):
+        kept = slots(first[name], before[name].rows)
+        assert kept == slots(second[name], after[name].rows)
+        assert not np.isin(anchors(first[name]), anchors(second[name])).any()
+    assert len({tuple(task) for task in slots(first["cls"], before["cls"].rows)}) == 2
+
+
+def test_frozen_rows_stay_while_the_memory_and_their_supports_change() -> None:
+    method = objective(anchors="frozen_rows")
+    before = method.init(jax.random.key(0))
+    after = turned_over(method, before)
+    draw = jax.jit(method.prototypes)
+    first, second = draw(before, jax.random.key(1)), draw(after, jax.random.key(2))
+    for name in ("cls", "patch"):
+        np.testing.assert_array_equal(anchors(first[name]), anchors(second[name]))
+    supports = np.asarray(second["cls"].embeddings[:, :, 1:])
+    assert not np.isin(supports, np.asarray(first["cls"].embeddings[:, :, 1:])).any()
+    cosine = jnp.einsum("tkjd,nd->tkjn", supports, after["cls"].rows)
+    np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
+    assert not np.array_equal(*anchors(first["cls"]))
+
+
+def loss_of(method: Objective, seed: int = 0) -> tuple[jax.Array, dict[str, jax.Array]]:
+    @jax.jit
+    def compute() -> tuple[jax.Array, dict[str, jax.Array]]:
+        student, teacher = embeddings(seed, VIEWS), embeddings(seed + 10)
+        temperatures = Temperatures(0.1, 0.04)
+        sops = method.prototypes(method.init(jax.random.key(0)), jax.random.key(1))
+        targets = method.targets(sops, teacher, temperatures)
+        mask = jnp.ones((2, BATCH, PATCHES), bool)
+        return method.loss(sops, targets, student, teacher, mask, temperatures)
+
+    return compute()
+
+
+def test_loss_is_the_weighted_sum_of_its_terms() -> None:
+    loss, terms = loss_of(objective(cls__weight=0.5, patch__weight=2.0))
+    assert terms.keys() == {"cls", "mim"}
+    assert loss == pytest.approx(float(0.5 * terms["cls"] + 2 * terms["mim"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("kept", ["random", "fixed_slots", "frozen_rows"])
+def test_no_patch_tasks_means_no_masked_image_modelling(kept: str) -> None:
+    method = objective(patch__tasks=0, anchors=kept)
+    loss, terms = loss_of(method)
+    assert terms.keys() == {"cls"}
+    assert loss == terms["cls"]
+
+
+def test_targets_are_assignments_of_both_global_views_for_each_task(method: Objective) -> None:
+    teacher, temperatures = embeddings(0), Temperatures(0.1, 0.04)
+    sops = method.prototypes(method.init(jax.random.key(0)), jax.random.key(1))
+    p = method.targets(sops, teacher, temperatures)
+    sharper = method.targets(sops, teacher, temperatures._replace(teacher=0.02))
+    assert p.shape == (2, 2, BATCH, 4)
+    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)
+    assert sharper.max(-1).mean() > p.max(-1).mean()
+
+
+def test_remembers_the_second_view_with_the_images_indices(method: Objective) -> None:
+    teacher, index = embeddings(0), jnp.arange(50, 50 + BATCH, dtype=jnp.int32)
+    before = method.init(jax.random.key(0))
+    memories = method.remember(before, teacher, index, jax.random.key(1))
+    np.testing.assert_array_equal(memories["cls"].rows[:BATCH], teacher.cls[1])
+    np.testing.assert_array_equal(memories["cls"].rows[BATCH:], before["cls"].rows[BATCH:])
+    for name in ("cls", "patch"):
+        assert memories[name].index[:BATCH].tolist() == index.tolist()
+        assert memories[name].filled == BATCH
+
+
+def test_remembers_one_patch_of_each_image_at_random(method: Objective) -> None:
+    teacher, before = embeddings(0), method.init(jax.random.key(0))
+    remember = jax.jit(method.remember)
+    picks = []
+    for i in range(40):
+        memory = remember(before, teacher, jnp.zeros(BATCH, jnp.int32), jax.random.key(i))["patch"]
+        is_patch = (teacher.patches[1] == memory.rows[:BATCH, None]).all(-1)
+        assert (is_patch.sum(1) == 1).all()
+        picks.append(is_patch.argmax(1))
+    counts = np.bincount(np.ravel(picks), minlength=PATCHES)
+    assert counts.min() > 0.6 * counts.mean()
+    assert np.mean(np.diff(picks, axis=1) == 0) < 0.5  # images choose for themselves
+
+
+def test_first_memories_differ_and_follow_the_key(method: Objective) -> None:
+    memories, again = method.init(jax.random.key(0)), method.init(jax.random.key(0))
+    other = method.init(jax.random.key(1))
+    chex.assert_trees_all_equal(memories, again)
+    assert not np.array_equal(memories["cls"].rows[:16], memories["patch"].rows)
+    assert not np.array_equal(memories["cls"].rows, other["cls"].rows)

@@ -1,0 +1,237 @@
+"""The train step as a whole: what moves, what repeats, and on how many devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from sop_jax import config as config_lib
+from sop_jax import optim
+from sop_jax.mesh import make_mesh, replicated, to_devices
+from sop_jax.models import build
+from sop_jax.sop.objective import Objective, sop
+from sop_jax.state import TrainState, init_state
+from sop_jax.step import make_train_step
+
+BATCH = 8
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def small_config(dtype: str = "float32") -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    config.batch_size, config.steps = BATCH, 100
+    model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype=dtype, init_std=0.2)
+    config.model.update(model)
+    config.head.update(dict(hidden=16, dim=8))
+    config.sop.cls.update(dict(memory=24, anchors=6, supports=2, tasks=2))
+    config.sop.patch.update(dict(memory=16, anchors=5))
+    config.sop.temperature_warmup_steps = 10
+    config.optim.update(dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)))
+    return config
+
+
+def make_batch(local_crops: int = 2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    pixels = functools.partial(rng.integers, 0, 256, dtype=np.uint8)
+    return {
+        "global_views": pixels(size=(BATCH, 2, 8, 8, 3)),
+        "local_views": pixels(size=(BATCH, local_crops, 4, 4, 3)),
+        "mask": rng.random((BATCH, 2, 2, 2)) < 0.5,
+        "index": np.arange(100, 100 + BATCH, dtype=np.int32),
+        "corrupt": np.full(BATCH, -1, np.int32),
+    }
+
+
+def make_run(
+    config: ml_collections.ConfigDict, change: Callable[[Objective], Objective] = lambda x: x
+) -> tuple[Callable[[], TrainState], Step]:
+    """A function that makes the first state, and the step before it is compiled."""
+    model = build(config, 8)
+    plan = optim.schedules(config, config.steps, 10.0)
+    tx = optim.optimizer(config.optim, plan)
+    objective = change(sop(config.sop, model.dim))
+    init = functools.partial(init_state, model=model, objective=objective, tx=tx)
+    init = jax.jit(init)
+    return lambda: init(jax.random.key(0)), make_train_step(model, objective, tx, plan)
+
+
+class Run:
+    """The same small run for most tests, compiled once, and its first steps."""
+
+    def __init__(self) -> None:
+        chex.clear_trace_counter()
+        self.start, step = make_run(small_config())
+        self.step = jax.jit(chex.assert_max_traces(step, n=1))
+        self.batch = make_batch()
+        self.states, self.metrics = [self.start()], []
+        for i in range(40):
+            state, metrics = self.step(self.states[-1], self.batch, i % 10 == 0)
+            self.states.append(state)
+            self.metrics.append(jax.device_get(metrics))
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return Run()
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    """Numbers of a tree, random keys included."""
+    return [
+        np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+        for x in jax.tree.leaves(tree)
+    ]
+
+
+def moved(before: Any, after: Any) -> list[bool]:
+    return [not np.array_equal(a, b) for a, b in zip(leaves(before), leaves(after), strict=True)]
+
+
+def test_one_program_serves_all_steps(run: Run) -> None:
+    """The fixture's limit of one trace held while `measure` and the step changed."""
+    assert len(run.metrics) == 40
+    assert [int(state.step) for state in run.states] == list(range(41))
+
+
+def test_loss_falls_on_a_batch_that_repeats(run: Run) -> None:
+    for name in ("loss", "cls", "mim"):
+        values = [row[name] for row in run.metrics]
+        assert np.mean(values[-5:]) < np.mean(values[3:8]) - 0.05, name
+
+
+def test_every_parameter_of_the_student_moves(run: Run) -> None:
+    assert not any(moved(run.states[0].student, run.states[1].student))  # lr is 0 at step 0
+    assert all(moved(run.states[1].student, run.states[3].student))
+
+
+def test_teacher_moves_by_its_average_alone(run: Run) -> None:
+    for i in (0, 5, 39):
+        before, after, m = run.states[i], run.states[i + 1], run.metrics[i]["momentum"]
+        expected = jax.tree.map(lambda t, s, m=m: m * t + (1 - m) * s, before.teacher, after.student)
+        chex.assert_trees_all_close(after.teacher, expected, rtol=2e-7, atol=1e-7)
+    assert run.metrics[0]["momentum"] == pytest.approx(0.9)
+    assert run.metrics[39]["momentum"] > 0.93
+
+
+def test_same_state_and_batch_give_the_same_bits(run: Run) -> None:
+    for i in (0, 3):
+        state, metrics = run.step(run.states[i], run.batch, i % 10 == 0)
+        assert not any(moved(run.states[i + 1], state))
+        assert not any(moved(run.metrics[i], metrics))
+
+
+def test_steps_draw_other_prototypes_and_keep_the_key(run: Run) -> None:
+    first = run.states[1]
+    later = TrainState(
+        first.step + 1, first.student, first.teacher, first.opt_state, first.memories, first.key
+    )
+    _, metrics = run.step(later, run.batch, False)
+    assert metrics["cls"] != pytest.approx(run.metrics[1]["cls"], rel=1e-4)
+    assert not any(moved(run.states[0].key, run.states[-1].key))
+
+
+def test_memories_take_a_row_of_each_image(run: Run) -> None:
+    for name, size in (("cls", 24), ("patch", 16)):
+        filled = [int(state.memories[name].filled) for state in run.states[:5]]
+        assert filled == [min(i * BATCH, size) for i in range(5)]
+        assert run.states[1].memories[name].index[:BATCH].tolist() == list(range(100, 108))
+        norms = jnp.linalg.norm(run.states[-1].memories[name].rows, axis=1)
+        np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_signs_of_health_are_measured_when_asked(run: Run) -> None:
+    measured, skipped = run.metrics[10], run.metrics[11]
+    for name in ("entropy", "effective_rank", "agreement", "embedding_std", "log_k"):
+        assert measured[name] != 0
+        assert skipped[name] == 0
+    assert measured["memory_filled"] == 1
+    assert 0 < measured["entropy"] <= measured["log_k"] == pytest.approx(np.log(6))
+
+
+def test_metrics_tell_the_settings_of_the_step_and_corrupt_images(run: Run) -> None:
+    row = run.metrics[20]
+    assert row["lr"] > 0
+    assert row["teacher_temperature"] == pytest.approx(0.07)
+    assert row["student_temperature"] == pytest.approx(0.1)
+    assert row["loss"] == pytest.approx(row["cls"] + row["mim"], rel=1e-6)
+    assert row["corrupt"].tolist() == [-1] * BATCH
+    assert {np.ndim(value) for name, value in row.items() if name != "corrupt"} == {0}
+
+
+def test_eight_devices_compute_what_one_does(run: Run) -> None:
+    config = small_config()
+    start, step = make_run(config)
+    mesh = make_mesh(8, config.batch_size)
+    step = jax.jit(step, out_shardings=replicated(mesh))
+    state = jax.device_put(start(), replicated(mesh))
+    for i in range(4):
+        state, metrics = step(state, to_devices(mesh, run.batch), True)
+        for name in ("loss", "cls", "mim", "grad_norm"):
+            assert metrics[name] == pytest.approx(float(run.metrics[i][name]), rel=1e-5), name
+    assert metrics["corrupt"].shape == (BATCH,)
+    for name in ("cls", "patch"):
+        np.testing.assert_allclose(
+            state.memories[name].rows, run.states[4].memories[name].rows, atol=1e-4
+        )
+
+
+def test_prototypes_come_from_the_memory_before_the_step_writes_it() -> None:
+    def watch(objective: Objective) -> Objective:
+        def prototypes(memories: Any, key: jax.Array) -> Any:
+            return objective.prototypes(memories, key) | {"rows": memories["cls"].filled}
+
+        def loss(sops: Any, *args: Any) -> Any:
+            total, terms = objective.loss(sops, *args)
+            return total, terms | {"rows": sops["rows"]}
+
+        return objective._replace(prototypes=prototypes, loss=loss)
+
+    start, step = make_run(small_config(), watch)
+    state, step = start(), jax.jit(step)
+    seen = []
+    for _ in range(3):
+        state, metrics = step(state, make_batch(), False)
+        seen.append(int(metrics["rows"]))
+    assert seen == [0, BATCH, 2 * BATCH]
+
+
+@pytest.fixture(scope="module")
+def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
+    """A donated step of a bfloat16 model without local crops: the state before and after."""
+    start, step = make_run(small_config("bfloat16"))
+    state, step = start(), jax.jit(step, donate_argnums=0)
+    before = state
+    for _ in range(3):
+        state, metrics = step(state, make_batch(local_crops=0), True)
+    return before, state, metrics
+
+
+def test_half_precision_without_local_crops_is_finite_and_keeps_float32(
+    half: tuple[TrainState, TrainState, dict[str, jax.Array]],
+) -> None:
+    _, state, metrics = half
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    kept = jax.tree.leaves((state.student, state.teacher, state.memories))
+    assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_donated_state_gives_its_memory_to_the_next(
+    half: tuple[TrainState, TrainState, dict[str, jax.Array]],
+) -> None:
+    before, after, _ = half
+    heavy = (before.student, before.teacher, before.opt_state, before.memories)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(heavy))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
+    state = run.states[0]
+    assert not any(moved(state.student, state.teacher))
+    assert state.step == 0
