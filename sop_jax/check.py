@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from sop_jax.config import flatten
+from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import SIZES, vit_size
 from sop_jax.optim import CLIPS
@@ -43,15 +43,59 @@ POSITIVE = (
 )
 
 
+NOT_NEGATIVE = (
+    "augment.local_crops",
+    "data.workers",
+    "data.threads",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "checkpoint.keep_every",
+    "sop.cls.supports",
+    "sop.patch.supports",
+    "sop.patch.tasks",
+    "optim.clip",
+    "mesh.data",
+)
+
+SHARES = (
+    "sop.smoothing",
+    "mask.ratio",
+    "mask.none",
+    "model.drop_path",
+    "augment.global_scale",
+    "augment.local_scale",
+    "augment.flip",
+    "augment.jitter",
+    "augment.grayscale",
+    "augment.blur",
+    "augment.solarize",
+    "data.max_corrupt_share",
+    "optim.momentum",
+)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting that cannot work, saying which would."""
     flat = flatten(config)
+    for key, default in flatten(paper()).items():
+        if isinstance(default, list) and key != "eval.knn_k" and len(flat[key]) != len(default):
+            raise UserError(
+                f"{key} is {tuple(flat[key])}; expected {len(default)} numbers, as {tuple(default)}"
+            )
     for key, known in CHOICES.items():
         if flat[key] not in known:
             raise UserError(f"{key} is {flat[key]!r}; expected one of {', '.join(known)}")
     for key in POSITIVE:
         if flat[key] <= 0:
             raise UserError(f"{key} is {flat[key]}; expected more than 0")
+    for key in NOT_NEGATIVE:
+        if flat[key] < 0:
+            raise UserError(f"{key} is {flat[key]}; expected 0 or more")
+    for key in SHARES:
+        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
+        if not all(0 <= value <= 1 for value in values):
+            raise UserError(f"{key} is {flat[key]}; expected between 0 and 1")
     check_length(config)
     check_sizes(config)
     for name in ("cls", "patch"):
@@ -60,6 +104,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def check_length(config: ml_collections.ConfigDict) -> None:
     """A run has steps, or epochs."""
+    for key in ("optim.warmup", "sop.temperature_warmup"):
+        section, name = key.split(".")
+        steps, epochs = config[section][f"{name}_steps"], config[section][f"{name}_epochs"]
+        if (steps or 0) < 0 or epochs < 0:
+            raise UserError(f"{key}_steps is {steps}, {key}_epochs {epochs}; expected 0 or more")
     length = config.steps if config.steps is not None else config.epochs
     if length <= 0:
         raise UserError(
@@ -76,7 +125,10 @@ def check_length(config: ml_collections.ConfigDict) -> None:
 def check_sizes(config: ml_collections.ConfigDict) -> None:
     """Images are whole patches, heads are whole."""
     patch = config.model.patch
-    for key in ("augment.global_size", "augment.local_size", "eval.crop"):
+    sizes = ["augment.global_size", "eval.crop"]
+    if config.augment.local_crops:
+        sizes.append("augment.local_size")
+    for key in sizes:
         size = flatten(config)[key]
         if size % patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
@@ -90,6 +142,11 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             "the crop is taken from the resized image"
         )
     size = vit_size(config.model)
+    if min(size) <= 0:
+        raise UserError(
+            f"model.width, depth and heads are {size.width}, {size.depth} and {size.heads}; "
+            "expected more than 0"
+        )
     if size.width % size.heads:
         raise UserError(
             f"model.width {size.width} cannot be split over model.heads {size.heads}; "

@@ -84,6 +84,7 @@ def paper() -> ml_collections.ConfigDict:
             patch=16,
             drop_path=0.1,
             init_std=0.02,  # of linear layers
+            position_std=0.02,  # of positional embeddings at the start
             remat=False,
             dtype="bfloat16",  # of the computation; parameters are float32
         )
@@ -153,9 +154,15 @@ def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
         raise UserError(
             f"{path} is not there, so {workdir} is no folder of a training run; check --workdir"
         )
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); restore it, or use another workdir"
+        ) from error
     config = paper()
     with config.unlocked():
-        for key, value in flatten(json.loads(path.read_text())).items():
+        for key, value in flatten(saved).items():
             config.update_from_flattened_dict(
                 {key: tuple(value) if isinstance(value, list) else value}
             )

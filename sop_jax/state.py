@@ -1,7 +1,6 @@
 """The train state: everything that a run is, in one pytree."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,7 @@ from sop_jax.models import Model, Params
 from sop_jax.sop.objective import Objective
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """What a step takes and gives, and what a checkpoint holds.
 
     Attributes:

@@ -107,7 +107,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **terms,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **now,
             **signs,
             "corrupt": batch["corrupt"],

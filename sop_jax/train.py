@@ -53,7 +53,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     """
     check(config)
     workdir = epath.Path(workdir)
-    if (finished := open_workdir(config, workdir)) is not None:
+    if (finished := check_workdir(config, workdir)) is not None:
         print(f"{workdir} is finished; its summary:\n{json.dumps(finished)}")
         return finished
 
@@ -85,16 +85,22 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    checkpoint.check_space(workdir, (config.checkpoint.keep_last + 1) * state_bytes(abstract))
-    checkpoints = checkpoint.Checkpoints(
-        workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
-    )
-    start = checkpoint.latest_step(workdir) or 0
+    # One more than are kept, for the new one is there before the oldest goes.
+    there = len(checkpoint.steps(workdir))
+    to_come = max(1, config.checkpoint.keep_last + 1 - there)
+    checkpoint.check_space(workdir, to_come * state_bytes(abstract))
+    start = saved = checkpoint.latest_step(workdir) or 0
     if start:
         state = checkpoint.restore(workdir, abstract, start)
     else:
         state = jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(config.seed))
 
+    # Nothing was written so far, so that an error above leaves no trace.
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, workdir)
+    checkpoints = checkpoint.Checkpoints(
+        workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
+    )
     writer = open_writer(workdir, start) if jax.process_index() == 0 else None
     rows = read_metrics(workdir)
     wall_before = rows[-1]["wall_s"] if rows else 0.0
@@ -114,7 +120,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
             writer.write(step, {name: value for name, value in row.items() if name != "step"})
         shown = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
         progress.show(step, {name: row.get(key) for name, key in shown.items()})
-        if "entropy" in row and (words := objective.verdict(row)):
+        if "loss" in row and (words := objective.verdict([r for r in rows if "loss" in r])):
             progress.note(f"step {step}: {words}")
 
     try:
@@ -134,11 +140,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                     jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
                 progress.advance()
 
-                save = last or interruption.asked or due(step, config.checkpoint_every)
+                stop = interruption.asked and not last  # later wishes are the next step's
+                save = last or stop or due(step, config.checkpoint_every)
                 judge = config.eval_every and (last or due(step, config.eval_every))
                 if not (log or save or judge):
                     continue
-                row, unreadable = fetch(pending, checkpoint.latest_step(workdir), corrupt)
+                row, unreadable = fetch(pending, saved, corrupt)
                 pending.clear()
                 for name in unreadable:
                     progress.note(f"cannot be read, replaced by another image: {name}")
@@ -149,7 +156,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                     record(step, (row if log else {}) | (evaluate(state.teacher) if judge else {}))
                 if save:
                     checkpoints.save(step, state)
-                if interruption.asked and not last:
+                    saved = step
+                if stop:
                     checkpoints.wait()
                     raise UserError(
                         f"interrupted; step {step} of {steps} is saved, and the same command goes "
@@ -166,13 +174,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
 
     summary = summarise(rows, steps)
     if writer is not None:
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        draft = workdir / "summary.tmp"
+        draft.write_text(json.dumps(summary, indent=2) + "\n")
+        draft.replace(workdir / "summary.json")  # whole or not at all: it says that all is done
         print(json.dumps(summary))
     return summary
 
 
-def open_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any] | None:
-    """Makes the folder of a run, or checks that an existing one is of this config.
+def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any] | None:
+    """Checks that the folder of a run is new or of this config.
 
     Returns:
         The summary if the run is finished.
@@ -195,8 +205,6 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict
         raise UserError(
             f"{workdir} has checkpoints but no config.json that says of what; use another --workdir"
         )
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir)
     return None
 
 
@@ -206,13 +214,13 @@ def due(step: int, every: int) -> bool:
 
 
 def fetch(
-    pending: list[tuple[int, dict[str, jax.Array]]], saved: int | None, corrupt: CorruptImages
+    pending: list[tuple[int, dict[str, jax.Array]]], saved: int, corrupt: CorruptImages
 ) -> tuple[dict[str, Any], list[str]]:
     """The newest step's metrics, after a look at those of all steps since the last fetch.
 
     Args:
         pending: steps and their metrics, still on the devices.
-        saved: the newest checkpoint, for the error.
+        saved: the newest checkpoint, for the error; 0 for none.
         corrupt: counts images that had to be replaced.
 
     Returns:

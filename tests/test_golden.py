@@ -80,7 +80,7 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
     start = single(golden["fifo_0"])
     bank = memory.init_memory(jax.random.key(0), *start.shape)
-    bank = memory.Memory(start, bank.index, bank.next, bank.filled)
+    bank = memory.Memory(start, bank.image, bank.next, bank.filled)
     for n in range(1, 1 + sum(key.startswith("fifo_push_") for key in golden)):
         pushed = single(golden[f"fifo_push_{n}"])
         bank = memory.push(bank, pushed, jnp.arange(len(pushed)))
@@ -134,7 +134,9 @@ def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
             head=dict(hidden=8, dim=8),
         )
     )
-    config.model.update(dict(drop_path=0.0, remat=False, dtype="float32", init_std=0.02))
+    config.model.update(
+        dict(drop_path=0.0, remat=False, dtype="float32", init_std=0.02, position_std=0.02)
+    )
     model = models.build(config, image_size)
     backbone = jax.tree.map(jnp.asarray, vit_params(golden, depth))
     params = model.init(jax.random.key(0)) | {"backbone": backbone}

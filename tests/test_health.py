@@ -13,6 +13,8 @@ from sop_jax.sop import health
 from sop_jax.sop.memory import init_memory, push
 from sop_jax.sop.prototypes import SOPs
 
+measure = jax.jit(health.measure)
+
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
@@ -69,7 +71,7 @@ def test_effective_rank_of_a_point_is_finite() -> None:
 def measured(teacher: jax.Array, targets: jax.Array, sops: SOPs, filled: int = 5) -> dict[str, Any]:
     memory = init_memory(jax.random.key(0), 20, teacher.shape[-1])
     memory = push(memory, jnp.zeros((filled, teacher.shape[-1])), jnp.zeros(filled, jnp.int32))
-    return jax.device_get(health.measure(teacher, teacher, targets, sops, memory))
+    return jax.device_get(measure(teacher, teacher, targets, sops, memory))
 
 
 def test_signs_of_a_batch_that_picks_every_second_prototype() -> None:
@@ -113,7 +115,7 @@ COLLAPSED = row(
 
 
 def test_verdict_on_a_collapsed_run_names_the_cause_and_settings_that_help() -> None:
-    words = health.verdict(COLLAPSED)
+    words = health.verdict([COLLAPSED] * 3)
     assert words is not None
     assert words.startswith("collapsing")
     assert "0.05" in words and "0.40" in words
@@ -131,7 +133,7 @@ def test_verdict_on_a_collapsed_run_names_the_cause_and_settings_that_help() -> 
     ids=["one point that agrees", "shrinking", "one prototype for all"],
 )
 def test_verdict_speaks_of_other_kinds_of_collapse(signs: dict[str, float]) -> None:
-    assert health.verdict(signs) is not None
+    assert health.verdict([signs] * 3) is not None
 
 
 @pytest.mark.parametrize(
@@ -163,4 +165,11 @@ def test_verdict_speaks_of_other_kinds_of_collapse(signs: dict[str, float]) -> N
     ids=["early", "late", "slow"],
 )
 def test_verdict_is_silent_on_runs_that_learn(signs: dict[str, float]) -> None:
-    assert health.verdict(signs) is None
+    assert health.verdict([signs] * 3) is None
+
+
+def test_verdict_waits_until_a_run_has_looked_collapsed_for_a_while() -> None:
+    healthy = COLLAPSED | {"entropy": 3.0, "embedding_std": 0.6, "agreement": 0.7}
+    assert health.verdict([COLLAPSED] * 2) is None
+    assert health.verdict([COLLAPSED, COLLAPSED, healthy]) is None
+    assert health.verdict([healthy, COLLAPSED, COLLAPSED, COLLAPSED]) is not None

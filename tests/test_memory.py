@@ -15,14 +15,14 @@ SIZE, DIM = 7, 3
 def by_age(memory: Memory) -> tuple[np.ndarray, np.ndarray]:
     """Rows and indices, oldest first."""
     shift = -int(memory.next)
-    return np.roll(memory.rows, shift, axis=0), np.roll(memory.index, shift)
+    return np.roll(memory.rows, shift, axis=0), np.roll(memory.image, shift)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_is_a_queue_for_pushes_of_any_size(seed: int) -> None:
     rng = np.random.default_rng(seed)
     memory = init_memory(jax.random.key(seed), SIZE, DIM)
-    queue = collections.deque(zip(memory.rows, memory.index, strict=True), maxlen=SIZE)
+    queue = collections.deque(zip(memory.rows, memory.image, strict=True), maxlen=SIZE)
     pushed = 0
     for batch in [SIZE, *rng.integers(1, SIZE + 1, 20)]:
         rows = rng.normal(size=(batch, DIM)).astype(np.float32)
@@ -42,16 +42,16 @@ def test_next_is_the_oldest_row_after_a_wrap_around() -> None:
         rows = jnp.full((5, DIM), float(start))
         memory = push(memory, rows, start + jnp.arange(5, dtype=jnp.int32))
     assert memory.next == 3
-    assert memory.index.tolist() == [7, 8, 9, 3, 4, 5, 6]
+    assert memory.image.tolist() == [7, 8, 9, 3, 4, 5, 6]
 
 
 def test_filled_counts_rows_of_images_alone() -> None:
     memory = init_memory(jax.random.key(0), SIZE, DIM)
     assert memory.filled == 0
-    assert set(memory.index.tolist()) == {-1}
+    assert set(memory.image.tolist()) == {-1}
     memory = push(memory, jnp.zeros((2, DIM)), jnp.arange(2, dtype=jnp.int32))
     assert memory.filled == 2
-    assert (memory.index == -1).sum() == SIZE - 2
+    assert (memory.image == -1).sum() == SIZE - 2
 
 
 def test_refuses_more_rows_than_it_holds() -> None:

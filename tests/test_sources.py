@@ -185,7 +185,7 @@ def test_digits():
     assert (len(train), len(test)) == (1437, 360)
     assert train.class_names == list("0123456789")
     pixels = np.stack([decode(train[i]) for i in range(len(train))])
-    assert pixels.shape == (1437, 8, 8, 3) and pixels.dtype == np.uint8
+    assert pixels.shape == (1437, 32, 32, 3) and pixels.dtype == np.uint8
     assert pixels.min() == 0 and pixels.max() == 255
     assert set(train.labels) == set(test.labels) == set(range(10))
     again = opened(data_config("digits"))

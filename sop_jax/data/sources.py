@@ -10,11 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from sop_jax.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
 DIGITS_TRAIN = 1437  # of 1797: four fifths
+DIGITS_SIZE = 32  # pixels
 
 
 @runtime_checkable
@@ -367,7 +369,10 @@ def _open_tfds(data_config: Any, split: str) -> TfdsSource | None:
 
 
 class DigitsSource:
-    """scikit-learn's digits, uint8 [8, 8, 3]: 1437 to train and 360 to test, a fixed shuffle."""
+    """scikit-learn's digits, uint8 [32, 32, 3]: 1437 to train and 360 to test, a fixed shuffle.
+
+    Enlarged from 8 pixels (bicubic), because crops of so few would fall on a coarse grid.
+    """
 
     def __init__(self, split: str) -> None:
         from sklearn.datasets import load_digits
@@ -376,7 +381,9 @@ class DigitsSource:
         order = np.random.RandomState(0).permutation(len(digits.target))
         rows = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
         grey = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)  # ink 0..16
-        self.images = np.repeat(grey[..., None], 3, axis=3)
+        size, cubic = (DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC
+        large = np.stack([Image.fromarray(image).resize(size, cubic) for image in grey])
+        self.images = np.repeat(large[..., None], 3, axis=3)
         self.split = split
         self.labels = digits.target[rows].astype(np.int32)
         self.class_names = [str(name) for name in digits.target_names]

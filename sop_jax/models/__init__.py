@@ -80,7 +80,7 @@ def vit_size(config: ml_collections.ConfigDict) -> Size:
 def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
     """The network of `config.model` and `config.head` for square images of `image_size` pixels."""
     size, patch, dim = vit_size(config.model), config.model.patch, config.head.dim
-    start = Start(jnp.dtype(config.model.dtype), config.model.init_std)
+    start = Start(jnp.dtype(config.model.dtype), config.model.init_std, config.model.position_std)
     side = image_size // patch
 
     def make(key: Key[Array, ""]) -> Network:

@@ -31,13 +31,15 @@ SIZES = {
 class Start(NamedTuple):
     """How layers are made: dtype of the computation, and the start of their float32 parameters.
 
-    Embeddings and linear layers start from N(0, std), biases from zero. iBOT's std is 0.02. At
-    widths far below 384 that leaves all images with nearly the same embedding, a point that SOP
-    may never leave: small networks want about 0.1.
+    Linear layers start from N(0, std), positions from N(0, position_std), biases from zero. iBOT
+    takes 0.02 for both. At widths far below 384 that leaves all images with nearly the same
+    embedding, which SOP leaves slowly or never, and positions that a patch embedding of about
+    unit size drowns until they have grown: small networks and short runs want more.
     """
 
     dtype: jnp.dtype
-    std: float
+    std: float = 0.02
+    position_std: float = 0.02
 
 
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> nnx.Linear:
@@ -129,8 +131,8 @@ class ViT(nnx.Module):
         self.patch_embed = nnx.Linear(
             inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
         )
-        normal = nnx.initializers.normal(0.02)
-        self.cls_token = nnx.Param(normal(rngs.params(), (width,)))
+        normal = nnx.initializers.normal(start.position_std)
+        self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1 + grid[0] * grid[1], width)))
         self.mask_token = nnx.Param(jnp.zeros((width,)))
         self.norm = layer_norm(width, start, rngs)

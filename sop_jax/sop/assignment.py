@@ -26,19 +26,18 @@ def log_assignment(
         )
         / temperature
     )
-    rests = (1 - sops.votes) / max(count - 1, 1)
+    # Relative to the largest of all, so that float32 is exact where the probability is.
+    logits -= jax.lax.stop_gradient(logits.max(axis=(-2, -1), keepdims=True))
     peaks = jax.lax.stop_gradient(logits.max(axis=-1))  # [..., K]
     terms = jnp.exp(logits - peaks[..., None])
-    total = jax.nn.logsumexp(peaks + jnp.log(terms.sum(-1)), axis=-1, keepdims=True)
+    total = jnp.log(jnp.exp(logits).sum(axis=(-2, -1)))[..., None]
     tiny = jnp.finfo(jnp.float32).tiny
     votes = peaks + jnp.log(jnp.maximum((terms * sops.votes).sum(-1), tiny))
-    # What an SOP receives from the others is all that is left over, less its own part. That
-    # difference rounds to zero where one SOP holds everything: it is kept above one rounding.
-    top = peaks.max(axis=-1, keepdims=True)
-    own = (terms * rests).sum(-1) * jnp.exp(peaks - top)
+    rests = (1 - sops.votes) / max(count - 1, 1)
+    own = (terms * rests).sum(-1) * jnp.exp(peaks)
     everything = own.sum(-1, keepdims=True)
     others = jnp.maximum(everything - own, jnp.finfo(jnp.float32).eps * everything)
-    return jnp.logaddexp(votes, top + log_positive(others)) - total
+    return jnp.logaddexp(votes, log_positive(others)) - total
 
 
 def log_positive(x: Float[Array, "*S"]) -> Float[Array, "*S"]:

@@ -1,7 +1,7 @@
 """Signs of health: what tells learning from collapse long before the k-NN accuracy does."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from sop_jax.sop.memory import Memory
 from sop_jax.sop.prototypes import SOPs
+
+PATIENCE = 3  # logged steps
 
 
 def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
@@ -34,7 +36,8 @@ def agreement(student: Float[Array, "V B d"], teacher: Float[Array, "Q B d"]) ->
 def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
     """Exp of the entropy of the normalised singular values of the centred rows (Roy & Vetterli)."""
     x = x - x.mean(0)
-    gram = jnp.einsum("bi,bj->ij", x, x, precision=jax.lax.Precision.HIGHEST)
+    sums = "bi,bj->ij" if len(x) > x.shape[1] else "ij,kj->ik"  # the smaller of the two products
+    gram = jnp.einsum(sums, x, x, precision=jax.lax.Precision.HIGHEST)
     values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))
     return jnp.exp(entropy(values / jnp.maximum(values.sum(), 1e-12)))
 
@@ -80,24 +83,36 @@ def measure(
     }
 
 
-def verdict(row: Mapping[str, float]) -> str | None:
-    """What a person should hear about a logged step: words when it is collapsing, else nothing.
+def verdict(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a person should hear about a run: words when it is collapsing, else nothing.
+
+    A run is collapsing when `PATIENCE` logged steps in a row have embeddings at nearly one point
+    and either assignments that say nothing or views that agree less than the temperature ratio
+    asks for; or when all images share a few SOPs. The first steps of a healthy run may look so.
 
     Args:
-        row: a logged step, with the signs of `measure` and both temperatures.
+        rows: logged steps with the signs of `measure` and both temperatures, the newest last.
     """
+    if len(rows) < PATIENCE or not all(is_collapsing(row) for row in rows[-PATIENCE:]):
+        return None
+    row = rows[-1]
+    ratio = row["teacher_temperature"] / row["student_temperature"]
+    cause = f"embeddings spread only {row['embedding_std']:.2f} of 1"
+    if row["agreement"] < ratio:
+        cause += (
+            f", and views agree {row['agreement']:.2f}, below the temperature ratio {ratio:.2f}"
+        )
+    return (
+        f"collapsing: {cause}. What helps: a lower sop.teacher_temperature, milder crops "
+        "(larger augment.global_scale and augment.local_scale), a larger batch_size, and for small "
+        "networks a larger model.init_std and model.position_std"
+    )
+
+
+def is_collapsing(row: Mapping[str, Any]) -> bool:
+    """Whether one logged step looks collapsed, see `verdict`."""
     ratio = row["teacher_temperature"] / row["student_temperature"]
     says_nothing = row["entropy"] > 0.97 * row["log_k"]
     one_point = row["embedding_std"] < 0.25
-    one_cluster = row["entropy_of_mean"] < 0.25 * row["log_k"] and row["log_k"] > math.log(8)
-    if not (one_cluster or (one_point and (says_nothing or row["agreement"] < ratio))):
-        return None
-    cause = (
-        f"views agree {row['agreement']:.2f}, less than teacher/student temperature {ratio:.2f}"
-        if row["agreement"] < ratio
-        else f"embeddings spread only {row['embedding_std']:.2f} of 1"
-    )
-    return (
-        f"collapsing: {cause}. What helps: a lower sop.teacher_temperature, milder crops "
-        "(larger augment.global_scale and augment.local_scale), a larger batch_size"
-    )
+    few_sops = row["entropy_of_mean"] < 0.25 * row["log_k"]
+    return few_sops or (one_point and (says_nothing or row["agreement"] < ratio))

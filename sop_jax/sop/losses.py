@@ -37,8 +37,9 @@ def cls_loss(
     @jax.checkpoint
     def view(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         embedding, partners = inputs
+        target = jnp.tensordot(partners, targets, 1, precision=jax.lax.Precision.HIGHEST)
         log_p = log_assignment(embedding, sops, temperature)
-        return total + cross_entropy(jnp.tensordot(partners, targets, 1), log_p).sum(), None
+        return total + cross_entropy(target, log_p).sum(), None
 
     total, _ = jax.lax.scan(view, jnp.zeros(()), (student, pairs))
     return total / (pairs.sum() * batch)

@@ -45,7 +45,7 @@ class Objective(NamedTuple):
         loss: (prototypes, targets, student, teacher, mask, temperatures) -> loss and its terms.
         remember: (memories, teacher, index, key) -> memories.
         measure: (memories, prototypes, targets, student, teacher) -> signs of health.
-        verdict: a logged row -> words for a person when it is going wrong, else None.
+        verdict: logged rows -> words for a person when it is going wrong, else None.
     """
 
     init: Callable[..., Any]
@@ -102,6 +102,7 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
                     ]
                 )
                 for name, level in levels.items()
+                if level.tasks
             }
         return memories
 

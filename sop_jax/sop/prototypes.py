@@ -1,6 +1,6 @@
 """Self-organizing prototypes: anchors, their supports and the votes of both (section 2.2.1)."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,7 @@ POOLS = ("non_anchors", "all")
 VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SOPs:
+class SOPs(NamedTuple):
     """K prototypes, each an anchor (first) and its k supports, nearest first; S = 1 + k.
 
     Attributes:

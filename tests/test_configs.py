@@ -1,0 +1,155 @@
+"""The recipes: each loads, can run and tells its command, and the paper's hold its numbers."""
+
+import ast
+import pathlib
+import runpy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from sop_jax.check import check
+from sop_jax.config import flatten, paper
+from sop_jax.models import build
+from sop_jax.optim import optimizer, run_length, schedules
+from sop_jax.sop.objective import sop
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
+IMAGENET = [file for file in FILES if file.stem.startswith("imagenet_")]
+IMAGENET_TRAIN = 1_281_167
+
+
+def name(file: pathlib.Path) -> str:
+    return file.stem
+
+
+def load(file: pathlib.Path, **changes: Any) -> ml_collections.ConfigDict:
+    config = runpy.run_path(str(file))["get_config"]()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_the_recipes_are_there() -> None:
+    assert {"digits", "cifar10", "imagenette"} <= {file.stem for file in FILES}
+    assert {file.stem for file in IMAGENET} == {
+        *("imagenet_vits16", "imagenet_vitb16", "imagenet_vitl16")
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_recipe_works_and_has_no_unknown_setting(file: pathlib.Path) -> None:
+    config = load(file)
+    check(config)
+    assert flatten(config).keys() == flatten(paper()).keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_the_header_tells_the_command(file: pathlib.Path) -> None:
+    header = ast.get_docstring(ast.parse(file.read_text())) or ""
+    assert f"python -m sop_jax.train --config=configs/{file.name} --workdir=runs/" in header
+
+
+@pytest.mark.parametrize("file", IMAGENET, ids=name)
+def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path) -> None:
+    config, header = load(file), ast.get_docstring(ast.parse(file.read_text())) or ""
+    assert f"Expected after {config.epochs:.0f} epochs" in header and "k-NN 7" in header
+    assert "Cost, an estimate" in header
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_a_recipe_initialises(file: pathlib.Path) -> None:
+    config = load(file)
+    model = build(config, config.augment.global_size)
+    memories = jax.eval_shape(sop(config.sop, model.dim).init, jax.random.key(0))
+    tx = optimizer(config.optim, schedules(config, *run_length(config, 50_000)))
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert jax.tree.leaves(jax.eval_shape(tx.init, params))
+    # Views of both sizes pass, and give embeddings of the size that the memories hold.
+    for size in (config.augment.global_size, config.augment.local_size):
+        views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
+        cls, patches = jax.eval_shape(
+            lambda params, views: model.embed(params, views, None, None, True), params, views
+        )
+        assert cls.shape == (2, config.head.dim)
+        assert patches.shape == (2, (size // config.model.patch) ** 2, config.head.dim)
+    assert memories["cls"].rows.shape == (config.sop.cls.memory, config.head.dim)
+    assert memories["patch"].rows.shape == (config.sop.patch.memory, config.head.dim)
+
+
+# The paper's
+
+
+PAPER = {
+    "augment.global_size": 224,
+    "augment.local_size": 96,
+    "augment.local_crops": 10,
+    "mask.kind": "block",
+    "mask.ratio": [0.3, 0.3],
+    "mask.none": 0.0,
+    "model.patch": 16,
+    "model.drop_path": 0.1,
+    "head.hidden": 2048,
+    "head.dim": 256,
+    "sop.cls.memory": 65536,
+    "sop.cls.anchors": 4096,
+    "sop.cls.supports": 8,
+    "sop.cls.tasks": 2,
+    "sop.cls.weight": 1.0,
+    "sop.patch.memory": 8192,
+    "sop.patch.anchors": 512,
+    "sop.patch.supports": 0,
+    "sop.patch.tasks": 1,
+    "sop.patch.weight": 1.0,
+    "sop.anchors": "random",
+    "sop.search_precision": "float32",
+    "sop.student_temperature": 0.1,
+    "sop.teacher_temperature": [0.04, 0.07],
+    "optim.weight_decay": [0.04, 0.4],
+    "optim.momentum": [0.994, 1.0],
+    "eval.crop": 224,
+    "eval.knn_k": [10, 20, 100, 200],
+    "eval.knn_temperature": 0.07,
+}
+
+# Of each size: epochs, batch, and the learning rate for 256 images.
+SIZES = {"s": (800, 1024, 5e-4), "b": (400, 512, 7.5e-4), "l": (250, 1024, 7.5e-4)}
+
+
+@pytest.mark.parametrize("file", IMAGENET, ids=name)
+def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
+    flat = flatten(load(file))
+    assert {key: flat[key] for key in PAPER} == PAPER
+    assert file.stem == f"imagenet_vit{flat['model.size']}16"
+    assert (flat["epochs"], flat["batch_size"], flat["optim.lr"]) == SIZES[flat["model.size"]]
+    assert flat["steps"] is None
+
+
+@pytest.mark.parametrize("file", IMAGENET, ids=name)
+@pytest.mark.parametrize("batch", [None, 256, 4096])
+def test_what_follows_from_the_batch_is_derived(file: pathlib.Path, batch: int | None) -> None:
+    config = load(file, **({} if batch is None else {"batch_size": batch}))
+    check(config)
+    steps, epoch = run_length(config, IMAGENET_TRAIN)
+    assert epoch == IMAGENET_TRAIN / config.batch_size
+    assert steps == pytest.approx(config.epochs * epoch, abs=1)
+
+    plan = schedules(config, steps, epoch)
+    warmup = round(config.optim.warmup_epochs * epoch)
+    rates = np.asarray(plan["lr"](np.arange(steps)))
+    assert rates[0] == 0
+    assert rates.max() == pytest.approx(config.optim.lr * config.batch_size / 256)
+    assert abs(int(rates.argmax()) - warmup) <= 1
+    assert rates[-1] == pytest.approx(config.optim.min_lr, rel=0.01)
+
+    heating = round(config.sop.temperature_warmup_epochs * epoch)
+    temperature = np.asarray(plan["teacher_temperature"](np.arange(steps)))
+    assert temperature[0] == pytest.approx(0.04) and temperature[-1] == pytest.approx(0.07)
+    assert (temperature < 0.0699).sum() == pytest.approx(heating, rel=0.02)
+    for setting, ends in (("momentum", (0.994, 1.0)), ("weight_decay", (0.04, 0.4))):
+        assert [float(plan[setting](step)) for step in (0, steps)] == pytest.approx(ends)

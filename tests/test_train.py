@@ -1,0 +1,733 @@
+"""Runs from their start to their end, by way of everything that may go wrong in between."""
+
+import errno
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sop_jax import checkpoint, metrics, train
+from sop_jax import config as config_lib
+from sop_jax.data.pipeline import train_batches
+from sop_jax.data.sources import open_source
+from sop_jax.errors import UserError
+from sop_jax.models import build
+from sop_jax.optim import optimizer, schedules
+from sop_jax.sop.objective import sop
+from sop_jax.state import init_state
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "digits.py"
+
+STEPS = 16
+SMALL = {
+    "steps": STEPS,
+    "batch_size": 16,
+    "log_every": 2,
+    "eval_every": 7,
+    "checkpoint_every": 3,
+    "checkpoint.keep_last": 2,
+    "checkpoint.keep_every": 6,
+    "data.source": "digits",
+    "data.workers": 0,
+    "data.threads": 1,
+    "augment.global_size": 16,
+    "augment.local_size": 8,
+    "augment.local_crops": 2,
+    "model.size": "custom",
+    "model.width": 32,
+    "model.depth": 1,
+    "model.heads": 2,
+    "model.patch": 4,
+    "model.dtype": "float32",
+    "head.hidden": 32,
+    "head.dim": 16,
+    "sop.cls.memory": 64,
+    "sop.cls.anchors": 16,
+    "sop.cls.supports": 2,
+    "sop.cls.tasks": 1,
+    "sop.patch.memory": 64,
+    "sop.patch.anchors": 16,
+    "sop.temperature_warmup_steps": 2,
+    "optim.warmup_steps": 2,
+    "eval.resize": 16,
+    "eval.crop": 16,
+    "eval.batch_size": 512,
+    "mesh.data": 1,
+}
+TIMINGS = ("wall_s", "images_per_s")
+
+
+def small_config(**changes: Any) -> ml_collections.ConfigDict:
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config.update_from_flattened_dict(SMALL | changes)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes_may_stand_for_arrays() -> Iterator[None]:
+    """Lets a state be made of shapes, as a restore does, which the type checks would refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of an uninterrupted run; tests copy what they change."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train.train(small_config(), workdir)
+    return workdir
+
+
+@pytest.fixture
+def stopped(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A workdir of the same run as a kill in step 15 would have left it."""
+    workdir = tmp_path / "stopped"
+    shutil.copytree(finished, workdir)
+    (workdir / "summary.json").unlink()
+    for step in (15, 16):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 14]
+    (workdir / "metrics.jsonl").write_text("".join(kept))
+    return workdir
+
+
+def rows(workdir: pathlib.Path, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return [{name: row[name] for name in row if name not in without} for row in parsed]
+
+
+def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Every leaf of a checkpoint, the newest by default."""
+    config = config_lib.load(workdir)
+    model = build(config, config.augment.global_size)
+    tx = optimizer(config.optim, schedules(config, STEPS, 1.0))
+    objective = sop(config.sop, model.dim)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(lambda key: init_state(key, model, objective, tx), jax.random.key(0)),
+    )
+    state = checkpoint.restore(workdir, abstract, step)
+    named, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {
+        jax.tree_util.keystr(path): np.asarray(
+            jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        )
+        for path, leaf in named
+    }
+
+
+def assert_same_state(one: pathlib.Path, other: pathlib.Path) -> None:
+    """The same last state, bit by bit."""
+    states = [saved_state(workdir) for workdir in (one, other)]
+    bits = [{name: leaf.tobytes() for name, leaf in state.items()} for state in states]
+    assert [name for name in bits[0] if bits[0][name] != bits[1][name]] == []
+    assert bits[0].keys() == bits[1].keys()
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    """The same last state and the same rows, bit by bit, timings aside."""
+    assert checkpoint.steps(one) == checkpoint.steps(other)
+    assert_same_state(one, other)
+    assert rows(one, TIMINGS) == rows(other, TIMINGS)
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+    """Times and contents of everything in a folder."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in [folder, *folder.rglob("*")]
+    }
+
+
+def paint(folder: pathlib.Path, count: int, broken: tuple[int, ...] = ()) -> None:
+    """A folder of coloured noise, of which some files are cut short."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        file = folder / f"{i:03}.png"
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(file)
+        if i in broken:
+            file.write_bytes(file.read_bytes()[:200])
+
+
+# What a run leaves
+
+
+def test_a_run_writes_its_settings_and_checkpoints(finished: pathlib.Path) -> None:
+    assert json.loads((finished / "config.json").read_text()) == json.loads(
+        json.dumps(small_config().to_dict())
+    )
+    # The last two of 3, 6, .., 15, 16, and every sixth.
+    assert checkpoint.steps(finished) == [6, 12, 15, 16]
+    assert not list(finished.glob("*.tmp"))
+
+
+def test_each_logged_step_is_one_row(finished: pathlib.Path) -> None:
+    logged = rows(finished)
+    # Every second step, every seventh for the k-NN accuracy, the untrained network and the last.
+    assert [row["step"] for row in logged] == [0, 2, 4, 6, 7, 8, 10, 12, 14, 16]
+    health = {
+        *("log_k", "entropy", "entropy_of_mean", "winning_sops", "support_cosine"),
+        *("embedding_std", "effective_rank", "agreement", "memory_filled"),
+    }
+    schedule = {"student_temperature", "teacher_temperature", "lr", "weight_decay", "momentum"}
+    expected = health | schedule | {"loss", "cls", "mim", "grad_norm", "corrupt", "images_per_s"}
+    for row in logged:
+        if row["step"] % 2 == 0 and row["step"]:
+            assert expected <= row.keys()
+            assert all(math.isfinite(row[name]) for name in expected)
+            assert row["loss"] == pytest.approx(row["cls"] + row["mim"], rel=1e-6)
+            assert row["log_k"] == pytest.approx(math.log(16))
+            assert row["memory_filled"] == min(1.0, row["step"] / 4)
+        else:
+            assert not expected & row.keys()
+        assert ("knn_top1" in row) == (row["step"] in (0, 7, 14, 16))
+
+
+def test_tensorboard_has_the_same_curves(finished: pathlib.Path) -> None:
+    board = EventAccumulator(str(finished / "tensorboard")).Reload()
+    for name in ("loss", "agreement", "lr", "knn_top1"):
+        curve = [(event.step, event.value) for event in board.Scalars(name)]
+        expected = [(row["step"], np.float32(row[name])) for row in rows(finished) if name in row]
+        assert curve == expected
+
+
+def test_the_summary_is_the_end_of_the_run(finished: pathlib.Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    first, last = rows(finished)[0], rows(finished)[-1]
+    speeds = [row["images_per_s"] for row in rows(finished) if "images_per_s" in row]
+    assert summary == {
+        "knn_top1": last["knn_top1"],
+        "knn_top1_untrained": first["knn_top1"],
+        "knn_k": last["knn_k"],
+        "loss": last["loss"],
+        "steps": STEPS,
+        "images_per_s": np.median(speeds),
+        "wall_s": last["wall_s"],
+    }
+    assert first["step"] == 0 and first["knn_top1"] > 0.2  # chance is 0.1
+    walls = [row["wall_s"] for row in rows(finished)]
+    assert walls == sorted(walls) and walls[0] > 0
+
+
+def test_training_changes_the_network_and_the_memories(finished: pathlib.Path) -> None:
+    early, late = saved_state(finished, 6), saved_state(finished)
+    still = {name for name in late if np.array_equal(early[name], late[name])}
+    # Both memories were full at step 4. The key is folded with the step, so it never changes.
+    assert still == {".key", ".memories['cls'].filled", ".memories['patch'].filled"}
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(
+    finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(finished)
+    summary = train.train(small_config(), finished)
+    assert snapshot(finished) == before
+    assert summary == json.loads((finished / "summary.json").read_text())
+    shown = capsys.readouterr()
+    assert f"{finished} is finished" in shown.out and f'"steps": {STEPS}' in shown.out
+    assert shown.err == ""
+
+
+def test_the_progress_shows_loss_accuracy_speed_and_time_left(
+    tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small_config(), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("1437 images, views 2x16 + 2x8;")
+    assert "batch 16 on 1 cpu device; steps 0 to 16" in lines[0]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert re.match(r"step 0/16  knn 0\.\d+  ", steps[0])
+    assert re.fullmatch(r"step 2/16  loss 3  images/s \d.*  \d\d:\d\d left", steps[1])
+    assert re.fullmatch(r"step 16/16  loss 3  knn .*  images/s .*  00:00 left", steps[-1])
+
+
+# Runs of other kinds
+
+
+def test_a_folder_without_labels_trains_without_knn(
+    tmp_path: pathlib.Path, fake_step: None
+) -> None:
+    paint(tmp_path / "images", 24)
+    config = small_config(**{"data.source": "folder", "data.path": str(tmp_path / "images")})
+    summary = train.train(config, tmp_path / "run")
+    assert summary["knn_top1"] is summary["knn_top1_untrained"] is summary["knn_k"] is None
+    assert summary["loss"] == 3 and summary["steps"] == STEPS
+    first, *_, last = rows(tmp_path / "run")
+    assert first["step"] == 0 and first["knn_top1"] is None
+    assert last["knn_top1"] is None and last["knn_top1_k10"] is None
+
+
+def test_a_data_set_smaller_than_the_batch_is_repeated(
+    tmp_path: pathlib.Path, fake_step: None
+) -> None:
+    paint(tmp_path / "images", 5)
+    folder = {"data.source": "folder", "data.path": str(tmp_path / "images")}
+    config = small_config(steps=None, epochs=9.0, **folder)
+    assert train.train(config, tmp_path / "run")["steps"] == 3  # 45 images, 16 a step
+
+
+def test_steps_win_over_epochs(tmp_path: pathlib.Path, fake_step: None) -> None:
+    assert train.train(small_config(epochs=0.1), tmp_path / "a")["steps"] == STEPS
+    config = small_config(steps=None, epochs=0.1)
+    assert train.train(config, tmp_path / "b")["steps"] == 9  # 143.7 images, 16 a step
+
+
+@pytest.mark.parametrize("every", ["log_every", "eval_every", "checkpoint_every"])
+def test_what_never_happens_happens_at_the_end(
+    tmp_path: pathlib.Path, fake_step: None, every: str
+) -> None:
+    summary = train.train(small_config(**{every: 0}), tmp_path)
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged] == {
+        "log_every": [0, 7, 14, 16],
+        "eval_every": [2, 4, 6, 8, 10, 12, 14, 16],
+        "checkpoint_every": [0, 2, 4, 6, 7, 8, 10, 12, 14, 16],
+    }[every]
+    assert "loss" in logged[-1] and summary["loss"] == 3
+    assert checkpoint.steps(tmp_path) == ([16] if every == "checkpoint_every" else [6, 12, 15, 16])
+    assert ("knn_top1" in logged[-1]) == (every != "eval_every")
+    assert (summary["knn_top1"] is None) == (every == "eval_every")
+
+
+def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) -> None:
+    changes = {"augment.local_crops": 0, "sop.patch.tasks": 0, "eval_every": 0, "steps": 3}
+    summary = train.train(small_config(**changes), tmp_path)
+    assert math.isfinite(summary["loss"])
+    last = rows(tmp_path)[-1]
+    assert "mim" not in last and last["loss"] == last["cls"]
+
+
+# Resume
+
+
+def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
+    flags = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+    return [
+        *(sys.executable, "-m", "sop_jax.train"),
+        *(f"--config={CONFIG}", f"--workdir={workdir}", *flags),
+    ]
+
+
+def start(workdir: pathlib.Path, **changes: Any) -> subprocess.Popen[str]:
+    """The command in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        command(workdir, **changes),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while not any(row["step"] >= step for row in metrics.read_metrics(workdir)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_after_a_kill_the_same_command_ends_with_the_same_bits(tmp_path: pathlib.Path) -> None:
+    slowly = {"eval_every": 1}  # the k-NN accuracy of each step takes longer than the step
+    train.train(small_config(**slowly), tmp_path / "whole")
+
+    killed = tmp_path / "killed"
+    process = start(killed, **slowly)
+    wait_for_step(process, killed, random.randint(5, 8))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    saved = checkpoint.latest_step(killed)
+    assert saved is not None and 3 <= saved < STEPS
+    assert not (killed / "summary.json").exists()
+
+    again = subprocess.run(command(killed, **slowly), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"steps {saved} to {STEPS}" in again.stderr
+    assert [row["step"] for row in rows(killed)] == list(range(STEPS + 1))
+    assert_same_run(killed, tmp_path / "whole")
+    assert json.loads(again.stdout) == json.loads((killed / "summary.json").read_text())
+
+
+def test_ctrl_c_saves_the_step_and_says_so_in_one_line(
+    tmp_path: pathlib.Path, finished: pathlib.Path
+) -> None:
+    process = start(tmp_path, eval_every=1, log_every=0)
+    wait_for_step(process, tmp_path, 4)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate()
+    saved = checkpoint.latest_step(tmp_path)
+    assert saved is not None and 4 < saved < STEPS
+    last = err.splitlines()[-1]
+    assert f"interrupted; step {saved} of {STEPS} is saved" in last and "same command" in last
+    assert process.returncode not in (0, -signal.SIGINT) and "Traceback" not in err
+    train.train(small_config(), tmp_path)
+    assert_same_state(tmp_path, finished)
+
+
+def test_a_signal_in_mid_evaluation_loses_nothing(
+    tmp_path: pathlib.Path,
+    finished: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evaluate = train.knn_evaluation
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if rows(tmp_path):  # not yet the untrained network
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "knn_evaluation", interrupted)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(UserError, match=r"step (\d+) of 16 is saved") as caught:
+        train.train(small_config(), tmp_path)
+    told = re.search(r"step (\d+)", str(caught.value))
+    assert told and int(told[1]) == checkpoint.latest_step(tmp_path) == 8
+    assert handlers == [signal.getsignal(number) for number in numbers]
+    monkeypatch.undo()
+    train.train(small_config(), tmp_path)
+    assert_same_state(tmp_path, finished)
+    assert rows(tmp_path, TIMINGS) == rows(finished, TIMINGS)
+
+
+def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
+    finished: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "summary.json").unlink()
+    summary = train.train(small_config(), workdir)
+    assert summary == json.loads((finished / "summary.json").read_text())
+    assert rows(workdir) == rows(finished)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"log_every": 5, "eval_every": 0, "checkpoint_every": 4},
+        {"data.workers": 2, "data.threads": 3},
+    ],
+    ids=str,
+)
+def test_what_may_change_on_resume_changes_no_bit(
+    stopped: pathlib.Path, finished: pathlib.Path, changes: dict[str, Any]
+) -> None:
+    train.train(small_config(**changes), stopped)
+    assert_same_state(stopped, finished)
+    assert config_lib.load(stopped).to_dict() == small_config(**changes).to_dict()
+
+
+def test_devices_may_change_on_resume(stopped: pathlib.Path, finished: pathlib.Path) -> None:
+    train.train(small_config(**{"mesh.data": 2, "eval_every": 0}), stopped)
+    expected = {row["step"]: row for row in rows(finished)}
+    resumed = [row for row in rows(stopped) if row["step"] > 12]
+    assert [row["step"] for row in resumed] == [14, 16]
+    for row in resumed:
+        for name in ("loss", "cls", "mim"):
+            assert row[name] == pytest.approx(expected[row["step"]][name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("seed", 0, 1),
+        ("batch_size", 16, 32),
+        ("sop.cls.supports", 2, 3),
+        ("augment.flip", None, 0.25),
+    ],
+)
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_another_setting_is_named_and_changes_nothing(
+    request: pytest.FixtureRequest, state: str, key: str, old: Any, new: Any
+) -> None:
+    workdir = request.getfixturevalue(state)
+    before = snapshot(workdir)
+    old = config_lib.flatten(small_config())[key] if old is None else old
+    with pytest.raises(UserError) as caught:
+        train.train(small_config(**{key: new}), workdir)
+    message = str(caught.value)
+    assert f"{key}: {old!r} made this workdir, {new!r} is asked for" in message
+    assert "another --workdir" in message and "checkpoint_every" in message
+    assert len(message.splitlines()) == 3  # no other setting is named
+    assert snapshot(workdir) == before
+
+
+# Bad input
+
+
+BAD = {
+    "more anchors than rows": ({"sop.cls.anchors": 65}, "sop.cls.anchors 65 .*memory 64"),
+    "a batch larger than a memory": ({"batch_size": 128}, "batch_size 128 .*memory 64"),
+    "broken patches": ({"augment.global_size": 18}, "18 is not a multiple of model.patch 4"),
+    "a batch that devices cannot split": ({"mesh.data": 3}, "16 cannot be split over 3 devices"),
+    "too many devices": ({"mesh.data": 16}, "16 devices, but 8 are there"),
+    "no steps": ({"steps": 0}, "0 steps.*--config.steps"),
+    "an empty folder": ({"data.source": "folder", "data.path": "empty"}, "empty"),
+    "no folder": ({"data.source": "folder", "data.path": "missing"}, "missing"),
+    "no path": ({"data.source": "packed", "data.path": ""}, "data.path"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_before_anything_is_written(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    changes, message = BAD[case]
+    with pytest.raises(UserError, match=message) as caught:
+        train.train(small_config(**changes), tmp_path / "run")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None:
+    for changes, message in [
+        ({"sop.cls.anchor": 16}, "error: unknown setting config.sop.cls.anchor; did you mean "),
+        ({"batch_size": 128}, "error: batch_size 128 does not fit sop.cls.memory 64"),
+    ]:
+        run = command(tmp_path / "run", **changes)
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode != 0 and done.stdout == ""
+        assert done.stderr.startswith(message) and len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_can_be_left_out(
+    stopped: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = stopped / "checkpoints" / "12"
+    for file in damaged.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match=rf"cannot be read.*\[6\] remain.*delete.*{damaged}"):
+        train.train(small_config(), stopped)
+    assert snapshot(stopped) == before
+    shutil.rmtree(damaged)
+    train.train(small_config(), stopped)
+    assert "steps 6 to 16" in capsys.readouterr().err
+    assert_same_run(stopped, finished)
+
+
+def test_a_checkpoint_of_another_architecture_names_its_leaves(stopped: pathlib.Path) -> None:
+    deeper = small_config(**{"model.depth": 2})
+    (stopped / "config.json").write_text(json.dumps(deeper.to_dict()))
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match="another architecture.*\n.*student/backbone/blocks"):
+        train.train(deeper, stopped)
+    assert snapshot(stopped) == before
+
+
+def test_checkpoints_of_unknown_settings_are_left_alone(stopped: pathlib.Path) -> None:
+    (stopped / "config.json").unlink()
+    before = snapshot(stopped)
+    with pytest.raises(UserError, match="no config.json.*another --workdir"):
+        train.train(small_config(), stopped)
+    assert snapshot(stopped) == before
+
+
+def test_a_disk_without_space_for_checkpoints_is_told_first(
+    tmp_path: pathlib.Path,
+    stopped: pathlib.Path,
+    finished: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = sum(leaf.nbytes for leaf in saved_state(stopped).values())
+
+    def disk(_: Any) -> Any:
+        return shutil._ntuple_diskusage(10**9, 10**9, 2 * state)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", disk)
+    with pytest.raises(UserError, match="need .* GB, and the disk .*Free some space"):
+        train.train(small_config(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    train.train(small_config(), stopped)  # what it needs is there already
+    assert_same_run(stopped, finished)
+
+
+def test_a_disk_that_fills_up_loses_nothing(
+    tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = metrics.Writer.write
+
+    def write_to_full_disk(self: metrics.Writer, step: int, scalars: Any) -> None:
+        if step == 10:
+            assert self._file is not None
+            self._file.close()
+            self._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        write(self, step, scalars)
+
+    monkeypatch.setattr(metrics.Writer, "write", write_to_full_disk)
+    with pytest.raises(OSError) as caught:
+        train.train(small_config(), tmp_path)
+    assert caught.value.errno == errno.ENOSPC  # for which the command line has a message
+    assert checkpoint.latest_step(tmp_path) == 9
+    monkeypatch.undo()
+    train.train(small_config(), tmp_path)
+    assert_same_run(tmp_path, finished)
+
+
+# What is not finite
+
+
+Metrics = dict[str, jax.Array]
+
+
+def patch_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Metrics], Any]) -> None:
+    """Puts a step in place of the real one that compiles at once and learns nothing.
+
+    Args:
+        monkeypatch: undoes it.
+        change: what to make of the next state and its metrics.
+    """
+
+    def make_train_step(*_: Any) -> Any:
+        def step(state: Any, batch: Any, measure: Any) -> Any:
+            health = {"agreement": 0.5, "entropy": 1.0, "entropy_of_mean": 2.0, "log_k": 2.5}
+            temperatures = {"teacher_temperature": 0.02, "student_temperature": 0.1}
+            values = {"loss": 3.0, "cls": 1.0, "mim": 2.0, "grad_norm": 1.0, "embedding_std": 1.0}
+            given = {
+                name: jnp.float32(value) for name, value in (health | temperatures | values).items()
+            }
+            state = train.TrainState(**vars(state) | {"step": state.step + 1})
+            return change(state, given | {"corrupt": batch["corrupt"]})
+
+        return step
+
+    monkeypatch.setattr(train, "make_train_step", make_train_step)
+
+
+@pytest.fixture
+def fake_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_step(monkeypatch, lambda state, given: (state, given))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("term", ["cls", "mim", "loss", "grad_norm"])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, term: str, value: float
+) -> None:
+    def spoil(state: Any, given: Metrics) -> Any:
+        return state, given | {term: jnp.where(state.step >= 11, value, given[term])}
+
+    patch_step(monkeypatch, spoil)
+    with pytest.raises(UserError) as caught:
+        train.train(small_config(eval_every=0), tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"step 11: {term} is not finite")
+    assert f"{term} {value}" in message
+    assert "last good checkpoint is step 9" in message and "lower optim.lr" in message
+    assert checkpoint.steps(tmp_path) == [6, 9]
+    assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 10]
+
+
+def test_a_state_that_is_not_finite_is_not_saved(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(state: Any, given: Metrics) -> Any:
+        head = state.student["head"]
+        head = jax.tree.map(lambda leaf: jnp.where(state.step >= 5, np.nan, leaf), head)
+        return train.TrainState(**vars(state) | {"student": state.student | {"head": head}}), given
+
+    patch_step(monkeypatch, spoil)
+    with pytest.raises(UserError, match="state of step 6 is not finite.*student/head"):
+        train.train(small_config(eval_every=0), tmp_path)
+    assert checkpoint.steps(tmp_path) == [3]
+
+
+def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
+    changes = {"optim.lr": 1e30, "eval_every": 0, "checkpoint_every": 1}
+    config = small_config(**changes | {"augment.local_crops": 0, "sop.patch.tasks": 0})
+    with pytest.raises(UserError, match=r"step (\d+)\D.* is not finite") as caught:
+        train.train(config, tmp_path)
+    told = re.search(r"step (\d+)", str(caught.value))
+    saved = checkpoint.latest_step(tmp_path)
+    assert told and saved is not None and saved < int(told[1])
+    assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path).values())
+
+
+@pytest.mark.parametrize("collapsing", [True, False])
+def test_a_collapse_is_told_in_words(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    collapsing: bool,
+) -> None:
+    signs = {"embedding_std": 0.01, "agreement": 0.05} if collapsing else {}
+
+    def collapse(state: Any, given: Metrics) -> Any:
+        now = {name: jnp.where(state.step >= 9, signs[name], given[name]) for name in signs}
+        return state, given | now
+
+    patch_step(monkeypatch, collapse)
+    train.train(small_config(), tmp_path)
+    told = [line for line in capsys.readouterr().err.splitlines() if "collapsing" in line]
+    steps = [10, 12, 14, 16] if collapsing else []  # nothing of step 7 or 0, which have no signs
+    assert [line.split(":")[0] for line in told] == [f"step {step}" for step in steps]
+    assert all("agree 0.05" in line and "sop.teacher_temperature" in line for line in told)
+
+
+# Images that cannot be read
+
+
+def test_corrupt_images_are_replaced_counted_and_named_once(
+    tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(tmp_path / "images", 12, broken=(3, 7))
+    changes = {"data.source": "folder", "data.path": str(tmp_path / "images"), "log_every": 1}
+    changes |= {"data.max_corrupt_share": 0.2, "mesh.data": 2, "eval_every": 0}
+    config = small_config(**changes)
+    train.train(config, tmp_path / "run")
+
+    named = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
+    assert sorted(pathlib.Path(line.split()[-1]).name for line in named) == ["003.png", "007.png"]
+
+    source = open_source(config.data, "train")
+    assert source is not None
+    batches = train_batches(source, config, 4)
+    corrupt = [int((next(batches)["corrupt"] >= 0).sum()) for _ in range(STEPS)]
+    batches.close()
+    assert [row["corrupt"] for row in rows(tmp_path / "run")] == corrupt and sum(corrupt) > 16
+
+
+def test_too_many_corrupt_images_stop_the_run_with_a_list(
+    tmp_path: pathlib.Path, fake_step: None
+) -> None:
+    paint(tmp_path / "images", 12, broken=(3, 7))
+    config = small_config(**{"data.source": "folder", "data.path": str(tmp_path / "images")})
+    with pytest.raises(UserError) as caught:
+        train.train(config, tmp_path / "run")
+    message = str(caught.value)
+    assert "2 of 12 images cannot be read" in message
+    assert "003.png" in message and "007.png" in message and "000.png" not in message
+    assert "--config.data.max_corrupt_share" in message
