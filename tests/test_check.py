@@ -69,7 +69,7 @@ BAD = {
         {"sop.pool": "all", "sop.patch.supports": 8192},
         r"sop\.patch\.supports 8192 .* the 8191 rows .*sop\.pool=all",
     ),
-    "fewer than no supports": ({"sop.patch.supports": -1}, r"sop\.patch\.supports -1"),
+    "fewer than no supports": ({"sop.patch.supports": -1}, r"sop\.patch\.supports is -1"),
     "global views of broken patches": (
         {"augment.global_size": 225},
         r"augment\.global_size 225 .*model\.patch 16; choose 224 or 240",

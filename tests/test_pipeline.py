@@ -153,13 +153,13 @@ def test_the_seed_decides():
 def test_settings_reach_the_views():
     still = {"augment.global_scale": (1.0, 1.0), "augment.flip": 0.0, "augment.jitter": 0.0}
     still |= {"augment.grayscale": 0.0, "augment.blur": (0.0, 0.0, 0.0), "augment.solarize": 0.0}
-    still |= {"augment.global_size": 8, "mask.kind": "random", "mask.ratio": (0.5, 0.5)}
+    still |= {"augment.global_size": 32, "mask.kind": "random", "mask.ratio": (0.5, 0.5)}
     source = digits()
     (batch,) = take(source, small_config(**still), 1)
     whole = np.stack([source[int(index)] for index in batch["index"]])
     # at scale 1 nearly every draw falls back to the whole image
     assert (batch["global_views"][:, 0] == whole).all((1, 2, 3)).mean() > 0.5
-    assert (batch["mask"].sum((2, 3)) == 2).all()
+    assert (batch["mask"].sum((2, 3)) == 32).all()
     (batch,) = take(source, small_config(**{"mask.none": 1.0}), 1)
     assert not batch["mask"].any()
 
@@ -252,7 +252,7 @@ def test_eval_batches_cover_the_source_in_order(tmp_path):
     last = batches[-1]
     assert (last["index"][60:] == 359).all() and (last["image"][60:] == last["image"][59]).all()
     assert all((batch["corrupt"] == -1).all() for batch in batches)
-    (whole,) = pipeline.eval_batches(source, 8, 8, 360)
+    (whole,) = pipeline.eval_batches(source, 32, 32, 360)
     np.testing.assert_array_equal(whole["image"], np.stack([source[i] for i in range(360)]))
 
 
