@@ -19,7 +19,7 @@ from ml_collections import config_dict
 from ml_collections.config_flags import config_path
 
 from sop_jax.config import flatten
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
 
 FLAGS = flags.FLAGS
 
@@ -38,6 +38,8 @@ def run(main: Callable[[list[str]], None]) -> None:
             main(argv)
         except KeyboardInterrupt:
             _exit("interrupted", 130)
+        except Interrupted as stopped:
+            _exit(str(stopped), 130)
         except Exception as error:
             message = _message(error)
             if message is None:

@@ -140,7 +140,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Writes `workdir/config.json`."""
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft = workdir / "config.tmp"
+    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    draft.replace(workdir / "config.json")  # whole or not at all, on a full disk too
 
 
 def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:

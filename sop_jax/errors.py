@@ -1,4 +1,4 @@
-"""The one exception that the commands show to people without a traceback."""
+"""The exceptions that the commands show to people without a traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what was wrong, what was expected and what to do.
     """
+
+
+class Interrupted(UserError):
+    """A run that was asked to stop has saved its state and stopped."""

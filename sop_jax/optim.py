@@ -1,6 +1,5 @@
 """Durations, schedules and the optimizer (iBOT's recipe)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,4 +100,4 @@ def optimizer(
 def run_length(config: ml_collections.ConfigDict, images: int) -> tuple[int, float]:
     """Steps of the run, and steps an epoch of `images` images."""
     epoch = images / config.batch_size
-    return max(1, math.ceil(duration(config, "", epoch))), epoch
+    return max(1, duration(config, "", epoch)), epoch

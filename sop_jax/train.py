@@ -9,6 +9,7 @@ resumes an interrupted run, exactly; a finished one it leaves as it is.
 import functools
 import json
 import math
+import sys
 import time
 from typing import Any
 
@@ -24,7 +25,7 @@ from sop_jax.check import check
 from sop_jax.corrupt import CorruptImages
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
 from sop_jax.features import make_extractor
 from sop_jax.interruption import Interruption
@@ -50,6 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
 
     Raises:
         UserError: something that the person who started the run can mend.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
     workdir = epath.Path(workdir)
@@ -126,7 +128,6 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     try:
         with Interruption() as interruption:
             if start == 0 and config.eval_every:
-                progress.note("Measuring the k-NN accuracy of the untrained network.")
                 record(0, evaluate(state.teacher))
 
             pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -159,7 +160,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                     saved = step
                 if stop:
                     checkpoints.wait()
-                    raise UserError(
+                    raise Interrupted(
                         f"interrupted; step {step} of {steps} is saved, and the same command goes "
                         "on from there"
                     )
@@ -177,6 +178,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         draft = workdir / "summary.tmp"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(workdir / "summary.json")  # whole or not at all: it says that all is done
+        print(in_words(summary, workdir), file=sys.stderr)
         print(json.dumps(summary))
     return summary
 
@@ -296,6 +298,17 @@ def summarise(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         "images_per_s": float(np.median(speeds)),
         "wall_s": final["wall_s"],
     }
+
+
+def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
+    """The summary as a person would tell it."""
+    minutes = f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} minutes"
+    curves = f"curves: tensorboard --logdir {workdir}"
+    before, after = summary["knn_top1_untrained"], summary["knn_top1"]
+    if before is None or after is None:
+        return f"{minutes}; {curves}"
+    accuracy = f"k-NN accuracy {100 * before:.1f} % untrained, {100 * after:.1f} % now"
+    return f"{accuracy}; {minutes}; {curves}"
 
 
 def main(argv: list[str]) -> None:

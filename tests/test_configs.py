@@ -64,11 +64,7 @@ def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path
 def test_a_recipe_initialises(file: pathlib.Path) -> None:
     config = load(file)
     model = build(config, config.augment.global_size)
-    objective = sop(config.sop, model.dim)
-    rows = jax.eval_shape(
-        lambda key: {name: memory.rows for name, memory in objective.init(key).items()},
-        jax.random.key(0),
-    )
+    memories = jax.eval_shape(sop(config.sop, model.dim).init, jax.random.key(0))
     tx = optimizer(config.optim, schedules(config, *run_length(config, 50_000)))
 
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -82,8 +78,8 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
         )
         assert cls.shape == (2, config.head.dim)
         assert patches.shape == (2, (size // config.model.patch) ** 2, config.head.dim)
-    assert rows["cls"].shape == (config.sop.cls.memory, config.head.dim)
-    assert rows["patch"].shape == (config.sop.patch.memory, config.head.dim)
+    assert memories["cls"].rows.shape == (config.sop.cls.memory, config.head.dim)
+    assert memories["patch"].rows.shape == (config.sop.patch.memory, config.head.dim)
 
 
 # The paper's

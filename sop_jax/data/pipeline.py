@@ -7,6 +7,7 @@ threads change what they hold, and to resume is to start at a step.
 import gc
 import itertools
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -119,11 +120,17 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers
             flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2),
+            worker_init_fn=_leave_ctrl_c_to_the_parent,
         )
     if config.data.workers or piece < local_batch:
         pieces = pieces.batch(local_batch // piece, batch_fn=_join)
     return Batches(iter(pieces))
+
+
+def _leave_ctrl_c_to_the_parent(*_: Any) -> None:
+    """A terminal sends Ctrl-C to every process: the parent decides, and still needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:

@@ -382,8 +382,8 @@ class DigitsSource:
         rows = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
         grey = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)  # ink 0..16
         size, cubic = (DIGITS_SIZE, DIGITS_SIZE), Image.Resampling.BICUBIC
-        large = np.stack([Image.fromarray(image).resize(size, cubic) for image in grey])
-        self.images = np.repeat(large[..., None], 3, axis=3)
+        large = [np.asarray(Image.fromarray(image).resize(size, cubic)) for image in grey]
+        self.images = np.repeat(np.stack(large)[..., None], 3, axis=3)
         self.split = split
         self.labels = digits.target[rows].astype(np.int32)
         self.class_names = [str(name) for name in digits.target_names]

@@ -1,0 +1,80 @@
+"""Recall of the support search's faster score precisions against full float32.
+
+    python benchmarks/recall.py [--workdir=DIR]
+
+Over random unit rows, over clustered ones, and over the [CLS] memory of a trained run. What
+`high` means depends on the device: TF32 on GPUs, three bfloat16 passes on TPUs, float32 on CPUs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sop_jax import checkpoint  # noqa: E402
+from sop_jax import config as config_lib  # noqa: E402
+from sop_jax.models.head import unit  # noqa: E402
+from sop_jax.search import PRECISIONS, nearest  # noqa: E402
+from sop_jax.sop.objective import sop  # noqa: E402
+
+
+def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
+    """Share of the float32 neighbours that each precision finds."""
+    own = jnp.arange(anchors)
+    found = {
+        name: np.asarray(nearest(rows[:anchors], rows, k, own=own, precision=name)[1])
+        for name in PRECISIONS
+    }
+    exact = found["float32"]
+    return {
+        name: float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(exact, other, strict=True)]))
+        / k
+        for name, other in found.items()
+    }
+
+
+def trained_memory(workdir: Path) -> jax.Array:
+    """Rows of the [CLS] memory in a run's newest checkpoint."""
+    config = config_lib.load(workdir)
+    memories = jax.eval_shape(sop(config.sop, config.head.dim).init, jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), memories
+    )
+    return checkpoint.restore_part(workdir, abstract, "memories")["cls"].rows
+
+
+def main() -> None:
+    """Prints a Markdown table and a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--rows", type=int, default=65536)
+    parser.add_argument("--anchors", type=int, default=4096)
+    parser.add_argument("--supports", type=int, default=8)
+    args = parser.parse_args()
+    random = unit(jax.random.normal(jax.random.key(0), (args.rows, 256)))
+    centres = random[jax.random.randint(jax.random.key(1), (args.rows,), 0, 1000)]
+    noise = jax.random.normal(jax.random.key(2), random.shape) / 16
+    banks = {"random": random, "clusters": unit(centres + 0.3 * noise)}
+    if args.workdir:
+        banks[f"memory of {args.workdir.name}"] = trained_memory(args.workdir)
+    results = {
+        name: recall(rows, min(args.anchors, len(rows) // 2), args.supports)
+        for name, rows in banks.items()
+    }
+    print(f"| rows, on {jax.devices()[0].device_kind} | " + " | ".join(PRECISIONS) + " |")
+    print("|---" * (1 + len(PRECISIONS)) + "|")
+    for name, by_precision in results.items():
+        cells = " | ".join(f"{share:.4f}" for share in by_precision.values())
+        print(f"| {name}, {len(banks[name])} x {banks[name].shape[1]} | {cells} |")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
