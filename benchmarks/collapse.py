@@ -30,10 +30,10 @@ IMAGENET_CROPS = {
     "augment.contrast": 0.4,
 }
 VARIANTS: dict[str, dict] = {
-    "default, ratio 0.2": {},
+    "default, ratio 0.15": {},
     "ratio 0.4": {"sop.teacher_temperature": (0.04, 0.04)},
     "ratio 0.7": {"sop.teacher_temperature": (0.07, 0.07)},
-    "ImageNet's crops, ratio 0.2": IMAGENET_CROPS,
+    "ImageNet's crops, ratio 0.15": IMAGENET_CROPS,
     "ImageNet's crops, ratio 0.7": IMAGENET_CROPS | {"sop.teacher_temperature": (0.07, 0.07)},
     "fixed anchors: slots": {"sop.anchors": "fixed_slots"},
     "fixed anchors: frozen rows": {"sop.anchors": "frozen_rows"},

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.threads = 1
     a = config.augment
     a.global_size, a.local_size, a.local_crops = 16, 8, 4
-    a.global_scale, a.local_scale = (0.6, 1.0), (0.25, 0.6)
+    a.global_scale, a.local_scale = (0.6, 1.0), (0.3, 0.7)
     a.flip = a.grayscale = a.solarize = a.hue = 0.0
     a.brightness = a.contrast = a.saturation = 0.1
     a.blur = (0.0, 0.0, 0.0)
@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     s = config.sop
     s.cls.memory, s.cls.anchors, s.cls.supports, s.cls.tasks = 1024, 128, 4, 1
     s.patch.memory, s.patch.anchors = 512, 64
-    s.teacher_temperature = (0.02, 0.02)
+    s.teacher_temperature = (0.015, 0.015)
     config.optim.lr = 8e-3
     config.optim.warmup_steps = 100
     config.optim.weight_decay = (0.04, 0.04)

@@ -113,17 +113,24 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     )
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
     began = time.monotonic()
+    told = False  # that it is collapsing
 
     def record(step: int, row: dict[str, Any]) -> None:
         """Writes the row of a step, and shows what a person watches."""
+        nonlocal told
         row = {"step": step, **row, "wall_s": wall_before + time.monotonic() - began}
         rows.append(row)
         if writer is not None:
             writer.write(step, {name: value for name, value in row.items() if name != "step"})
-        shown = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
-        progress.show(step, {name: row.get(key) for name, key in shown.items()})
-        if "loss" in row and (words := objective.verdict([r for r in rows if "loss" in r])):
-            progress.note(f"step {step}: {words}")
+        names = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
+        shown = {name: row.get(key) for name, key in names.items()}
+        if "loss" in row:
+            words = objective.verdict([r for r in rows if "loss" in r])
+            shown["health"] = "collapsing" if words else "ok"
+            if words and not told:
+                progress.note(f"step {step}: {words}")
+            told = words is not None
+        progress.show(step, shown)
 
     try:
         with Interruption() as interruption:

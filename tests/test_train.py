@@ -669,7 +669,7 @@ def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("collapsing", [True, False])
-def test_a_collapse_is_told_in_words(
+def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -683,10 +683,13 @@ def test_a_collapse_is_told_in_words(
 
     patch_step(monkeypatch, collapse)
     train.train(small_config(), tmp_path)
-    told = [line for line in capsys.readouterr().err.splitlines() if "collapsing" in line]
+    lines = capsys.readouterr().err.splitlines()
     logged = [4, 6, 8, 10, 12, 14, 16] if collapsing else []  # steps 0 and 7 have no signs
     steps = logged[PATIENCE - 1 :]
-    assert [line.split(":")[0] for line in told] == [f"step {step}" for step in steps]
+    marked = [line for line in lines if "health collapsing" in line]
+    assert [line.split("/")[0] for line in marked] == [f"step {step}" for step in steps]
+    told = [line for line in lines if "collapsing:" in line]
+    assert [line.split(":")[0] for line in told] == [f"step {step}" for step in steps[:1]]
     assert all("agree 0.05" in line and "sop.teacher_temperature" in line for line in told)
 
 
