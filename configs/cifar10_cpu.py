@@ -13,7 +13,7 @@ from sop_jax.config import paper
 
 def get_config() -> ml_collections.ConfigDict:
     config = paper()
-    config.steps = 6500
+    config.epochs = 16.64  # 6500 steps
     config.batch_size = 128
     config.log_every = 50
     config.eval_every = 1000

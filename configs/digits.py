@@ -15,7 +15,7 @@ from sop_jax.config import paper
 
 def get_config() -> ml_collections.ConfigDict:
     config = paper()
-    config.steps = 1200
+    config.epochs = 54.0  # 1212 steps
     config.batch_size = 64
     config.log_every = 20
     config.eval_every = 300

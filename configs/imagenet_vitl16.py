@@ -6,8 +6,8 @@
 The data is prepared as for configs/imagenet_vits16.py.
 
 Expected after 250 epochs (the paper's table 1): k-NN 79.2 %, linear probe 81.2 %.
-Cost, an estimate from operation counts, not a measurement: about 5.2e20 floating-point
-operations, which is 360 hours of an H200 at 400 TFLOP/s.
+Cost, an estimate from operation counts, not a measurement: about 6.7e20 floating-point
+operations, remat included, which is 470 hours of an H200 at 400 TFLOP/s.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up in .venv and pretrains a small ViT on scikit-learn's digits: under 5 minutes
-# on 2 CPU cores after the install. Arguments go to the training: --config.epochs=10, for one.
+# on 2 CPU cores after the install. Arguments go to the training: --config.steps=300, for one.
 # Run again, it resumes an interrupted run and leaves a finished one as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ The curves of this run are in runs/digits. To look at them:
   .venv/bin/pip install tensorboard
   .venv/bin/tensorboard --logdir runs/digits
 
-Next, CIFAR-10 from a packed .npz file of yours:
-  .venv/bin/python -m sop_jax.train --config=configs/cifar10.py --workdir=runs/cifar10 \
-    --config.data.path=cifar10.npz
+Next, a folder of your own images, with sub-folders or without (a GPU makes this hours faster):
+  .venv/bin/python -m sop_jax.train --config=configs/imagenette.py --workdir=runs/mine \
+    --config.data.path=FOLDER
 END

@@ -39,6 +39,8 @@ POSITIVE = (
     "eval.crop",
     "eval.batch_size",
     "eval.knn_temperature",
+    "augment.blur_sigma",
+    "sop.teacher_temperature",
     "checkpoint.keep_last",
 )
 
@@ -56,6 +58,18 @@ NOT_NEGATIVE = (
     "sop.patch.tasks",
     "optim.clip",
     "mesh.data",
+    "seed",
+    "optim.lr",
+    "optim.min_lr",
+    "optim.weight_decay",
+    "model.init_std",
+    "model.position_std",
+    "sop.cls.weight",
+    "sop.patch.weight",
+    "augment.hue",
+    "augment.brightness",
+    "augment.contrast",
+    "augment.saturation",
 )
 
 SHARES = (
@@ -87,10 +101,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         if flat[key] not in known:
             raise UserError(f"{key} is {flat[key]!r}; expected one of {', '.join(known)}")
     for key in POSITIVE:
-        if flat[key] <= 0:
+        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
+        if min(values) <= 0:
             raise UserError(f"{key} is {flat[key]}; expected more than 0")
     for key in NOT_NEGATIVE:
-        if flat[key] < 0:
+        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
+        if min(values) < 0:
             raise UserError(f"{key} is {flat[key]}; expected 0 or more")
     for key in SHARES:
         values = flat[key] if isinstance(flat[key], list) else [flat[key]]
@@ -115,11 +131,8 @@ def check_length(config: ml_collections.ConfigDict) -> None:
             f"the run has {config.steps} steps and {config.epochs} epochs; set --config.steps or "
             "--config.epochs to more than 0 (steps win over epochs)"
         )
-    if min(config.sop.teacher_temperature) <= 0:
-        raise UserError(
-            f"sop.teacher_temperature is {config.sop.teacher_temperature}; expected its start and "
-            "end, both more than 0"
-        )
+    if config.model.drop_path == 1:
+        raise UserError("model.drop_path is 1.0, which drops everything; expected less")
 
 
 def check_sizes(config: ml_collections.ConfigDict) -> None:

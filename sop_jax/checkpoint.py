@@ -67,8 +67,8 @@ class Checkpoints:
         if bad:
             raise NotFiniteError(
                 f"the state of step {step} is not finite, so it was not saved; NaN or infinity in: "
-                f"{_some(bad, ', ')}. The last good checkpoint stands: go on from it with a lower "
-                "learning rate, a longer warm-up or float32 compute."
+                f"{_some(bad, ', ')}. The last good checkpoint stands. Try a lower learning "
+                "rate, a longer warm-up or float32 compute in a new --workdir."
             )
         self._running = self._orbax.save_checkpointables_async(
             step, {_NAME: _as_dicts(state)}, force=True, custom_metadata={_SUMS: sums}
@@ -115,7 +115,7 @@ def restore(workdir: epath.PathLike, abstract: Any, step: int | None = None) -> 
 
 
 def restore_part(workdir: epath.PathLike, abstract: Any, key: str, step: int | None = None) -> Any:
-    """Reads the sub-tree `key` of a state (the field of that name) and nothing else.
+    """Reads the sub-tree `key` of a state, the field of that name.
 
     `abstract` is the sub-tree's own; otherwise as `restore`.
     """
@@ -132,9 +132,8 @@ def check_space(workdir: epath.PathLike, bytes_needed: int) -> None:
     free = shutil.disk_usage(path).free
     if free < bytes_needed:
         raise UserError(
-            f"the checkpoints of this run need {bytes_needed / 1e9:.1f} GB, and the disk of "
-            f"{workdir} has {free / 1e9:.1f} GB free. Free some space, choose another --workdir, "
-            "or keep fewer checkpoints."
+            f"the checkpoints of this run need {bytes_needed / 1e6:.0f} MB, and the disk of "
+            f"{workdir} has {free / 1e6:.0f} MB free. Free some space or choose another --workdir."
         )
 
 

@@ -168,11 +168,12 @@ def _message(error: BaseException) -> str | None:
         if isinstance(link, UserError):
             return str(link)
     if any(_is_full_disk(link) for link in chain):
-        workdir = FLAGS["workdir"].value if "workdir" in FLAGS else None
-        where = f"writing to {workdir}" if workdir else "writing"
+        place = next((name for name in ("out", "workdir") if name in FLAGS), None)
+        where = f"writing to {FLAGS[place].value}" if place else "writing"
+        then = ": it goes on from the last good checkpoint" if place == "workdir" else ""
         return (
             f"the disk is full: no space was left while {where}. Free some space and run the same "
-            "command again: it goes on from the last good checkpoint."
+            f"command again{then}."
         )
     return None
 

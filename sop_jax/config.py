@@ -19,6 +19,7 @@ RESUMABLE = (
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "checkpoint.keep_every",
     "data.workers",
     "data.threads",
     "mesh.data",

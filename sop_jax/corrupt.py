@@ -36,5 +36,6 @@ class CorruptImages:
             f"data.max_corrupt_share={self.allowed:g}:\n  "
             + "\n  ".join(names[:SHOWN])
             + more
-            + "\nRepair or remove them, or allow more with --config.data.max_corrupt_share"
+            + "\nRepair or remove them, or allow more with --config.data.max_corrupt_share "
+            "in a new --workdir"
         )

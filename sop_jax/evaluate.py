@@ -8,7 +8,6 @@ Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.js
 import json
 from typing import Any
 
-import jax
 import ml_collections
 from absl import flags
 from etils import epath
@@ -96,7 +95,7 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
             "the images of this run have no labels, and k-NN needs them. Sort them into one "
             "folder a class, in the train and in the test split, and give --data_path."
         )
-    extract = make_extractor(model, config, make_mesh(0, jax.device_count()))
+    extract = make_extractor(model, config, make_mesh())
     result = knn_evaluation(extract, teacher, train, test, config.eval)
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
     print(table(result))

@@ -10,7 +10,6 @@ cannot be read have no row and are listed on stderr.
 
 import sys
 
-import jax
 import numpy as np
 import tqdm
 from absl import flags
@@ -48,7 +47,7 @@ def export(
     draft = start_draft(epath.Path(out))
     try:
         config, model, teacher, step = load(workdir, step)
-        mesh = make_mesh(0, jax.device_count())
+        mesh = make_mesh()
         extract = make_extractor(model, config, mesh, patches)
         with tqdm.tqdm(total=len(source), unit="image", dynamic_ncols=True) as bar:
             features = extract(teacher, source, bar.update)

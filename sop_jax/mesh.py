@@ -8,13 +8,8 @@ from jax.sharding import PartitionSpec as P
 from sop_jax.errors import UserError
 
 
-def make_mesh(devices: int, batch_size: int) -> Mesh:
-    """A mesh of one axis, `data`, that splits the batch.
-
-    Args:
-        devices: how many to use; 0 for all.
-        batch_size: images a step over all devices, which they must divide.
-    """
+def make_mesh(devices: int = 0) -> Mesh:
+    """A mesh of one axis, `data`, that splits batches over so many devices; 0 for all."""
     available = jax.device_count()
     count = devices or available
     if count > available:
@@ -22,14 +17,19 @@ def make_mesh(devices: int, batch_size: int) -> Mesh:
             f"mesh.data asks for {count} devices, but {available} are there; "
             "set --config.mesh.data=0 to use all"
         )
+    return jax.make_mesh(
+        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+    )
+
+
+def check_split(mesh: Mesh, batch_size: int) -> None:
+    """Raises UserError when the devices do not divide a batch."""
+    count = mesh.devices.size
     if batch_size % count:
         raise UserError(
             f"batch_size {batch_size} cannot be split over {count} devices; choose a multiple of "
             f"{count}, or fewer devices with --config.mesh.data"
         )
-    return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
-    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

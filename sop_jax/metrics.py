@@ -57,6 +57,11 @@ class Writer:
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Makes sure that every row is where a later run finds it."""
+        if self._remote:
+            self._rewrite()
+
     def close(self) -> None:
         """Writes what is left and closes the files."""
         if self._file:

@@ -28,7 +28,7 @@ def cosine(ends: tuple[float, float], steps: int) -> Schedule:
 
 def ramp(ends: tuple[float, float], steps: int) -> Schedule:
     """Linear from the first end at step 0 to the second at step `steps - 1`, then constant."""
-    start, end = ends
+    start, end = ends if steps > 0 else (ends[1], ends[1])
     return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
 
 

@@ -13,7 +13,7 @@ from sop_jax.models import Model, Params, build
 def load(
     workdir: epath.PathLike, step: int | None = None
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
-    """Reads the teacher of a run; nothing else of its state is read.
+    """Reads the teacher of a run.
 
     Args:
         workdir: of the run, local or remote (`gs://`).
@@ -28,7 +28,7 @@ def load(
     """
     config = config_lib.load(workdir)
     model = build(config, config.augment.global_size)
-    everywhere = replicated(make_mesh(0, jax.device_count()))
+    everywhere = replicated(make_mesh())
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         jax.eval_shape(model.init, jax.random.key(0)),

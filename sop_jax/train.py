@@ -6,6 +6,7 @@ Any setting can be changed on the command line: --config.batch_size=128. The sam
 resumes an interrupted run, exactly; a finished one it leaves as it is.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -29,7 +30,7 @@ from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
 from sop_jax.features import make_extractor
 from sop_jax.interruption import Interruption
-from sop_jax.mesh import make_mesh, replicated, to_devices
+from sop_jax.mesh import check_split, make_mesh, replicated, to_devices
 from sop_jax.metrics import Progress, open_writer, read_metrics
 from sop_jax.models import build
 from sop_jax.sop.objective import sop
@@ -37,6 +38,7 @@ from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
+UNSEEN = 100  # steps at most whose metrics nobody has looked at
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
@@ -55,12 +57,17 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     """
     check(config)
     workdir = epath.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(
+            f"--workdir={workdir} is a file; name a folder, which need not be there yet"
+        )
     if (finished := check_workdir(config, workdir)) is not None:
         print(f"{workdir} is finished; its summary:\n{json.dumps(finished)}")
         return finished
 
     # What the run is made of.
-    mesh = make_mesh(config.mesh.data, config.batch_size)
+    mesh = make_mesh(config.mesh.data)
+    check_split(mesh, config.batch_size)
     train_source, test_source = open_source(config.data, "train"), open_source(config.data, "test")
     assert train_source is not None  # only the test split may be missing
     steps, epoch = optim.run_length(config, len(train_source))
@@ -107,7 +114,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     rows = read_metrics(workdir)
     wall_before = rows[-1]["wall_s"] if rows else 0.0
     progress = Progress(start, steps, shown=writer is not None)
-    progress.note(describe(config, train_source, state, mesh.devices, start, steps, epoch))
+    progress.note(
+        describe(config, train_source, test_source, state, mesh.devices, start, steps, epoch)
+    )
     batches = train_batches(
         train_source, config, model.patch, start, jax.process_index(), jax.process_count()
     )
@@ -126,9 +135,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         shown = {name: row.get(key) for name, key in names.items()}
         if "loss" in row:
             words = objective.verdict([r for r in rows if "loss" in r])
-            shown["health"] = "collapsing" if words else "ok"
             if words and not told:
                 progress.note(f"step {step}: {words}")
+            if words or told:
+                shown["health"] = "collapsing" if words else "no longer collapsing"
             told = words is not None
         progress.show(step, shown)
 
@@ -151,7 +161,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                 stop = interruption.asked and not last  # later wishes are the next step's
                 save = last or stop or due(step, config.checkpoint_every)
                 judge = config.eval_every and (last or due(step, config.eval_every))
-                if not (log or save or judge):
+                if not (log or save or judge or len(pending) == UNSEEN):
                     continue
                 row, unreadable = fetch(pending, saved, corrupt)
                 pending.clear()
@@ -163,6 +173,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                 if log or judge:
                     record(step, (row if log else {}) | (evaluate(state.teacher) if judge else {}))
                 if save:
+                    if writer is not None:
+                        writer.flush()  # a checkpoint's rows are there before it is
                     checkpoints.save(step, state)
                     saved = step
                 if stop:
@@ -209,7 +221,8 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
                 f"{', '.join(config_lib.RESUMABLE)} may change."
             )
         if summary.exists():
-            return json.loads(summary.read_text())
+            with contextlib.suppress(ValueError):  # damaged: the end of the run is made again
+                return json.loads(summary.read_text())
     elif workdir.exists() and checkpoint.latest_step(workdir) is not None:
         raise UserError(
             f"{workdir} has checkpoints but no config.json that says of what; use another --workdir"
@@ -273,6 +286,7 @@ def state_bytes(abstract: TrainState) -> int:
 def describe(
     config: ml_collections.ConfigDict,
     source: Source,
+    test: Source | None,
     state: TrainState,
     devices: np.ndarray,
     start: int,
@@ -285,31 +299,37 @@ def describe(
     if config.augment.local_crops:
         views += f" + {config.augment.local_crops}x{config.augment.local_size}"
     kind = devices.flat[0].device_kind
+    if test is None:
+        judged = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
+    elif source.class_names is None or test.class_names is None:
+        judged = "no k-NN accuracy: the images have no labels"
+    else:
+        judged = f"k-NN on {len(test)} test images of {len(source.class_names)} classes"
     return (
         f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
         f"{config.batch_size} on {devices.size} {kind} device{'s' * (devices.size > 1)}; "
-        f"steps {start} to {steps} ({steps / epoch:.1f} epochs). The first step compiles."
+        f"steps {start} to {steps} ({steps / epoch:.1f} epochs); {judged}. The first step compiles."
     )
 
 
 def summarise(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """The summary of a finished run from its logged rows."""
-    first, final = rows[0], rows[-1]
+    first, final = (rows[0], rows[-1]) if rows else ({}, {})
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
         "knn_top1": final.get("knn_top1"),
-        "knn_top1_untrained": first["knn_top1"] if first["step"] == 0 else None,
+        "knn_top1_untrained": first.get("knn_top1") if first.get("step") == 0 else None,
         "knn_k": final.get("knn_k"),
-        "loss": final["loss"],
+        "loss": final.get("loss"),
         "steps": steps,
-        "images_per_s": float(np.median(speeds)),
-        "wall_s": final["wall_s"],
+        "images_per_s": float(np.median(speeds)) if speeds else None,
+        "wall_s": final.get("wall_s"),
     }
 
 
 def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
     """The summary as a person would tell it."""
-    minutes = f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} minutes"
+    minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
     curves = f"curves: tensorboard --logdir {workdir}"
     before, after = summary["knn_top1_untrained"], summary["knn_top1"]
     if before is None or after is None:

@@ -277,7 +277,7 @@ def test_a_write_that_fails_is_told_and_loses_nothing(tmp_path: pathlib.Path, wh
 def test_a_disk_too_small_is_told_before_the_work(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "not" / "there" / "yet"
     checkpoint.check_space(workdir, 1000)
-    with pytest.raises(UserError, match=r"need 1000000.0 GB, and the disk of .* has .* GB free"):
+    with pytest.raises(UserError, match=r"need 1000000000 MB, and the disk of .* has .* MB free"):
         checkpoint.check_space(workdir, 10**15)
     checkpoint.check_space("gs://bucket/run", 10**15)
 

@@ -53,11 +53,7 @@ def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: 
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=5)
     for step in steps:
         key = jax.random.key(step)
-        state = init_state(key, model, sop(config.sop, model.dim), tx)
-        # As a plain dict, which is written alike: Orbax puts None into dataclasses, and their
-        # types are checked here.
-        memories = {name: vars(memory) for name, memory in state.memories.items()}
-        checkpoints.save(step, vars(state) | {"memories": memories})
+        checkpoints.save(step, init_state(key, model, sop(config.sop, model.dim), tx))
     checkpoints.close()
     return config
 
@@ -124,7 +120,7 @@ def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
 def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> None:
     config = make_run(tmp_path)
     _, model, params, _ = load(tmp_path)
-    extract = make_extractor(model, config, make_mesh(0, jax.device_count()))
+    extract = make_extractor(model, config, make_mesh())
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
     found = knn_evaluation(extract, params, train, test, config.eval)
     assert found["knn_top1"] > 0.3  # chance is 0.1

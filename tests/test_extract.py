@@ -4,7 +4,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,7 +43,7 @@ def test_writes_features_names_and_labels(run: pathlib.Path, tree: pathlib.Path)
     assert found["labels"].tolist() == [0] * 5 + [1] * 5
     assert found["class_names"].tolist() == ["green", "red"]
     config, model, params, _ = load(run)
-    mesh = make_mesh(0, jax.device_count())
+    mesh = make_mesh()
     expected = make_extractor(model, config, mesh)(params, folder_source(str(tree)))
     assert found["features"].dtype == np.float32
     np.testing.assert_allclose(found["features"], expected.vectors, atol=1e-5)

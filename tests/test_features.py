@@ -57,7 +57,7 @@ class Some(DigitsSource):
 def test_are_the_class_token_of_every_image_in_order(count: int, dtype: str) -> None:
     config, (model, params) = small_config(), network(dtype)
     source = Some(count)
-    found = make_extractor(model, config, make_mesh(1, 1))(params, source)
+    found = make_extractor(model, config, make_mesh(1))(params, source)
     (batch,) = eval_batches(source, 18, 16, count)
     (tokens,) = model.features(params, jnp.asarray(batch["image"]))
     assert found.vectors.dtype == np.float32 and found.vectors.shape == (count, WIDTH)
@@ -72,10 +72,10 @@ def test_are_the_class_token_of_every_image_in_order(count: int, dtype: str) -> 
 def test_do_not_depend_on_devices_or_batch() -> None:
     model, params = network("float32")
     source = Some(45)
-    one = make_extractor(model, small_config(), make_mesh(1, 1))(params, source)
+    one = make_extractor(model, small_config(), make_mesh(1))(params, source)
     for batch_size in (1, 10):  # rounded up to what the devices divide
         config = small_config(**{"eval.batch_size": batch_size})
-        mesh = make_mesh(0, jax.device_count())
+        mesh = make_mesh()
         many = make_extractor(model, config, mesh)(params, source)
         np.testing.assert_allclose(many.vectors, one.vectors, atol=1e-5)
         np.testing.assert_array_equal(many.index, one.index)
@@ -83,7 +83,7 @@ def test_do_not_depend_on_devices_or_batch() -> None:
 
 def test_patches_come_row_by_row_where_asked_for() -> None:
     config, (model, params) = small_config(), network("float32")
-    found = make_extractor(model, config, make_mesh(1, 1), patches=True)(params, Some(20))
+    found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
     assert found.patches is not None
     assert found.patches.dtype == np.float16 and found.patches.shape == (20, 16, WIDTH)
     (batch,) = eval_batches(Some(20), 18, 16, 20)
@@ -94,7 +94,7 @@ def test_patches_come_row_by_row_where_asked_for() -> None:
 def test_corrupt_images_have_no_row_and_are_named() -> None:
     config, (model, params) = small_config(), network("float32")
     broken = (0, 17, 36)
-    extract = make_extractor(model, config, make_mesh(1, 1))
+    extract = make_extractor(model, config, make_mesh(1))
     found, whole = extract(params, Some(37, broken)), extract(params, Some(37))
     assert found.corrupt == list(broken)
     rest = np.setdiff1d(np.arange(37), broken)
@@ -104,14 +104,14 @@ def test_corrupt_images_have_no_row_and_are_named() -> None:
 
 def test_nothing_readable_gives_no_rows() -> None:
     config, (model, params) = small_config(), network("float32")
-    found = make_extractor(model, config, make_mesh(1, 1))(params, Some(3, (0, 1, 2)))
+    found = make_extractor(model, config, make_mesh(1))(params, Some(3, (0, 1, 2)))
     assert found.vectors.shape == (0, WIDTH) and found.corrupt == [0, 1, 2]
 
 
 def test_progress_counts_every_image_once() -> None:
     config, (model, params) = small_config(), network("float32")
     done: list[int] = []
-    make_extractor(model, config, make_mesh(1, 1))(params, Some(37, (5,)), done.append)
+    make_extractor(model, config, make_mesh(1))(params, Some(37, (5,)), done.append)
     assert done == [16, 16, 5]
 
 

@@ -5,19 +5,19 @@ import numpy as np
 import pytest
 
 from sop_jax.errors import UserError
-from sop_jax.mesh import make_mesh, replicated, split, to_devices
+from sop_jax.mesh import check_split, make_mesh, replicated, split, to_devices
 
 
 @pytest.mark.parametrize(("asked", "used"), [(0, 8), (1, 1), (4, 4), (8, 8)])
 def test_uses_as_many_devices_as_asked_or_all(asked: int, used: int) -> None:
-    mesh = make_mesh(asked, 16)
+    mesh = make_mesh(asked)
     assert mesh.axis_names == ("data",)
     assert mesh.devices.tolist() == jax.devices()[:used]
 
 
 def test_more_devices_than_there_are_names_the_way_out() -> None:
     with pytest.raises(UserError, match=r"16 devices, but 8 are there.*mesh.data=0"):
-        make_mesh(16, 16)
+        make_mesh(16)
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(0, 12), (3, 16)])
@@ -25,11 +25,11 @@ def test_a_batch_that_cannot_be_split_names_the_way_out(devices: int, batch_size
     count = devices or 8
     message = rf"batch_size {batch_size} cannot be split over {count} .*multiple of {count}.*mesh"
     with pytest.raises(UserError, match=message):
-        make_mesh(devices, batch_size)
+        check_split(make_mesh(devices), batch_size)
 
 
 def test_a_batch_is_split_by_image_in_order() -> None:
-    mesh = make_mesh(4, 8)
+    mesh = make_mesh(4)
     batch = {"x": np.arange(24).reshape(8, 3), "index": np.arange(8)}
     placed = to_devices(mesh, batch)
     for name, array in batch.items():
@@ -41,5 +41,5 @@ def test_a_batch_is_split_by_image_in_order() -> None:
 
 
 def test_replicated_is_whole_on_every_device() -> None:
-    array = jax.device_put(np.arange(6), replicated(make_mesh(0, 8)))
+    array = jax.device_put(np.arange(6), replicated(make_mesh()))
     assert [shard.data.shape for shard in array.addressable_shards] == [(6,)] * 8

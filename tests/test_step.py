@@ -184,7 +184,7 @@ def test_metrics_tell_the_settings_of_the_step_and_corrupt_images(run: Run) -> N
 def test_eight_devices_compute_what_one_does(run: Run) -> None:
     config = small_config()
     start, step = make_run(config)
-    mesh = make_mesh(8, config.batch_size)
+    mesh = make_mesh(8)
     step = jax.jit(step, out_shardings=replicated(mesh))
     state = jax.device_put(start(), replicated(mesh))
     for i in range(4):

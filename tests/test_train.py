@@ -560,7 +560,7 @@ def test_a_disk_without_space_for_checkpoints_is_told_first(
         return shutil._ntuple_diskusage(10**9, 10**9, 2 * state)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(shutil, "disk_usage", disk)
-    with pytest.raises(UserError, match="need .* GB, and the disk .*Free some space"):
+    with pytest.raises(UserError, match="need .* MB, and the disk .*Free some space"):
         train.train(small_config(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     train.train(small_config(), stopped)  # what it needs is there already

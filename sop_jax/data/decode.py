@@ -40,7 +40,8 @@ def decode(record: bytes | np.ndarray) -> np.ndarray:
             return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        reason = str(error).partition(" <_io.")[0]  # without the address of a buffer
+        raise ValueError(f"{type(error).__name__}: {reason}") from error
 
 
 def decode_or_substitute(source: Source, index: int) -> tuple[np.ndarray, int, int]:

@@ -36,7 +36,11 @@ def log_assignment(
     rests = (1 - sops.votes) / max(count - 1, 1)
     own = (terms * rests).sum(-1) * jnp.exp(peaks)
     everything = own.sum(-1, keepdims=True)
-    others = jnp.maximum(everything - own, jnp.finfo(jnp.float32).eps * everything)
+    # The one SOP that may hold nearly everything gets a sum of its own: the difference would be
+    # all rounding there, and is exact to float32 elsewhere.
+    largest = jnp.arange(count) == own.argmax(-1, keepdims=True)
+    without = jnp.where(largest, 0, own).sum(-1, keepdims=True)
+    others = jnp.where(largest, without, everything - own)
     return jnp.logaddexp(votes, log_positive(others)) - total
 
 

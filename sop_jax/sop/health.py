@@ -38,7 +38,8 @@ def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
     x = x - x.mean(0)
     sums = "bi,bj->ij" if len(x) > x.shape[1] else "ij,kj->ik"  # the smaller of the two products
     gram = jnp.einsum(sums, x, x, precision=jax.lax.Precision.HIGHEST)
-    values = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))
+    squares = jnp.linalg.eigvalsh(gram)
+    values = jnp.sqrt(jnp.where(squares > 1e-6 * squares.max(), squares, 0))  # rounding is no rank
     return jnp.exp(entropy(values / jnp.maximum(values.sum(), 1e-12)))
 
 
@@ -98,6 +99,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str | None:
     row = rows[-1]
     ratio = row["teacher_temperature"] / row["student_temperature"]
     cause = f"embeddings spread only {row['embedding_std']:.2f} of 1"
+    if shares_few_sops(row):
+        cause = f"all images share a few SOPs (entropy_of_mean {row['entropy_of_mean']:.2f})"
     if row["agreement"] < ratio:
         cause += (
             f", and views agree {row['agreement']:.2f}, below the temperature ratio {ratio:.2f}"
@@ -111,8 +114,14 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 def is_collapsing(row: Mapping[str, Any]) -> bool:
     """Whether one logged step looks collapsed, see `verdict`."""
+    if any(row[name] is None for name in ("entropy", "embedding_std", "agreement")):
+        return False  # not a number: that is another failure
     ratio = row["teacher_temperature"] / row["student_temperature"]
     says_nothing = row["entropy"] > 0.97 * row["log_k"]
     one_point = row["embedding_std"] < 0.25
-    few_sops = row["entropy_of_mean"] < 0.25 * row["log_k"]
-    return few_sops or (one_point and (says_nothing or row["agreement"] < ratio))
+    return shares_few_sops(row) or (one_point and (says_nothing or row["agreement"] < ratio))
+
+
+def shares_few_sops(row: Mapping[str, Any]) -> bool:
+    """Whether the images of a batch, all together, choose only a few SOPs."""
+    return row["entropy_of_mean"] < 0.25 * row["log_k"]
