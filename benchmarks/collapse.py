@@ -79,7 +79,7 @@ def plot(rows: dict[str, list[dict]], path: Path) -> None:
         if key.startswith("entropy"):
             axis.axhline(run[-1]["log_k"], color="black", linewidth=0.8, linestyle=":")
             axis.annotate("ln K", (0, run[-1]["log_k"]), va="bottom")
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=80)
 
 

@@ -61,7 +61,11 @@ def main() -> None:
     random = unit(jax.random.normal(jax.random.key(0), (args.rows, 256)))
     centres = random[jax.random.randint(jax.random.key(1), (args.rows,), 0, 1000)]
     noise = jax.random.normal(jax.random.key(2), random.shape) / 16
-    banks = {"random": random, "clusters": unit(centres + 0.3 * noise)}
+    banks = {
+        "random": random,
+        "clusters of 0.3": unit(centres + 0.3 * noise),
+        "clusters of 0.05": unit(centres + 0.05 * noise),
+    }
     if args.workdir:
         banks[f"memory of {args.workdir.name}"] = trained_memory(args.workdir)
     results = {
