@@ -1,4 +1,4 @@
-"""CIFAR-10 in about an hour of two CPU cores.
+"""CIFAR-10 in an hour, more or less, of two CPU cores.
 
     python -m sop_jax.train --config=configs/cifar10_cpu.py --workdir=runs/cifar10_cpu \
         --config.data.path=cifar10.npz

@@ -1,0 +1,59 @@
+"""The k-NN accuracy of raw pixels, under the protocol that networks are judged by.
+
+    python benchmarks/pixels.py --config=configs/cifar10_cpu.py --data=cifar10.npz
+
+Pixels are those of the evaluation crop, less the mean image of the train split.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sop_jax.data.pipeline import eval_batches  # noqa: E402
+from sop_jax.data.sources import Source, open_source  # noqa: E402
+from sop_jax.knn import knn_top1  # noqa: E402
+
+
+def pixels(source: Source, resize: int, crop: int) -> np.ndarray:
+    """The evaluation crops as rows, float32 [n, 3 * crop * crop]."""
+    batches = eval_batches(source, resize, crop, 500)
+    rows = [batch["image"][batch["valid"]] for batch in batches]
+    return np.concatenate(rows).reshape(-1, 3 * crop * crop).astype(np.float32)
+
+
+def main() -> None:
+    """Prints one JSON line: top-1 of each k."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--data", default="")
+    args = parser.parse_args()
+    config = runpy.run_path(args.config)["get_config"]()
+    config.data.path = args.data
+    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    if train is None or test is None or train.labels is None or test.labels is None:
+        raise SystemExit("error: k-NN needs labelled train and test splits; check the config")
+    known, asked = (pixels(s, config.eval.resize, config.eval.crop) for s in (train, test))
+    mean = known.mean(0)
+    unit = [
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+        for x in (known - mean, asked - mean)
+    ]
+    top1 = knn_top1(
+        unit[0],
+        train.labels,
+        unit[1],
+        test.labels,
+        tuple(config.eval.knn_k),
+        config.eval.knn_temperature,
+    )
+    print(json.dumps({f"k{k}": share for k, share in top1.items()}))
+
+
+if __name__ == "__main__":
+    main()
