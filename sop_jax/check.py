@@ -88,6 +88,12 @@ SHARES = (
     "optim.momentum",
 )
 
+RANGES = (
+    (POSITIVE, lambda value: value > 0, "more than 0"),
+    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
+)
+
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting that cannot work, saying which would."""
@@ -100,18 +106,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key, known in CHOICES.items():
         if flat[key] not in known:
             raise UserError(f"{key} is {flat[key]!r}; expected one of {', '.join(known)}")
-    for key in POSITIVE:
-        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
-        if min(values) <= 0:
-            raise UserError(f"{key} is {flat[key]}; expected more than 0")
-    for key in NOT_NEGATIVE:
-        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
-        if min(values) < 0:
-            raise UserError(f"{key} is {flat[key]}; expected 0 or more")
-    for key in SHARES:
-        values = flat[key] if isinstance(flat[key], list) else [flat[key]]
-        if not all(0 <= value <= 1 for value in values):
-            raise UserError(f"{key} is {flat[key]}; expected between 0 and 1")
+    for keys, fits, expected in RANGES:
+        for key in keys:
+            values = flat[key] if isinstance(flat[key], list) else [flat[key]]
+            if not all(fits(value) for value in values):
+                raise UserError(f"{key} is {flat[key]}; expected {expected}")
     check_length(config)
     check_sizes(config)
     for name in ("cls", "patch"):

@@ -95,10 +95,10 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         jax.eval_shape(init, jax.random.key(0)),
     )
     # One more than are kept, for the new one is there before the oldest goes.
-    there = len(checkpoint.steps(workdir))
-    to_come = max(1, config.checkpoint.keep_last + 1 - there)
+    there = checkpoint.steps(workdir)
+    to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
     checkpoint.check_space(workdir, to_come * state_bytes(abstract))
-    start = saved = checkpoint.latest_step(workdir) or 0
+    start = saved = max(there, default=0)
     if start:
         state = checkpoint.restore(workdir, abstract, start)
     else:
@@ -122,6 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     )
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
     began = time.monotonic()
+    logged = [row for row in rows if "loss" in row]
     told = False  # that it is collapsing
 
     def record(step: int, row: dict[str, Any]) -> None:
@@ -134,7 +135,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         names = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
         shown = {name: row.get(key) for name, key in names.items()}
         if "loss" in row:
-            words = objective.verdict([r for r in rows if "loss" in r])
+            logged.append(row)
+            words = objective.verdict(logged)
             if words and not told:
                 progress.note(f"step {step}: {words}")
             if words or told:
