@@ -19,16 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sop_jax import checkpoint  # noqa: E402
 from sop_jax import config as config_lib  # noqa: E402
+from sop_jax.mesh import make_mesh  # noqa: E402
 from sop_jax.models.head import unit  # noqa: E402
+from sop_jax.run import assemble  # noqa: E402
 from sop_jax.search import PRECISIONS, nearest  # noqa: E402
-from sop_jax.sop.objective import sop  # noqa: E402
+from sop_jax.sop.memory import flat_rows  # noqa: E402
+
+MESH = make_mesh(1)
 
 
 def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
     """Share of the float32 neighbours that each precision finds."""
     own = jnp.arange(anchors)
     found = {
-        name: np.asarray(nearest(rows[:anchors], rows, k, own=own, precision=name)[1])
+        name: np.asarray(nearest(rows[:anchors], rows, k, MESH, own=own, precision=name)[1])
         for name in PRECISIONS
     }
     exact = found["float32"]
@@ -42,12 +46,9 @@ def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
 def trained_memory(workdir: Path) -> jax.Array:
     """Rows of the [CLS] memory in a run's newest checkpoint."""
     config = config_lib.load(workdir)
-    memories = jax.eval_shape(sop(config.sop, config.head.dim).init, jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), memories
-    )
-    return checkpoint.restore_part(workdir, abstract, "memories")["cls"].rows
+    abstract = assemble(config, MESH, images=config.batch_size).abstract.memories
+    memory = checkpoint.restore_part(workdir, abstract, "memories")["cls"]
+    return flat_rows(memory)
 
 
 def main() -> None:

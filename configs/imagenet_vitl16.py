@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = "imagenet"
     config.data.test_split = "val"
     config.model.size = "l"
-    config.model.remat = True
+    config.model.remat = "full"
     config.augment.global_scale = (0.32, 1.0)
     config.augment.local_scale = (0.05, 0.32)
     config.sop.temperature_warmup_epochs = 50.0

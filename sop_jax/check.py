@@ -5,6 +5,7 @@ import ml_collections
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import SIZES, vit_size
+from sop_jax.models.vit import REMATS
 from sop_jax.optim import CLIPS
 from sop_jax.search import PRECISIONS
 from sop_jax.sop.objective import ANCHORS
@@ -16,6 +17,7 @@ CHOICES = {
     "mask.kind": ("block", "random"),
     "model.size": (*SIZES, "custom"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": tuple(REMATS),
     "sop.cls.votes": VOTES,
     "sop.patch.votes": VOTES,
     "sop.pool": POOLS,
@@ -26,6 +28,8 @@ CHOICES = {
 
 POSITIVE = (
     "batch_size",
+    "accumulate",
+    "mesh.fsdp",
     "augment.global_size",
     "augment.local_size",
     "model.patch",
@@ -173,6 +177,11 @@ def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "
             f"a row; use a batch of at most {level.memory} or a larger memory"
+        )
+    if config.sop.anchors == "fixed_slots" and level.memory % batch:
+        raise UserError(
+            f"sop.anchors=fixed_slots needs slots that stay in the memory, and batch_size {batch} "
+            f"does not divide sop.{name}.memory {level.memory}; choose sizes that do"
         )
     if level.tasks == 0:
         return

@@ -1,7 +1,9 @@
 """What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
 
 A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
-after one in the command line, and 130 when interrupted.
+after one in the command line, and 130 when interrupted. One that computes on devices may run as
+several processes, with `--coordinator`, `--processes` and `--process`; a process that fails ends
+the others too.
 """
 
 import difflib
@@ -10,6 +12,7 @@ import importlib.util
 import numbers
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -26,27 +29,80 @@ FLAGS = flags.FLAGS
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
     """Parses the flags, runs `main(argv)` and exits; an error people can mend is one message.
 
     Among those are a `UserError`, a config file that is missing or does not load, an unknown
     setting or flag, a value of the wrong type, and a full disk. Other errors keep their traceback.
+
+    Args:
+        main: what the command does; prints to stdout in process 0 alone.
+        devices: whether it computes on devices, hence perhaps in several processes.
     """
+    if devices:
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several.")
+        flags.DEFINE_integer("processes", None, "How many; 1 ignores clusters.", lower_bound=1)
+        flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
     def guarded(argv: list[str]) -> None:
+        hosts = _hosts()
         try:
+            if hosts:
+                hosts.start(*_processes())
+                hosts.check_agreement(_settings())
             main(argv)
-        except KeyboardInterrupt:
-            _exit("interrupted", 130)
-        except Interrupted as stopped:
-            _exit(str(stopped), 130)
-        except Exception as error:
-            message = _message(error)
+        except (Exception, KeyboardInterrupt) as error:
+            if hosts and hosts.several():
+                return _end_among_others(hosts, error)
+            message, code = _ending(error)
             if message is None:
                 raise
-            _exit(f"error: {message}", 1)
+            _exit(message, code)
+        if hosts:
+            hosts.stop()
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _hosts() -> Any:
+    """`sop_jax.hosts` where the command computes; it loads JAX, which other commands do without."""
+    if "processes" not in FLAGS:
+        return None
+    from sop_jax import hosts
+
+    return hosts
+
+
+def _processes() -> list[Any]:
+    return [FLAGS[name].value for name in ("coordinator", "processes", "process")]
+
+
+def _settings() -> dict[str, Any]:
+    """What this command was told: its own flags and the settings of its config, by their names."""
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    told = {f"--{flag.name}": flag.value for flag in own if flag.name != "config"}
+    config = FLAGS["config"].value if "config" in FLAGS else None
+    return told | {f"--config.{name}": value for name, value in flatten(config or {}).items()}
+
+
+def _end_among_others(hosts: Any, error: BaseException) -> None:
+    message, code = _ending(error)
+    if isinstance(error, Interrupted):  # as all of them are
+        hosts.stop()
+        _exit(f"{hosts.name()}: {message}", code)
+    text = message or "".join(traceback.format_exception(error))
+    words = message or f"{type(error).__name__}: {error}"
+    hosts.leave(code, text, words.removeprefix("error: "))
+
+
+def _ending(error: BaseException) -> tuple[str | None, int]:
+    """The message, None for a traceback, and the exit code for what ended a command."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, Interrupted):
+        return str(error), 130
+    message = _message(error)
+    return (message if message is None else f"error: {message}"), 1
 
 
 def _exit(message: str, code: int) -> NoReturn:
@@ -62,6 +118,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if config is not None:
             _check_names(argv, config)
         rest = FLAGS(argv)
+        if hosts := _hosts():
+            hosts.check(*_processes())
         if config is not None:
             _check_tuples(flatten(FLAGS["config"].value), flatten(config))
         if rest[1:]:

@@ -14,7 +14,7 @@ from ml_collections import config_dict
 
 from sop_jax.errors import UserError
 
-# What a resumed run may change: nothing that decides which numbers come out.
+# What a resumed run may change: nothing that decides which numbers come out, but for rounding.
 RESUMABLE = (
     "log_every",
     "eval_every",
@@ -23,6 +23,9 @@ RESUMABLE = (
     "data.workers",
     "data.threads",
     "mesh.data",
+    "mesh.fsdp",
+    "accumulate",
+    "model.remat",
 )
 
 
@@ -33,6 +36,7 @@ def paper() -> ml_collections.ConfigDict:
     config.epochs = 800.0
     config.steps = config_dict.placeholder(int)  # wins over `epochs` when set
     config.batch_size = 1024  # images a step, over all devices
+    config.accumulate = 1  # microbatches of a step, one after another, to save memory
     config.log_every = 50  # steps, as the two below; 0 means never
     config.eval_every = 12500
     config.checkpoint_every = 2500
@@ -86,7 +90,7 @@ def paper() -> ml_collections.ConfigDict:
             drop_path=0.1,
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start
-            remat=False,
+            remat="none",  # none | dots | full: what is computed again to save memory
             dtype="bfloat16",  # of the computation; parameters are float32
         )
     )
@@ -124,7 +128,12 @@ def paper() -> ml_collections.ConfigDict:
         dict(resize=256, crop=224, batch_size=256, knn_k=(10, 20, 100, 200), knn_temperature=0.07)
     )
     config.checkpoint = ml_collections.ConfigDict(dict(keep_last=2, keep_every=0))
-    config.mesh = ml_collections.ConfigDict(dict(data=0))  # devices; 0 for all
+    config.mesh = ml_collections.ConfigDict(
+        dict(
+            data=0,  # groups of devices that each hold all parameters; 0 for as many as there are
+            fsdp=1,  # devices of a group, which share parameters and optimizer state
+        )
+    )
     return config
 
 

@@ -6,11 +6,14 @@ Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.js
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import ml_collections
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
@@ -27,6 +30,8 @@ def knn_evaluation(
     train: Source,
     test: Source | None,
     eval_config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    between: Callable[[], Any] | None = None,
 ) -> dict[str, float | int | None]:
     """Weighted k-NN accuracy of the test images among the train images, as DINO measures it.
 
@@ -37,6 +42,8 @@ def knn_evaluation(
         test: images to classify. Without a test split nothing is measured: there is no
             leave-one-out on the train images.
         eval_config: has `knn_k` and `knn_temperature`.
+        mesh: devices that share the train images among them.
+        between: called between two batches of images; it may raise.
 
     Returns:
         `knn_top1`, the best over k, `knn_k`, the k that gave it, and `knn_top1_k<k>` for each k,
@@ -48,7 +55,7 @@ def knn_evaluation(
     result: dict[str, float | int | None] = dict.fromkeys(names)
     if test is None or train.labels is None or test.labels is None:
         return result
-    known, asked = extract(params, train), extract(params, test)
+    known, asked = (extract(params, source, between=between) for source in (train, test))
     top1 = knn_top1(
         known.vectors,
         train.labels[known.index],
@@ -56,6 +63,7 @@ def knn_evaluation(
         test.labels[asked.index],
         ks,
         eval_config.knn_temperature,
+        mesh=mesh,
     )
     best = max(top1, key=lambda k: top1[k])  # the smallest k of equals
     return result | {
@@ -95,11 +103,14 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
             "the images of this run have no labels, and k-NN needs them. Sort them into one "
             "folder a class, in the train and in the test split, and give --data_path."
         )
-    extract = make_extractor(model, config, make_mesh())
-    result = knn_evaluation(extract, teacher, train, test, config.eval)
+    mesh = make_mesh()
+    extract = make_extractor(model, config, mesh)
+    result = knn_evaluation(extract, teacher, train, test, config.eval, mesh)
+    record = {"task": "knn", "step": step, **result}
+    if jax.process_index() > 0:
+        return record  # the first process speaks and writes
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
     print(table(result))
-    record = {"task": "knn", "step": step, **result}
     path = epath.Path(workdir) / f"knn_{step}.json"
     try:
         path.write_text(json.dumps(record) + "\n")
@@ -135,7 +146,9 @@ def main(argv: list[str]) -> None:
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
-    print(json.dumps(TASKS[args.task](args.workdir, args.step, args.data_path)))
+    record = TASKS[args.task](args.workdir, args.step, args.data_path)
+    if jax.process_index() == 0:
+        print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ cannot be read have no row and are listed on stderr.
 
 import sys
 
+import jax
 import numpy as np
 import tqdm
 from absl import flags
@@ -44,13 +45,18 @@ def export(
     if not epath.Path(images).is_dir():
         raise UserError(f"there is no folder {images}; give a folder of images with --images")
     source = folder_source(images)
-    draft = start_draft(epath.Path(out))
+    chief = jax.process_index() == 0  # writes and speaks for all processes
+    draft = start_draft(epath.Path(out)) if chief else None
     try:
         config, model, teacher, step = load(workdir, step)
         mesh = make_mesh()
         extract = make_extractor(model, config, mesh, patches)
-        with tqdm.tqdm(total=len(source), unit="image", dynamic_ncols=True) as bar:
+        with tqdm.tqdm(
+            total=len(source), unit="image", dynamic_ncols=True, disable=not chief
+        ) as bar:
             features = extract(teacher, source, bar.update)
+        if draft is None:
+            return
         if features.corrupt:
             print(f"{len(features.corrupt)} images cannot be read:", file=sys.stderr)
             for index in features.corrupt:
@@ -71,7 +77,8 @@ def export(
             np.savez(file, **arrays)
         draft.replace(out)
     finally:
-        draft.unlink(missing_ok=True)
+        if draft is not None:
+            draft.unlink(missing_ok=True)
 
 
 def start_draft(out: epath.Path) -> epath.Path:
@@ -92,7 +99,8 @@ def main(argv: list[str]) -> None:
     del argv
     args = flags.FLAGS
     export(args.workdir, args.images, args.out, args.step, args.patches)
-    print(args.out)
+    if jax.process_index() == 0:
+        print(args.out)
 
 
 if __name__ == "__main__":

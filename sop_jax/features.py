@@ -53,8 +53,8 @@ def make_extractor(
         patches: also return the tokens of patches.
 
     Returns:
-        (params, source, progress=None) -> Features. `progress` is called with the number of
-        images done since its last call.
+        (params, source, progress=None, between=None) -> Features. `progress` is called with the
+        number of images done since its last call, `between` between two batches: it may raise.
     """
     host, hosts = jax.process_index(), jax.process_count()
     devices = mesh.devices.size
@@ -81,7 +81,10 @@ def make_extractor(
         yield jax.device_get(pending)
 
     def extract(
-        params: Params, source: Source, progress: Callable[[int], Any] | None = None
+        params: Params,
+        source: Source,
+        progress: Callable[[int], Any] | None = None,
+        between: Callable[[], Any] | None = None,
     ) -> Features:
         kept: list[dict[str, np.ndarray]] = []
         corrupt: list[int] = []
@@ -89,6 +92,8 @@ def make_extractor(
             bad, valid = output.pop("corrupt"), output.pop("valid")
             corrupt.extend(bad[bad >= 0].tolist())
             kept.append({name: array[valid] for name, array in output.items()})
+            if between:
+                between()
             if progress:
                 progress(int(valid.sum() + (bad >= 0).sum()))
         joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}

@@ -6,9 +6,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from sop_jax.errors import UserError
+from sop_jax.mesh import place, replicated, split
 from sop_jax.search import nearest
 
 CHUNK = 1024  # test images at a time; the last chunk is padded, so that one program serves all
@@ -21,6 +23,8 @@ def knn_top1(
     test_labels: Integer[np.ndarray, " M"],
     ks: Sequence[int],
     temperature: float = 0.07,
+    *,
+    mesh: Mesh,
 ) -> dict[int, float]:
     """Top-1 accuracy of the weighted k-NN classifier, for each k.
 
@@ -35,6 +39,7 @@ def knn_top1(
         test_labels: a class that no train image has counts as an error.
         ks: neighbours that vote. Those above N are left out; when all are, k = N stands in.
         temperature: of the weights.
+        mesh: devices that share the train images among them.
 
     Returns:
         Share of test images classified rightly, in [0, 1], by k in ascending order.
@@ -49,36 +54,39 @@ def knn_top1(
             "read. Check that the data set is complete."
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
-    rows = jnp.asarray(unit_rows(train_features))
-    labels = jnp.asarray(train_labels)
+    padding = -train_size % mesh.devices.size
+    rows = place(np.pad(unit_rows(train_features), ((0, padding), (0, 0))), split(mesh))
+    present = place(np.arange(len(rows)) < train_size, split(mesh))
+    labels = place(np.asarray(train_labels, np.int32), replicated(mesh))
     test_features = unit_rows(test_features)
     chunk = min(CHUNK, test_size)
     right = np.zeros(len(usable), np.int64)
     for start in range(0, test_size, chunk):
         queries = test_features[start : start + chunk]
-        padding = ((0, chunk - len(queries)), (0, 0))
-        predicted = classify(
-            jnp.asarray(np.pad(queries, padding)), rows, labels, tuple(usable), temperature
-        )
+        padded = place(np.pad(queries, ((0, chunk - len(queries)), (0, 0))), replicated(mesh))
+        predicted = classify(padded, rows, present, labels, tuple(usable), temperature, mesh)
         truth = test_labels[start : start + chunk]
         right += (np.asarray(predicted)[:, : len(truth)] == truth).sum(axis=1)
     return {k: int(count) / test_size for k, count in zip(usable, right, strict=True)}
 
 
-@partial(jax.jit, static_argnames=("ks", "temperature"))
+@partial(jax.jit, static_argnames=("ks", "temperature", "mesh"))
 def classify(
     queries: Float[Array, "Q D"],
     rows: Float[Array, "N D"],
-    labels: Int[Array, " N"],
+    present: Bool[Array, " N"],
+    labels: Int[Array, " n"],
     ks: tuple[int, ...],
     temperature: float,
+    mesh: Mesh,
 ) -> Int[Array, "K Q"]:
-    """The labels that the nearest rows give to unit queries, for each of `ks`."""
-    scores, indices = nearest(queries, rows, max(ks))
+    """The labels that the nearest present rows give to unit queries, for each of `ks`."""
+    scores, indices = nearest(queries, rows, max(ks), mesh, allowed=present)
     classes = labels[indices]
     # Relative to the nearest row: the winner is the same, and no temperature overflows.
     weights = jnp.exp((scores - scores[:, :1]) / temperature)
-    return jnp.stack([elect(classes[:, :k], weights[:, :k]) for k in ks])
+    elected = jnp.stack([elect(classes[:, :k], weights[:, :k]) for k in ks])
+    return jax.lax.with_sharding_constraint(elected, replicated(mesh))  # every host reads it
 
 
 def elect(classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]) -> Int[Array, " Q"]:

@@ -1,34 +1,71 @@
 """Devices: the mesh, and where state and batches lie on it."""
 
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sop_jax.errors import UserError
 
+# Both axes split images and memories; `fsdp` splits parameters and optimizer state as well.
+AXES = ("data", "fsdp")
 
-def make_mesh(devices: int = 0) -> Mesh:
-    """A mesh of one axis, `data`, that splits batches over so many devices; 0 for all."""
-    available = jax.device_count()
-    count = devices or available
+GATHERED = "gathered"  # the name under which rematerialisation knows whole parameters
+
+SMALL = 2**14  # numbers; a smaller parameter costs less to keep whole than to gather
+
+
+def make_mesh(data: int = 0, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of data x fsdp devices.
+
+    Args:
+        data: groups that each hold all parameters; 0 for as many as there are devices for.
+        fsdp: devices of such a group, which share its parameters.
+        devices: to choose from; all that JAX sees by default.
+
+    Raises:
+        UserError: there are too few devices, or several processes would leave some unused.
+    """
+    devices = jax.devices() if devices is None else devices
+    available = len(devices)
+    if data == 0 and available % fsdp:
+        raise UserError(
+            f"mesh.fsdp {fsdp} does not divide the {available} devices that are there; choose a "
+            f"divisor of {available}, or name both axes: --config.mesh.data and --config.mesh.fsdp"
+        )
+    data = data or available // fsdp
+    count = data * fsdp
     if count > available:
         raise UserError(
-            f"mesh.data asks for {count} devices, but {available} are there; "
-            "set --config.mesh.data=0 to use all"
+            f"mesh.data {data} times mesh.fsdp {fsdp} asks for {count} devices, but {available} "
+            "are there; set --config.mesh.data=0 to use all"
+        )
+    if count < available and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"mesh.data {data} times mesh.fsdp {fsdp} uses {count} of {available} devices, and a "
+            "run of several processes uses all; set --config.mesh.data=0"
         )
     return jax.make_mesh(
-        (count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count]
+        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
     )
 
 
-def check_split(mesh: Mesh, batch_size: int) -> None:
-    """Raises UserError when the devices do not divide a batch."""
+def check_split(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises UserError when the devices do not divide a batch, or the microbatches of one."""
     count = mesh.devices.size
-    if batch_size % count:
+    if batch_size % (count * accumulate):
+        parts = f"{count} devices" + f" in {accumulate} microbatches" * (accumulate > 1)
+        fewer = "fewer devices with --config.mesh.data" + ", or accumulate" * (accumulate > 1)
         raise UserError(
-            f"batch_size {batch_size} cannot be split over {count} devices; choose a multiple of "
-            f"{count}, or fewer devices with --config.mesh.data"
+            f"batch_size {batch_size} cannot be split over {parts}; choose a multiple of "
+            f"{count * accumulate}, or {fewer}"
         )
 
 
@@ -38,8 +75,88 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices."""
-    return NamedSharding(mesh, P("data"))
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def share_parameter(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The widest axis that `fsdp` divides is split over it; a small parameter stays whole."""
+    fsdp = mesh.shape["fsdp"]
+    axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < SMALL or not axes:
+        return P()
+    widest = max(axes, key=lambda axis: (shape[axis], axis))
+    return P(*(None,) * widest, "fsdp")
+
+
+# Where the leaves of a train state lie, by their path; the first pattern that fits decides.
+RULES: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
+    (r"memories/\w+/(rows|image)$", lambda shape, mesh: P(AXES)),  # by lane
+    # The axis of stacked layers is never split: one layer is used at a time.
+    (r".*/blocks/", lambda shape, mesh: P(None, *share_parameter(shape[1:], mesh))),
+    (r"(student|teacher|opt_state)/", share_parameter),
+    (r"", lambda shape, mesh: P()),
+)
+
+
+def placed(abstract: Any, mesh: Mesh) -> Any:
+    """An abstract train state with the shardings that RULES gives its leaves."""
+
+    def lay(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(rule for pattern, rule in RULES if re.match(pattern, name))
+        sharding = NamedSharding(mesh, spec(leaf.shape, mesh))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(lay, abstract)
+
+
+def shardings(abstract: Any) -> Any:
+    """The shardings of an abstract tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def gatherer(mesh: Mesh) -> Callable[[Any], Any]:
+    """A function that makes parameters, as `share_parameter` splits them, whole for their use.
+
+    Their gradients go back to where the parameters lie, summed on the way. Without this XLA is
+    free to split the activations in place of gathering the weights, and does.
+    """
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        spec = share_parameter(leaf.shape, mesh)
+        return leaf if spec == P() else whole(leaf, NamedSharding(mesh, spec))
+
+    return lambda params: jax.tree.map(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole(parameter: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The parameter on every device; its gradient is split as `sharding` says."""
+    gathered = jax.lax.with_sharding_constraint(parameter, NamedSharding(sharding.mesh, P()))
+    return checkpoint_name(gathered, GATHERED)
+
+
+def _whole_forward(parameter: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, None]:
+    return whole(parameter, sharding), None
+
+
+def _whole_backward(sharding: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, sharding),)
+
+
+whole.defvjp(_whole_forward, _whole_backward)
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The positions in a global batch that this process's devices hold, in ascending order."""
+    parts = split(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts])).tolist()
+
+
+def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, as one global array."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

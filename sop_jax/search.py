@@ -1,7 +1,12 @@
-"""Exact nearest rows by cosine: the supports of SOPs, and the neighbours of the k-NN evaluation."""
+"""Exact nearest rows by cosine: the supports of SOPs, and the neighbours of the k-NN evaluation.
+
+The rows lie split over the devices and stay there: what travels are the winners.
+"""
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 # JAX's default product is TF32 on GPUs and bfloat16 on TPUs, so the precision of scores is named.
@@ -16,6 +21,7 @@ def nearest(
     queries: Float[Array, "Q d"],
     rows: Float[Array, "N d"],
     k: int,
+    mesh: Mesh,
     *,
     allowed: Bool[Array, " N"] | None = None,
     own: Int[Array, " Q"] | None = None,
@@ -24,34 +30,100 @@ def nearest(
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """The k rows with the largest inner product with each query, largest first, ties by index.
 
-    Exact on the scores as `precision` makes them. Works through `chunk` queries at a time, so
-    that no more than chunk x N scores exist.
+    Exact on the scores as `precision` makes them, whatever the number of devices. Every device
+    finds the k best of its own rows for all queries, `chunk` queries at a time, so that no more
+    than chunk x N / devices scores exist; then it merges the findings of all devices for its
+    share of the queries. One all-to-all of Q k scores and indices a device is all that travels.
 
     Args:
-        queries: unit vectors.
-        rows: unit vectors.
+        queries: unit vectors, the same on every device.
+        rows: unit vectors, split over the devices of `mesh`, which divide N.
         k: at most the number of rows that may be found.
+        mesh: the devices.
         allowed: rows that may be found at all.
         own: for each query, one row that it may not find.
         precision: a key of PRECISIONS.
         chunk: queries at a time.
 
     Returns:
-        Scores in float32, and indices of rows.
+        Scores in float32, and indices of rows; both split over the devices by query.
+    """
+    devices, axes = mesh.devices.size, mesh.axis_names
+    padding = -len(queries) % devices  # the merge is split by query
+    padded = jnp.pad(queries, ((0, padding), (0, 0)))
+    padded_own = None if own is None else jnp.pad(own, (0, padding))
+
+    def search(
+        queries: Array, rows: Array, allowed: Array | None, own: Array | None
+    ) -> tuple[Array, Array]:
+        first = jax.lax.axis_index(axes) * len(rows)
+        own = None if own is None else own - first
+        found = nearest_local(queries, rows, k, allowed, own, precision, chunk)
+        # As integers of one array: a sorted result that goes straight into a collective makes
+        # XLA for CPUs sort all scores, some twenty times slower.
+        packed = jnp.stack(
+            [jax.lax.bitcast_convert_type(found[0], jnp.int32), found[1] + first], axis=-1
+        )
+        packed = jax.lax.all_to_all(packed, axes, 0, 1, tiled=True)  # [Q/D, D k, 2]
+        scores = jax.lax.bitcast_convert_type(packed[..., 0], jnp.float32)
+        # Devices come in the order of their rows, so ties still go by index.
+        scores, places = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(packed[..., 1], places, axis=1)
+
+    by_row, whole = P(axes), P()
+    search = jax.shard_map(
+        search,
+        mesh=mesh,
+        in_specs=(whole, by_row, by_row, whole),
+        out_specs=(by_row, by_row),
+        check_vma=False,  # typed for values that differ by device, which a scan's carry is not
+    )
+    scores, indices = search(padded, rows, allowed, padded_own)
+    return scores[: len(queries)], indices[: len(queries)]
+
+
+def nearest_local(
+    queries: Float[Array, "Q d"],
+    rows: Float[Array, "N d"],
+    k: int,
+    allowed: Bool[Array, " N"] | None,
+    own: Int[Array, " Q"] | None,
+    precision: str,
+    chunk: int,
+) -> tuple[Float[Array, "Q best"], Int[Array, "Q best"]]:
+    """As `nearest`, among the rows of one device, all of which it may give.
+
+    `own` may lie outside of them.
     """
     dtype, product = PRECISIONS[precision]
     rows = rows.astype(dtype)
 
     def search(inputs: tuple) -> tuple[Array, Array]:
-        query, self_row = inputs
+        query, own_row = inputs
         scores = jnp.dot(
             rows, query.astype(dtype), precision=product, preferred_element_type=jnp.float32
         )
         if allowed is not None:
             scores = jnp.where(allowed, scores, -jnp.inf)
-        if self_row is not None:
-            scores = jnp.where(jnp.arange(len(rows)) == self_row, -jnp.inf, scores)
-        scores, indices = jax.lax.top_k(scores, k)
+        if own_row is not None:
+            scores = jnp.where(jnp.arange(len(rows)) == own_row, -jnp.inf, scores)
+        scores, indices = jax.lax.top_k(scores, min(k, len(rows)))
         return scores, indices
 
     return jax.lax.map(search, (queries, own), batch_size=min(chunk, len(queries)))
+
+
+def take(rows: Float[Array, "N d"], indices: Int[Array, "*K"], mesh: Mesh) -> Float[Array, "*K d"]:
+    """Rows that lie split over the devices of `mesh`, on every device.
+
+    They are all that travels.
+    """
+    axes = mesh.axis_names
+
+    def pick(rows: Array, indices: Array) -> Array:
+        local = indices - jax.lax.axis_index(axes) * len(rows)
+        here = (local >= 0) & (local < len(rows))
+        picked = rows[jnp.clip(local, 0, len(rows) - 1)]
+        return jax.lax.psum(jnp.where(here[..., None], picked, 0), axes)
+
+    return jax.shard_map(pick, mesh=mesh, in_specs=(P(axes), P()), out_specs=P())(rows, indices)

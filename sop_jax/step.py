@@ -1,11 +1,12 @@
 """The train step: one pure function from state and batch to state and metrics."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
 from sop_jax.optim import Schedule
@@ -20,14 +21,15 @@ def embed_views(
     params: Params,
     views: UInt8[Array, "B V H W 3"],
     mask: Bool[Array, "B V h w"] | None = None,
-    key: Key[Array, ""] | None = None,
+    keys: Key[Array, " B"] | None = None,
     patches: bool = True,
 ) -> tuple[Float[Array, "V B d"], Float[Array, "V B L d"]]:
     """Embeddings of views in one forward, views first in the result."""
     batch, count = views.shape[:2]
     flat_mask = None if mask is None else mask.reshape(-1, *mask.shape[2:])
+    flat_keys = None if keys is None else split_each(keys, count).reshape(-1)
     flat = views.reshape(-1, *views.shape[2:])
-    outputs = model.embed(params, flat, flat_mask, key, patches)
+    outputs = model.embed(params, flat, flat_mask, flat_keys, patches)
     # Images stay the leading axis inside the network, so that their sharding does.
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0), outputs
@@ -39,6 +41,7 @@ def make_train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     plan: dict[str, Schedule],
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Bool[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """The step of a run.
 
@@ -47,6 +50,8 @@ def make_train_step(
         objective: memories, targets and losses.
         tx: the optimizer.
         plan: schedules, see `optim.schedules`.
+        accumulate: microbatches of a batch, one after another, to save memory. Prototypes are
+            drawn once and memories written once; all results are those of one batch.
 
     Returns:
         A function of the state, a batch (as `data.pipeline.train_batches` gives it) and whether to
@@ -59,36 +64,47 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         now = {name: schedule(state.step) for name, schedule in plan.items()}
         temperatures = Temperatures(now["student_temperature"], now["teacher_temperature"])
-        sop_key, global_key, local_key, patch_key = jax.random.split(
-            jax.random.fold_in(state.key, state.step), 4
-        )
-        views, local_views, mask = batch["global_views"], batch["local_views"], batch["mask"]
-        view_mask = jnp.moveaxis(mask, 1, 0).reshape(mask.shape[1], mask.shape[0], -1)
-
-        with jax.named_scope("teacher"):
-            teacher = Embeddings(*embed_views(model, state.teacher, views))
+        sop_key, images_key = jax.random.split(jax.random.fold_in(state.key, state.step))
 
         with jax.named_scope("prototypes"):
             sops = objective.prototypes(state.memories, sop_key)
-            targets = objective.targets(sops, teacher, temperatures)
 
-        def loss_fn(params: Params) -> tuple[Array, tuple[dict[str, Array], Embeddings]]:
+        def loss_fn(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], Any]]:
+            """The loss of some images, and what is needed of them later."""
+            views, local_views, mask = part["global_views"], part["local_views"], part["mask"]
+            global_keys, local_keys, patch_keys = split_each(part["keys"], 3).T
+
+            with jax.named_scope("teacher"):
+                teacher = Embeddings(*embed_views(model, state.teacher, views))
+
             with jax.named_scope("student"):
-                cls, patches = embed_views(model, params, views, mask, global_key)
+                cls, patches = embed_views(model, params, views, mask, global_keys)
                 if local_views.shape[1]:
                     local_cls, _ = embed_views(
-                        model, params, local_views, None, local_key, patches=False
+                        model, params, local_views, None, local_keys, patches=False
                     )
                     cls = jnp.concatenate([cls, local_cls])
                 student = Embeddings(cls, patches)
-            with jax.named_scope("losses"):
-                loss, terms = objective.loss(
-                    sops, targets, student, teacher, view_mask, temperatures
-                )
-            return loss, (terms, student)
 
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (terms, student)), grads = gradient(state.student)
+            with jax.named_scope("losses"):
+                view_mask = jnp.moveaxis(mask, 1, 0).reshape(mask.shape[1], mask.shape[0], -1)
+                loss, terms = objective.loss(sops, student, teacher, view_mask, temperatures)
+
+            kept = objective.keep(teacher, patch_keys)
+            seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (student.cls, teacher.cls))
+            return loss, (terms, (kept, seen))
+
+        def gradient(part: Batch) -> tuple[Any, Any]:
+            (loss, (terms, outputs)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.student, part
+            )
+            return (loss, terms, grads), outputs
+
+        # A key for each image: neither devices nor microbatches change what it draws.
+        batch = batch | {"keys": jax.random.split(images_key, len(batch["index"]))}
+        parts = jax.tree.map(lambda x: deal(x, accumulate), batch)
+        (loss, terms, grads), outputs = mean_over_parts(gradient, parts)
+        kept, (student_cls, teacher_cls) = jax.tree.map(collect, outputs)
 
         with jax.named_scope("update"):
             updates, opt_state = tx.update(grads, state.opt_state, state.student)
@@ -98,12 +114,14 @@ def make_train_step(
             )
 
         with jax.named_scope("memories"):
-            memories = objective.remember(state.memories, teacher, batch["index"], patch_key)
+            memories = objective.remember(state.memories, kept, batch["index"])
 
-        signs = measure_when(
-            measure,
-            lambda: objective.measure(memories, sops, targets, student, teacher),
-        )
+        with jax.named_scope("health"):
+            views_first = [jnp.moveaxis(cls, 0, 1) for cls in (student_cls, teacher_cls)]
+            signs = measure_when(
+                measure,
+                lambda: objective.measure(memories, sops, *views_first, temperatures),
+            )
         metrics = {
             "loss": loss,
             **terms,
@@ -118,6 +136,34 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:
+    """So many keys from each."""
+    return jax.vmap(lambda key: jax.random.split(key, count))(keys)
+
+
+def deal(x: Shaped[Array, "B ..."], parts: int) -> Shaped[Array, "{parts} b ..."]:
+    """A batch dealt out like cards, so that every device keeps its images."""
+    return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def collect(x: Shaped[Array, "parts b ..."]) -> Shaped[Array, "B ..."]:
+    """What was dealt out, in its first order."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def mean_over_parts(function: Callable[[Batch], tuple[Any, Any]], parts: Batch) -> tuple[Any, Any]:
+    """The mean over parts of what the function gives first, and what it gives second, stacked."""
+    shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, part: Batch) -> tuple[Any, Any]:
+        value, rest = function(part)
+        return jax.tree.map(jnp.add, total, value), rest
+
+    total, rest = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / len(parts["index"]), total), rest
 
 
 def measure_when(due: Bool[Array, ""], measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:

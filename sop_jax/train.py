@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, optim
+from sop_jax import checkpoint, hosts
 from sop_jax import config as config_lib
 from sop_jax.check import check
 from sop_jax.corrupt import CorruptImages
@@ -30,12 +30,10 @@ from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
 from sop_jax.features import make_extractor
 from sop_jax.interruption import Interruption
-from sop_jax.mesh import check_split, make_mesh, replicated, to_devices
+from sop_jax.mesh import host_rows, make_mesh, place, replicated, to_devices
 from sop_jax.metrics import Progress, open_writer, read_metrics
-from sop_jax.models import build
-from sop_jax.sop.objective import sop
-from sop_jax.state import TrainState, init_state
-from sop_jax.step import make_train_step
+from sop_jax.run import Run, assemble
+from sop_jax.state import TrainState
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 UNSEEN = 100  # steps at most whose metrics nobody has looked at
@@ -56,70 +54,71 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
+    hosts.check_agreement(config_lib.flatten(config))
+    chief = jax.process_index() == 0  # writes and speaks for all processes
     workdir = epath.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
         )
+    hosts.check_shared(workdir)
     if (finished := check_workdir(config, workdir)) is not None:
-        print(f"{workdir} is finished; its summary:\n{json.dumps(finished)}")
+        if chief:
+            print(f"{workdir} is finished; its summary:\n{json.dumps(finished)}")
         return finished
 
     # What the run is made of.
-    mesh = make_mesh(config.mesh.data)
-    check_split(mesh, config.batch_size)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     train_source, test_source = open_source(config.data, "train"), open_source(config.data, "test")
     assert train_source is not None  # only the test split may be missing
-    steps, epoch = optim.run_length(config, len(train_source))
-    plan = optim.schedules(config, steps, epoch)
-    tx = optim.optimizer(config.optim, plan)
-    model = build(config, config.augment.global_size)
-    objective = sop(config.sop, model.dim)
-    train_step = jax.jit(
-        make_train_step(model, objective, tx, plan),
-        donate_argnums=0,
-        out_shardings=replicated(mesh),
+    hosts.check_agreement(
+        {
+            "train images": len(train_source),
+            "test images": None if test_source is None else len(test_source),
+            "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
+        }
     )
+    run = assemble(config, mesh, len(train_source))
+    steps = run.steps
     evaluate = functools.partial(
         knn_evaluation,
-        make_extractor(model, config, mesh),
+        make_extractor(run.model, config, mesh),
         train=train_source,
         test=test_source,
         eval_config=config.eval,
+        mesh=mesh,
     )
 
     # The state: the newest checkpoint's, or a new one.
-    init = functools.partial(init_state, model=model, objective=objective, tx=tx)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        jax.eval_shape(init, jax.random.key(0)),
-    )
     # One more than are kept, for the new one is there before the oldest goes.
     there = checkpoint.steps(workdir)
     to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
-    checkpoint.check_space(workdir, to_come * state_bytes(abstract))
-    start = saved = max(there, default=0)
+    checkpoint.check_space(workdir, to_come * state_bytes(run.abstract))
+    start = saved = hosts.agree(max(there, default=0))
     if start:
-        state = checkpoint.restore(workdir, abstract, start)
+        state = checkpoint.restore(workdir, run.abstract, start)
     else:
-        state = jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(config.seed))
+        state = run.init(jax.random.key(config.seed))
+    rows = [row for row in read_metrics(workdir) if row["step"] <= start > 0]
+    # An evaluation that was interrupted is owed, and its step's row is written again.
+    due_now = start > 0 and judged(config, start, steps)
+    owed = bool(hosts.agree(int(due_now and is_unjudged(rows, start))))
+    unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
 
     # Nothing was written so far, so that an error above leaves no trace.
-    workdir.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, workdir)
+    if chief:
+        workdir.mkdir(parents=True, exist_ok=True)
+        config_lib.save(config, workdir)
     checkpoints = checkpoint.Checkpoints(
         workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
     )
-    writer = open_writer(workdir, start) if jax.process_index() == 0 else None
-    rows = read_metrics(workdir)
+    writer = open_writer(workdir, start - owed) if chief else None
     wall_before = rows[-1]["wall_s"] if rows else 0.0
-    progress = Progress(start, steps, shown=writer is not None)
-    progress.note(
-        describe(config, train_source, test_source, state, mesh.devices, start, steps, epoch)
-    )
-    batches = train_batches(
-        train_source, config, model.patch, start, jax.process_index(), jax.process_count()
-    )
+    progress = Progress(start, steps, shown=chief)
+    progress.note(describe(config, run, train_source, test_source, start))
+    places = host_rows(mesh, config.batch_size)
+    batches = train_batches(train_source, config, run.model.patch, start, places)
+    measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
     began = time.monotonic()
     logged = [row for row in rows if "loss" in row]
@@ -136,7 +135,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         shown = {name: row.get(key) for name, key in names.items()}
         if "loss" in row:
             logged.append(row)
-            words = objective.verdict(logged)
+            words = run.objective.verdict(logged)
             if words and not told:
                 progress.note(f"step {step}: {words}")
             if words or told:
@@ -145,24 +144,32 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         progress.show(step, shown)
 
     try:
-        with Interruption() as interruption:
-            if start == 0 and config.eval_every:
-                record(0, evaluate(state.teacher))
+        with Interruption(ahead=IN_FLIGHT) as interruption:
+            if owed or (start == 0 and config.eval_every):
+                try:
+                    record(start, unfinished | evaluate(state.teacher, between=interruption.check))
+                except Interrupted:
+                    what = f"step {start} of {steps} is saved" if start else "nothing was trained"
+                    raise Interrupted(
+                        f"interrupted in an evaluation; {what}, and the same command goes on"
+                    ) from None
 
             pending: list[tuple[int, dict[str, jax.Array]]] = []
             clock, timed = time.monotonic(), start
             for step in range(start + 1, steps + 1):
                 last = step == steps
                 log = last or due(step, config.log_every)
-                state, metrics = train_step(state, to_devices(mesh, next(batches)), log)
-                pending.append((step, metrics))
+                batch = next(batches)
+                with jax.transfer_guard("disallow"):  # nothing waits for the devices unseen
+                    state, metrics = run.train_step(state, to_devices(mesh, batch), measure[log])
+                    pending.append((step, metrics))
+                    stop = interruption.poll() and not last
                 if len(pending) > IN_FLIGHT:
                     jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
                 progress.advance()
 
-                stop = interruption.asked and not last  # later wishes are the next step's
                 save = last or stop or due(step, config.checkpoint_every)
-                judge = config.eval_every and (last or due(step, config.eval_every))
+                judge = judged(config, step, steps)
                 if not (log or save or judge or len(pending) == UNSEEN):
                     continue
                 row, unreadable = fetch(pending, saved, corrupt)
@@ -172,8 +179,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
                 if log:
                     elapsed = time.monotonic() - clock
                     row["images_per_s"] = (step - timed) * config.batch_size / elapsed
-                if log or judge:
-                    record(step, (row if log else {}) | (evaluate(state.teacher) if judge else {}))
+                row = row if log else {}
+                if judge and not stop:
+                    try:
+                        row |= evaluate(state.teacher, between=interruption.check)
+                    except Interrupted:
+                        stop = save = True
+                if row:
+                    record(step, row)
                 if save:
                     if writer is not None:
                         writer.flush()  # a checkpoint's rows are there before it is
@@ -232,6 +245,16 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
     return None
 
 
+def judged(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
+    """Whether the network is evaluated after this step."""
+    return config.eval_every > 0 and (step == steps or due(step, config.eval_every))
+
+
+def is_unjudged(rows: list[dict[str, Any]], step: int) -> bool:
+    """Whether the rows lack the evaluation of this step."""
+    return not any(row["step"] == step and "knn_top1" in row for row in rows[-1:])
+
+
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps, 0 for never, happens at this one."""
     return every > 0 and step % every == 0
@@ -287,30 +310,33 @@ def state_bytes(abstract: TrainState) -> int:
 
 def describe(
     config: ml_collections.ConfigDict,
+    run: Run,
     source: Source,
     test: Source | None,
-    state: TrainState,
-    devices: np.ndarray,
     start: int,
-    steps: int,
-    epoch: float,
 ) -> str:
     """What is about to run, for a person."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.student))
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.student))
+    devices = run.mesh.devices
     views = f"2x{config.augment.global_size}"
     if config.augment.local_crops:
         views += f" + {config.augment.local_crops}x{config.augment.local_size}"
     kind = devices.flat[0].device_kind
+    where = f"on {devices.size} {kind} device{'s' * (devices.size > 1)}"
+    if jax.process_count() > 1:
+        where += f" of {jax.process_count()} processes"
+    if config.accumulate > 1:
+        where += f" in {config.accumulate} microbatches"
     if test is None:
-        judged = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
+        quality = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
     elif source.class_names is None or test.class_names is None:
-        judged = "no k-NN accuracy: the images have no labels"
+        quality = "no k-NN accuracy: the images have no labels"
     else:
-        judged = f"k-NN on {len(test)} test images of {len(source.class_names)} classes"
+        quality = f"k-NN on {len(test)} test images of {len(source.class_names)} classes"
     return (
         f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
-        f"{config.batch_size} on {devices.size} {kind} device{'s' * (devices.size > 1)}; "
-        f"steps {start} to {steps} ({steps / epoch:.1f} epochs); {judged}. The first step compiles."
+        f"{config.batch_size} {where}; steps {start} to {run.steps} "
+        f"({run.steps / run.epoch:.1f} epochs); {quality}. The first step compiles."
     )
 
 

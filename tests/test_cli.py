@@ -48,7 +48,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, devices=False)
 """
 
 CONFIG = """
@@ -170,6 +170,20 @@ def test_an_error_of_the_command_line(
     result = run(command, *flags)
     assert result.stderr == f"error: {message}\n"
     assert result.returncode == 2
+
+
+def test_flags_of_processes_are_those_of_commands_that_compute(command: pathlib.Path) -> None:
+    assert "Unknown command line flag 'processes'" in run(command, WORKDIR, "--processes=2").stderr
+    command.write_text(command.read_text().replace("devices=False", "devices=True"))
+    half = run(command, WORKDIR, "--processes=2", "--process=1")
+    assert half.stderr.startswith("error: --coordinator is missing: several processes need ")
+    assert len(half.stderr.splitlines()) == 1
+    assert half.returncode == 2
+    alone = run(command, WORKDIR, "--processes=1")
+    assert alone.stdout == "True\n" and alone.returncode == 0
+    failed = run(command, WORKDIR, "--fail=user")
+    assert failed.stderr == "error: the moon is not full: wait a week\n"
+    assert failed.returncode == 1
 
 
 @pytest.mark.parametrize(

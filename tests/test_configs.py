@@ -13,9 +13,9 @@ import pytest
 
 from sop_jax.check import check
 from sop_jax.config import flatten, paper
-from sop_jax.models import build
-from sop_jax.optim import optimizer, run_length, schedules
-from sop_jax.sop.objective import sop
+from sop_jax.mesh import make_mesh
+from sop_jax.optim import run_length, schedules
+from sop_jax.run import assemble
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -63,13 +63,10 @@ def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_a_recipe_initialises(file: pathlib.Path) -> None:
     config = load(file)
-    model = build(config, config.augment.global_size)
-    memories = jax.eval_shape(sop(config.sop, model.dim).init, jax.random.key(0))
-    tx = optimizer(config.optim, schedules(config, *run_length(config, 50_000)))
-
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    run = assemble(config, make_mesh(), 50_000)
+    model, params, memories = run.model, run.abstract.student, run.abstract.memories
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    assert jax.tree.leaves(jax.eval_shape(tx.init, params))
+    assert jax.tree.leaves(run.abstract.opt_state)
     # Views of both sizes pass, and give embeddings of the size that the memories hold.
     for size in (config.augment.global_size, config.augment.local_size):
         views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
@@ -78,8 +75,10 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
         )
         assert cls.shape == (2, config.head.dim)
         assert patches.shape == (2, (size // config.model.patch) ** 2, config.head.dim)
-    assert memories["cls"].rows.shape == (config.sop.cls.memory, config.head.dim)
-    assert memories["patch"].rows.shape == (config.sop.patch.memory, config.head.dim)
+    for name in ("cls", "patch"):
+        lanes, slots, dim = memories[name].rows.shape
+        assert (lanes, dim) == (config.batch_size, config.head.dim)
+        assert lanes * slots == config.sop[name].memory  # none wasted
 
 
 # The paper's

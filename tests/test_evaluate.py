@@ -53,7 +53,7 @@ def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: 
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=5)
     for step in steps:
         key = jax.random.key(step)
-        checkpoints.save(step, init_state(key, model, sop(config.sop, model.dim), tx))
+        checkpoints.save(step, init_state(key, model, sop(config, model.dim, make_mesh(1)), tx))
     checkpoints.close()
     return config
 
@@ -66,7 +66,7 @@ class Unlabelled(DigitsSource):
         self.labels = None  # type: ignore[assignment]
 
 
-def fake_extract(params: Any, source: Any) -> Features:
+def fake_extract(params: Any, source: Any, between: Any = None) -> Features:
     """Raw pixels for features; `params` says which records are corrupt."""
     corrupt = params.get("corrupt", [])
     index = np.setdiff1d(np.arange(len(source)), corrupt).astype(np.int32)
@@ -77,7 +77,7 @@ def fake_extract(params: Any, source: Any) -> Features:
 def test_reports_each_k_and_the_best() -> None:
     config = small_config(**{"eval.knn_k": (1, 10, 5000)})
     train, test = DigitsSource("train"), DigitsSource("test")
-    found = knn_evaluation(fake_extract, {}, train, test, config.eval)
+    found = knn_evaluation(fake_extract, {}, train, test, config.eval, make_mesh())
     assert list(found) == [
         "knn_top1",
         "knn_k",
@@ -95,7 +95,9 @@ def test_reports_each_k_and_the_best() -> None:
 def test_labels_follow_the_images_that_could_be_read() -> None:
     config = small_config()
     train, test = DigitsSource("train"), DigitsSource("test")
-    found = knn_evaluation(fake_extract, {"corrupt": [0, 1, 200]}, train, test, config.eval)
+    found = knn_evaluation(
+        fake_extract, {"corrupt": [0, 1, 200]}, train, test, config.eval, make_mesh()
+    )
     assert found["knn_top1"] > 0.95
     assert found["knn_unreadable"] == 6
 
@@ -109,10 +111,10 @@ def test_labels_follow_the_images_that_could_be_read() -> None:
     ],
 )
 def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
-    def extract(params: Any, source: Any) -> Features:
+    def extract(params: Any, source: Any, between: Any = None) -> Features:
         raise AssertionError("nothing is to be computed")
 
-    found = knn_evaluation(extract, {}, train, test, small_config().eval)
+    found = knn_evaluation(extract, {}, train, test, small_config().eval, make_mesh())
     assert {"knn_top1", "knn_k", "knn_top1_k10", "knn_top1_k200"} <= set(found)
     assert set(found.values()) == {None}
 
@@ -122,7 +124,7 @@ def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> 
     _, model, params, _ = load(tmp_path)
     extract = make_extractor(model, config, make_mesh())
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
-    found = knn_evaluation(extract, params, train, test, config.eval)
+    found = knn_evaluation(extract, params, train, test, config.eval, make_mesh())
     assert found["knn_top1"] > 0.3  # chance is 0.1
 
 
@@ -137,7 +139,7 @@ def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) ->
         expected = init_state(
             jax.random.key(step),
             model,
-            sop(config.sop, model.dim),
+            sop(config, model.dim, make_mesh(1)),
             optimizer(config.optim, schedules(config, 10, 5.0)),
         ).teacher
         jax.tree.map(np.testing.assert_array_equal, params, expected)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from sop_jax import models, optim
+from sop_jax.mesh import make_mesh
 from sop_jax.sop import assignment, losses, memory, prototypes
 
 FOLDER = Path(os.environ.get("SOP_GOLDEN_DIR", Path(__file__).parent / "golden"))
 SMOOTHING = 0.1
+MESH = make_mesh(1)
 METHOD_TOLERANCE = 1e-5  # of the largest magnitude
 BACKBONE_TOLERANCE = 2e-4  # absolute, outputs of unit scale
 
@@ -50,10 +52,10 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     sops = {}
     for pool in prototypes.POOLS:
         supports = golden[f"assign_supports_{pool}"].shape[1] - 1
-        found = prototypes.find_supports(rows, anchors, supports, pool=pool)
+        found = prototypes.find_supports(rows, anchors, supports, MESH, pool=pool)
         computed[f"assign_supports_{pool}"] = found
         for mode in prototypes.VOTES:
-            built = sops[pool, mode] = prototypes.build_sops(rows, found, mode, SMOOTHING)
+            built = sops[pool, mode] = prototypes.build_sops(rows, found, mode, SMOOTHING, MESH)
             computed[f"assign_weights_{pool}_{mode}"] = built.votes
             for temperature in ("0.1", "0.04"):
                 log_p = assignment.log_assignment(u, built, float(temperature))
@@ -67,7 +69,7 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         )(single(golden["cls_student"]), targets, built, 0.1)
 
     patch_sops = prototypes.build_sops(
-        rows, jnp.asarray(golden["mim_anchors"])[:, None], "smoothed", SMOOTHING
+        rows, jnp.asarray(golden["mim_anchors"])[:, None], "smoothed", SMOOTHING, MESH
     )
     computed["mim_loss"], computed["mim_grad"] = jax.value_and_grad(losses.mim_loss)(
         single(golden["mim_student"]),
@@ -79,12 +81,12 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     )
 
     start = single(golden["fifo_0"])
-    bank = memory.init_memory(jax.random.key(0), *start.shape)
-    bank = memory.Memory(start, bank.image, bank.next, bank.filled)
+    bank = memory.init_memory(jax.random.key(0), *start.shape, lanes=1)  # an undivided ring
+    bank = bank._replace(rows=start[None])
     for n in range(1, 1 + sum(key.startswith("fifo_push_") for key in golden)):
         pushed = single(golden[f"fifo_push_{n}"])
         bank = memory.push(bank, pushed, jnp.arange(len(pushed)))
-        computed[f"fifo_{n}"], computed[f"fifo_ptr_{n}"] = bank.rows, bank.next
+        computed[f"fifo_{n}"], computed[f"fifo_ptr_{n}"] = bank.rows[0], bank.next
     return computed
 
 
@@ -135,7 +137,7 @@ def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         )
     )
     config.model.update(
-        dict(drop_path=0.0, remat=False, dtype="float32", init_std=0.02, position_std=0.02)
+        dict(drop_path=0.0, remat="none", dtype="float32", init_std=0.02, position_std=0.02)
     )
     model = models.build(config, image_size)
     backbone = jax.tree.map(jnp.asarray, vit_params(golden, depth))

@@ -10,7 +10,6 @@ import pytest
 
 from sop_jax.models.head import unit
 from sop_jax.sop import health
-from sop_jax.sop.memory import init_memory, push
 from sop_jax.sop.prototypes import SOPs
 
 measure = jax.jit(health.measure)
@@ -69,9 +68,7 @@ def test_effective_rank_of_a_point_is_finite() -> None:
 
 
 def measured(teacher: jax.Array, targets: jax.Array, sops: SOPs, filled: int = 5) -> dict[str, Any]:
-    memory = init_memory(jax.random.key(0), 20, teacher.shape[-1])
-    memory = push(memory, jnp.zeros((filled, teacher.shape[-1])), jnp.zeros(filled, jnp.int32))
-    return jax.device_get(measure(teacher, teacher, targets, sops, memory))
+    return jax.device_get(measure(teacher, teacher, targets, sops, jnp.float32(filled / 20)))
 
 
 def test_signs_of_a_batch_that_picks_every_second_prototype() -> None:

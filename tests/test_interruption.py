@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sop_jax.errors import Interrupted
 from sop_jax.interruption import Interruption
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -64,6 +65,17 @@ def test_an_error_inside_restores_them_too() -> None:
         raise ValueError("inside")
     with pytest.raises(Ended):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_process_alone_knows_at_once() -> None:
+    with Interruption(ahead=2) as interruption:
+        assert not interruption.poll()
+        interruption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.poll() and interruption.poll()
+        for _ in range(2):
+            with pytest.raises(Interrupted, match="interrupted"):
+                interruption.check()
 
 
 def test_each_run_is_asked_anew() -> None:

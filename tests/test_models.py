@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -29,6 +30,11 @@ def small_config(**changed: Any) -> ml_collections.ConfigDict:
 def images(height: int = SIDE, width: int = SIDE, seed: int = 0) -> jax.Array:
     pixels = np.random.default_rng(seed).integers(0, 256, (BATCH, height, width, 3))
     return jnp.asarray(pixels, jnp.uint8)
+
+
+def keys(seed: int) -> jax.Array:
+    """One for each image."""
+    return jax.random.split(jax.random.key(seed), BATCH)
 
 
 def small_model(**changed: Any) -> Model:
@@ -112,19 +118,28 @@ def test_masked_patches_still_know_their_places(embed: Any, params: Params) -> N
     assert jnp.abs(patches[0, 0] - patches[0, 1]).max() > 1e-3
 
 
-def test_no_key_means_no_drop_path_and_a_key_draws_for_each_sample(
+def test_no_keys_mean_no_drop_path_and_keys_draw_for_each_sample(
     embed: Any, params: Params
 ) -> None:
     same = jnp.tile(images()[:1], (BATCH, 1, 1, 1))
     still, _ = embed(params, same)
     np.testing.assert_allclose(still[0], still[1], atol=1e-6)
-    drawn = [embed(params, same, None, jax.random.key(i))[0] for i in range(4)]
-    assert np.array_equal(drawn[0], embed(params, same, None, jax.random.key(0))[0])
+    drawn = [embed(params, same, None, keys(i))[0] for i in range(4)]
+    assert np.array_equal(drawn[0], embed(params, same, None, keys(0))[0])
     assert len(np.unique(np.round(jnp.concatenate(drawn), 4), axis=0)) >= 4
 
 
+def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
+    embed: Any, params: Params
+) -> None:
+    cls, _ = embed(params, images(), None, keys(0))
+    turned, _ = embed(params, images()[::-1], None, keys(0)[::-1])
+    np.testing.assert_allclose(turned[::-1], cls, atol=1e-5)
+
+
 def test_drop_path_keeps_or_drops_whole_branches_and_their_mean() -> None:
-    dropped = np.asarray(drop_path(jnp.ones((8000, 2, 3)), jnp.array(0.3), jax.random.key(0)))
+    draws = jax.random.uniform(jax.random.key(0), (8000,))
+    dropped = np.asarray(drop_path(jnp.ones((8000, 2, 3)), jnp.array(0.3), draws))
     per_sample = dropped[:, 0, 0]
     np.testing.assert_array_equal(dropped, per_sample[:, None, None] * np.ones((1, 2, 3)))
     np.testing.assert_allclose(np.unique(per_sample), [0, 1 / 0.7], rtol=1e-6)
@@ -145,18 +160,19 @@ def test_half_precision_gives_float32_unit_embeddings_near_those_of_float32(
 
 
 def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
-    def gradients(remat: bool) -> Params:
+    def gradients(remat: str) -> Params:
         model = small_model(remat=remat, drop_path=0.5)
 
         def loss(params: Params) -> jax.Array:
-            cls, patches = model.embed(params, images(), None, jax.random.key(0))
+            cls, patches = model.embed(params, images(), None, keys(0))
             return cls[:, 0].sum() + patches[..., 1].sum()
 
         return jax.jit(jax.grad(loss))(params)
 
-    plain, recomputed = gradients(False), gradients(True)
+    plain = gradients("none")
     assert jnp.abs(plain["backbone"]["blocks"]["qkv"]["kernel"]).max() > 1e-4
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), plain, recomputed)
+    for remat in ("dots", "full"):
+        chex.assert_trees_all_close(gradients(remat), plain, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

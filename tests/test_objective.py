@@ -7,20 +7,30 @@ import numpy as np
 import pytest
 
 from sop_jax import config as config_lib
+from sop_jax.mesh import make_mesh
 from sop_jax.models.head import unit
-from sop_jax.sop.objective import ANCHORS, Embeddings, Objective, Temperatures, sop
+from sop_jax.sop.memory import Memory, flat_rows
+from sop_jax.sop.objective import (
+    ANCHORS,
+    Embeddings,
+    Objective,
+    Temperatures,
+    assign_views,
+    sop,
+)
 from sop_jax.sop.prototypes import SOPs
 
-BATCH, VIEWS, PATCHES, DIM = 6, 3, 4, 8
+BATCH, VIEWS, PATCHES, DIM = 8, 3, 4, 8
 
 
 def objective(**changed: object) -> Objective:
-    config = config_lib.paper().sop
-    config.cls.update(dict(memory=32, anchors=4, supports=2, tasks=2))
-    config.patch.update(dict(memory=16, anchors=3))
+    config = config_lib.paper()
+    config.batch_size = BATCH
+    config.sop.cls.update(dict(memory=32, anchors=4, supports=2, tasks=2))
+    config.sop.patch.update(dict(memory=16, anchors=3))
     for key, value in changed.items():
-        config.update_from_flattened_dict({key.replace("__", "."): value})
-    return sop(config, DIM)
+        config.sop.update_from_flattened_dict({key.replace("__", "."): value})
+    return sop(config, DIM, make_mesh(1))
 
 
 def random_units(seed: int, *shape: int) -> jax.Array:
@@ -37,14 +47,14 @@ def turned_over(method: Objective, memories: dict, seed: int = 100) -> dict:
     """The memories after enough batches to replace every row."""
     remember = jax.jit(method.remember)
     for i in range(seed, seed + 6):
-        key = jax.random.key(i)
-        memories = remember(memories, embeddings(i), jnp.arange(BATCH, dtype=jnp.int32), key)
+        kept = method.keep(embeddings(i), jax.random.split(jax.random.key(i), BATCH))
+        memories = remember(memories, kept, jnp.arange(BATCH, dtype=jnp.int32))
     return memories
 
 
-def slots(sops: SOPs, rows: jax.Array) -> list[list[int]]:
+def slots(sops: SOPs, memory: Memory) -> list[list[int]]:
     """The rows of the memory that are anchors, for each task."""
-    cosine = jnp.einsum("tkd,nd->tkn", sops.embeddings[:, :, 0], rows)
+    cosine = jnp.einsum("tkd,nd->tkn", sops.embeddings[:, :, 0], flat_rows(memory))
     np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
     return cosine.argmax(-1).tolist()
 
@@ -62,11 +72,11 @@ def test_random_anchors_differ_between_steps_and_tasks(method: Objective) -> Non
     memories = method.init(jax.random.key(0))
     draw = jax.jit(method.prototypes)
     first, second = (draw(memories, jax.random.key(i)) for i in range(2))
-    picked = slots(first["cls"], memories["cls"].rows)
+    picked = slots(first["cls"], memories["cls"])
     assert first["cls"].embeddings.shape == (2, 4, 3, DIM)
     assert first["patch"].embeddings.shape == (1, 3, 1, DIM)
     assert set(picked[0]) != set(picked[1])
-    assert picked != slots(second["cls"], memories["cls"].rows)
+    assert picked != slots(second["cls"], memories["cls"])
     assert not np.array_equal(anchors(first["patch"]), anchors(second["patch"]))
     again = draw(memories, jax.random.key(0))
     chex.assert_trees_all_equal(first, again)
@@ -79,10 +89,10 @@ def test_fixed_slots_stay_while_their_rows_change() -> None:
     draw = jax.jit(method.prototypes)
     first, second = draw(before, jax.random.key(1)), draw(after, jax.random.key(2))
     for name in ("cls", "patch"):
-        kept = slots(first[name], before[name].rows)
-        assert kept == slots(second[name], after[name].rows)
+        kept = slots(first[name], before[name])
+        assert kept == slots(second[name], after[name])
         assert not np.isin(anchors(first[name]), anchors(second[name])).any()
-    assert len({tuple(task) for task in slots(first["cls"], before["cls"].rows)}) == 2
+    assert len({tuple(task) for task in slots(first["cls"], before["cls"])}) == 2
 
 
 def test_frozen_rows_stay_while_the_memory_and_their_supports_change() -> None:
@@ -95,7 +105,7 @@ def test_frozen_rows_stay_while_the_memory_and_their_supports_change() -> None:
         np.testing.assert_array_equal(anchors(first[name]), anchors(second[name]))
     supports = np.asarray(second["cls"].embeddings[:, :, 1:])
     assert not np.isin(supports, np.asarray(first["cls"].embeddings[:, :, 1:])).any()
-    cosine = jnp.einsum("tkjd,nd->tkjn", supports, after["cls"].rows)
+    cosine = jnp.einsum("tkjd,nd->tkjn", supports, flat_rows(after["cls"]))
     np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
     assert not np.array_equal(*anchors(first["cls"]))
 
@@ -103,9 +113,8 @@ def test_frozen_rows_stay_while_the_memory_and_their_supports_change() -> None:
 def loss_of(method: Objective) -> tuple[jax.Array, dict[str, jax.Array]]:
     student, teacher, temperatures = embeddings(0, VIEWS), embeddings(10), Temperatures(0.1, 0.04)
     sops = method.prototypes(method.init(jax.random.key(0)), jax.random.key(1))
-    targets = method.targets(sops, teacher, temperatures)
     mask = jnp.ones((2, BATCH, PATCHES), bool)
-    return method.loss(sops, targets, student, teacher, mask, temperatures)
+    return method.loss(sops, student, teacher, mask, temperatures)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -121,10 +130,8 @@ def test_no_patch_tasks_means_no_masked_image_modelling(kept: str) -> None:
 
 
 def test_targets_are_assignments_of_both_global_views_for_each_task(method: Objective) -> None:
-    teacher, temperatures = embeddings(0), Temperatures(0.1, 0.04)
     sops = method.prototypes(method.init(jax.random.key(0)), jax.random.key(1))
-    p = method.targets(sops, teacher, temperatures)
-    sharper = method.targets(sops, teacher, temperatures._replace(teacher=0.02))
+    p, sharper = (assign_views(sops["cls"], embeddings(0).cls, t) for t in (0.04, 0.02))
     assert p.shape == (2, 2, BATCH, 4)
     np.testing.assert_allclose(p.sum(-1), 1, atol=1e-5)
     assert sharper.max(-1).mean() > p.max(-1).mean()
@@ -133,21 +140,22 @@ def test_targets_are_assignments_of_both_global_views_for_each_task(method: Obje
 def test_remembers_the_second_view_with_the_images_indices(method: Objective) -> None:
     teacher, index = embeddings(0), jnp.arange(50, 50 + BATCH, dtype=jnp.int32)
     before = method.init(jax.random.key(0))
-    memories = method.remember(before, teacher, index, jax.random.key(1))
-    np.testing.assert_array_equal(memories["cls"].rows[:BATCH], teacher.cls[1])
-    np.testing.assert_array_equal(memories["cls"].rows[BATCH:], before["cls"].rows[BATCH:])
+    kept = method.keep(teacher, jax.random.split(jax.random.key(1), BATCH))
+    memories = method.remember(before, kept, index)
+    np.testing.assert_array_equal(memories["cls"].rows[:, 0], teacher.cls[1])
+    np.testing.assert_array_equal(memories["cls"].rows[:, 1:], before["cls"].rows[:, 1:])
     for name in ("cls", "patch"):
-        assert memories[name].image[:BATCH].tolist() == index.tolist()
+        assert memories[name].image[:, 0].tolist() == index.tolist()
         assert memories[name].filled == BATCH
 
 
 def test_remembers_one_patch_of_each_image_at_random(method: Objective) -> None:
-    teacher, before = embeddings(0), method.init(jax.random.key(0))
-    remember = jax.jit(method.remember)
+    teacher = embeddings(0)
+    keep = jax.jit(method.keep)
     picks = []
     for i in range(40):
-        memory = remember(before, teacher, jnp.zeros(BATCH, jnp.int32), jax.random.key(i))["patch"]
-        is_patch = (teacher.patches[1] == memory.rows[:BATCH, None]).all(-1)
+        kept = keep(teacher, jax.random.split(jax.random.key(i), BATCH))["patch"]
+        is_patch = (teacher.patches[1] == kept[:, None]).all(-1)
         assert (is_patch.sum(1) == 1).all()
         picks.append(is_patch.argmax(1))
     counts = np.bincount(np.ravel(picks), minlength=PATCHES)
@@ -159,5 +167,5 @@ def test_first_memories_differ_and_follow_the_key(method: Objective) -> None:
     memories, again = method.init(jax.random.key(0)), method.init(jax.random.key(0))
     other = method.init(jax.random.key(1))
     chex.assert_trees_all_equal(memories, again)
-    assert not np.array_equal(memories["cls"].rows[:16], memories["patch"].rows)
+    assert not np.array_equal(memories["cls"].rows[:, :2], memories["patch"].rows)
     assert not np.array_equal(memories["cls"].rows, other["cls"].rows)

@@ -52,7 +52,7 @@ def folder(root: pathlib.Path, count: int, broken: dict[int, bytes] | None = Non
     return source
 
 
-def take(source: Source, config: Any, count: int, **where: int) -> list[dict[str, np.ndarray]]:
+def take(source: Source, config: Any, count: int, **where: Any) -> list[dict[str, np.ndarray]]:
     batches = pipeline.train_batches(source, config, 4, **where)
     with contextlib.closing(batches):
         return [dict(batch) for batch in itertools.islice(batches, count)]
@@ -84,15 +84,13 @@ def test_no_local_crops():
     assert batch["local_views"].shape == (8, 0, 8, 8, 3)
 
 
-def test_hosts_interleave_into_the_same_global_batch():
-    (whole,) = take(digits(), small_config(), 1, start_step=3)
-    for hosts in (2, 4):
-        parts = [
-            take(digits(), small_config(), 1, start_step=3, host=host, hosts=hosts)[0]
-            for host in range(hosts)
-        ]
-        for host, part in enumerate(parts):
-            assert_same([part], [{key: value[host::hosts] for key, value in whole.items()}])
+@pytest.mark.parametrize("places", [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7], [1, 3, 5, 7]])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_host_makes_its_places_of_the_same_global_batches(places, workers):
+    whole = take(digits(), small_config(), 3, start_step=3)
+    config = small_config(**{"data.workers": workers})
+    part = take(digits(), config, 3, start_step=3, places=places)
+    assert_same(part, [{key: value[places] for key, value in batch.items()} for batch in whole])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -186,11 +184,6 @@ def test_a_data_set_of_rubbish_is_one_clear_error(tmp_path, workers):
     source = folder(tmp_path, 3, dict.fromkeys(range(3), b"rubbish"))
     with pytest.raises(UserError, match=r"\.png.*data\.path"):
         take(source, small_config(**{"data.workers": workers, "data.threads": workers}), 1)
-
-
-def test_a_batch_that_the_hosts_cannot_share():
-    with pytest.raises(UserError, match="batch_size=8 cannot be split over 3 hosts"):
-        take(digits(), small_config(), 1, hosts=3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sop_jax.mesh import make_mesh
 from sop_jax.models.head import unit
 from sop_jax.sop.prototypes import (
     POOLS,
@@ -14,6 +15,8 @@ from sop_jax.sop.prototypes import (
     draw_anchors,
     find_supports,
 )
+
+MESH = make_mesh(1)
 
 
 def test_anchors_are_unique_and_every_row_is_equally_likely() -> None:
@@ -36,10 +39,13 @@ def test_pools_differ_in_whether_anchors_support_each_other() -> None:
     angles = jnp.deg2rad(jnp.arange(10.0))
     rows = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
     anchors = jnp.array([4, 5])
-    everywhere = find_supports(rows, anchors, 2, pool="all")
+    everywhere = find_supports(rows, anchors, 2, MESH, pool="all")
     assert everywhere[0, 0] == 4 and set(everywhere[0, 1:].tolist()) == {3, 5}
     assert everywhere[1, 0] == 5 and set(everywhere[1, 1:].tolist()) == {4, 6}
-    assert find_supports(rows, anchors, 2, pool="non_anchors").tolist() == [[4, 3, 2], [5, 6, 7]]
+    assert find_supports(rows, anchors, 2, MESH, pool="non_anchors").tolist() == [
+        [4, 3, 2],
+        [5, 6, 7],
+    ]
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -47,7 +53,7 @@ def test_pools_differ_in_whether_anchors_support_each_other() -> None:
 def test_supports_obey_the_pool_and_come_nearest_first(pool: str, precision: str) -> None:
     rows = unit(jax.random.normal(jax.random.key(0), (60, 8)))
     anchors = draw_anchors(jax.random.key(1), 60, 20)
-    found = np.asarray(find_supports(rows, anchors, 4, pool=pool, precision=precision))
+    found = np.asarray(find_supports(rows, anchors, 4, MESH, pool=pool, precision=precision))
     np.testing.assert_array_equal(found[:, 0], anchors)
     for own, *supports in found.tolist():
         assert own not in supports and len(set(supports)) == 4
@@ -61,8 +67,8 @@ def test_supports_obey_the_pool_and_come_nearest_first(pool: str, precision: str
 @pytest.mark.parametrize("pool", POOLS)
 def test_without_supports_a_prototype_is_its_anchor(pool: str) -> None:
     anchors = jnp.array([3, 1])
-    assert find_supports(jnp.eye(5), anchors, 0, pool=pool).tolist() == [[3], [1]]
-    sops = build_sops(jnp.eye(5), anchors[:, None], "smoothed", 0.1)
+    assert find_supports(jnp.eye(5), anchors, 0, MESH, pool=pool).tolist() == [[3], [1]]
+    sops = build_sops(jnp.eye(5), anchors[:, None], "smoothed", 0.1, MESH)
     np.testing.assert_array_equal(sops.embeddings[:, 0], jnp.eye(5)[anchors])
     np.testing.assert_allclose(sops.votes, [[0.9], [0.9]])
 

@@ -1,16 +1,23 @@
 """The search finds what a sort of all scores finds, in pieces, at each precision."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sop_jax.mesh import make_mesh
 from sop_jax.models.head import unit
-from sop_jax.search import nearest
+from sop_jax.search import nearest, take
 
-search = jax.jit(nearest, static_argnames=("k", "precision", "chunk"))
+MESHES = {devices: make_mesh(devices) for devices in (1, 2, 8)}
+
+
+@functools.partial(jax.jit, static_argnames=("devices", "k", "precision", "chunk"))
+def search(queries: jax.Array, rows: jax.Array, devices: int = 1, **options: Any) -> Any:
+    return nearest(queries, rows, mesh=MESHES[devices], **options)
 
 
 def reference(
@@ -35,9 +42,10 @@ def small_integers(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 3), (1, 10), (1, 64), (2, 5), (8, 4)])
 @pytest.mark.parametrize("masks", ["none", "allowed", "own", "both"])
-def test_agrees_with_a_sort_in_chunks_of_any_size(chunk: int, masks: str) -> None:
+def test_agrees_with_a_sort_on_any_number_of_devices(devices: int, chunk: int, masks: str) -> None:
+    """In chunks of any size; with eight devices of five rows each, k is more than a device has."""
     rows, queries = small_integers(0, 40, 6), small_integers(1, 10, 6)
     options = {}
     if masks in ("allowed", "both"):
@@ -47,6 +55,7 @@ def test_agrees_with_a_sort_in_chunks_of_any_size(chunk: int, masks: str) -> Non
     scores, found = search(
         jnp.asarray(queries),
         jnp.asarray(rows),
+        devices=devices,
         k=8,
         chunk=chunk,
         **{name: jnp.asarray(x) for name, x in options.items()},
@@ -56,16 +65,26 @@ def test_agrees_with_a_sort_in_chunks_of_any_size(chunk: int, masks: str) -> Non
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-def test_equal_rows_come_by_index() -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_equal_rows_come_by_index(devices: int) -> None:
     rows = jnp.ones((6, 2))
-    _, found = search(jnp.ones((2, 2)), rows, k=3, own=jnp.array([0, 1]))
-    assert found.tolist() == [[1, 2, 3], [0, 2, 3]]
+    _, found = search(jnp.ones((2, 2)), rows, devices, k=4, own=jnp.array([0, 4]))
+    assert found.tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
 
 
-def test_can_return_every_row() -> None:
+@pytest.mark.parametrize("devices", [1, 2])
+def test_can_return_every_row(devices: int) -> None:
     rows = small_integers(0, 12, 4)
-    _, found = search(jnp.asarray(rows[:2]), jnp.asarray(rows), k=12)
-    assert [sorted(row) for row in found.tolist()] == [list(range(12))] * 2
+    _, found = search(jnp.asarray(rows[:3]), jnp.asarray(rows), devices, k=12)
+    assert [sorted(row) for row in found.tolist()] == [list(range(12))] * 3
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_takes_rows_from_wherever_they_lie(devices: int) -> None:
+    rows = jnp.asarray(small_integers(0, 40, 6))
+    indices = jnp.array([[0, 39, 7], [8, 8, 21]])
+    found = jax.jit(lambda rows: take(rows, indices, MESHES[devices]))(rows)
+    np.testing.assert_array_equal(found, rows[indices])
 
 
 @functools.cache

@@ -10,14 +10,14 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors", "interruption"},
-    {"config", "mesh", "optim", "checkpoint", "metrics", "models", "data"},
-    {"cli", "search", "features", "corrupt"},
-    {"sop", "knn"},
+    {"errors", "flops", "collectives"},
+    {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data"},
+    {"cli", "interruption", "models", "search", "corrupt"},
+    {"sop", "knn", "features"},
     {"check", "pretrained", "state"},
-    {"step"},
-    {"evaluate", "extract"},
-    {"train"},
+    {"step", "evaluate", "extract"},
+    {"run"},
+    {"train", "plan"},
 ]
 
 FILES = sorted(PACKAGE.rglob("*.py"))

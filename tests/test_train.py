@@ -24,16 +24,14 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sop_jax import checkpoint, metrics, train
+from sop_jax import checkpoint, metrics, run, train
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
 from sop_jax.errors import UserError
-from sop_jax.models import build
-from sop_jax.optim import optimizer, schedules
+from sop_jax.mesh import make_mesh
+from sop_jax.run import assemble
 from sop_jax.sop.health import PATIENCE
-from sop_jax.sop.objective import sop
-from sop_jax.state import init_state
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits.py"
@@ -113,15 +111,7 @@ def rows(workdir: pathlib.Path, without: tuple[str, ...] = ()) -> list[dict[str,
 
 def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """Every leaf of a checkpoint, the newest by default."""
-    config = config_lib.load(workdir)
-    model = build(config, config.augment.global_size)
-    tx = optimizer(config.optim, schedules(config, STEPS, 1.0))
-    objective = sop(config.sop, model.dim)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda key: init_state(key, model, objective, tx), jax.random.key(0)),
-    )
+    abstract = assemble(config_lib.load(workdir), make_mesh(1), images=100).abstract
     state = checkpoint.restore(workdir, abstract, step)
     named, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
@@ -385,25 +375,28 @@ def test_ctrl_c_saves_the_step_and_says_so_in_one_line(
     assert_same_state(tmp_path, finished)
 
 
-def test_a_signal_in_mid_evaluation_loses_nothing(
-    tmp_path: pathlib.Path,
-    finished: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("asked", [0, 7, 14, 16])
+def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
+    tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
-    evaluate = train.knn_evaluation
+    """Of the untrained network, of a step that is not logged, of one that is, and of the last."""
+    evaluate, evaluated = train.knn_evaluation, [0, 7, 14, 16]
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if rows(tmp_path):  # not yet the untrained network
+    def interrupted(*args: Any, between: Callable[[], None], **kwargs: Any) -> Any:
+        if len([row for row in rows(tmp_path) if "knn_top1" in row]) == evaluated.index(asked):
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args, **kwargs)
+        found = evaluate(*args, between=between, **kwargs)
+        assert evaluated.index(asked) > len([row for row in rows(tmp_path) if "knn_top1" in row])
+        return found
 
     monkeypatch.setattr(train, "knn_evaluation", interrupted)
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
-    with pytest.raises(UserError, match=r"step (\d+) of 16 is saved") as caught:
+    saved = f"step {asked} of 16 is saved" if asked else "nothing was trained"
+    with pytest.raises(UserError, match=saved):
         train.train(small_config(), tmp_path)
-    told = re.search(r"step (\d+)", str(caught.value))
-    assert told and int(told[1]) == checkpoint.latest_step(tmp_path) == 8
+    assert checkpoint.latest_step(tmp_path) == (asked or None)
+    assert not (tmp_path / "summary.json").exists()
     assert handlers == [signal.getsignal(number) for number in numbers]
     monkeypatch.undo()
     train.train(small_config(), tmp_path)
@@ -616,7 +609,7 @@ def patch_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Metrics],
 
         return step
 
-    monkeypatch.setattr(train, "make_train_step", make_train_step)
+    monkeypatch.setattr(run, "make_train_step", make_train_step)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import gc
 import itertools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -72,13 +72,32 @@ class MakeViews(grain.transforms.RandomMap):
         }
 
 
+class Share(grain.MapDataset):
+    """Of every batch of a stream, from one step on, the images in some places."""
+
+    def __init__(
+        self, stream: grain.MapDataset, batch_size: int, start_step: int, places: Sequence[int]
+    ):
+        super().__init__(stream)
+        self.batch_size, self.start_step, self.places = batch_size, start_step, places
+
+    def __len__(self) -> int:
+        return (len(self.parents[0]) // self.batch_size - self.start_step) * len(self.places)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, place = divmod(index, len(self.places))
+        first = (self.start_step + step) * self.batch_size
+        return self.parents[0][first + int(self.places[place])]
+
+
 def train_batches(
     source: Source,
     config: Any,
     patch_size: int,
     start_step: int = 0,
-    host: int = 0,
-    hosts: int = 1,
+    places: Sequence[int] | None = None,
 ) -> Batches:
     """Endless batches of augmented views, shuffled anew every epoch.
 
@@ -88,31 +107,23 @@ def train_batches(
             and `mask`.
         patch_size: of the encoder, pixels.
         start_step: the first batch is the one of this step.
-        host: which of `hosts` this is; it gets every `hosts`-th image of the global batch.
-        hosts: processes that train together.
+        places: in the global batch, of the images that this process makes; all by default.
 
     Returns:
-        An iterator of dicts, b = batch_size // hosts, S and s the two sizes, V local crops:
+        An iterator of dicts, b = len(places), S and s the two sizes, V local crops:
         `global_views` uint8 [b, 2, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
         `mask` bool [b, 2, S / patch_size, S / patch_size], `index` int32 [b], the record that
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
-
-    Raises:
-        UserError: the batch cannot be split over the hosts.
     """
-    if config.batch_size % hosts:
-        raise UserError(
-            f"batch_size={config.batch_size} cannot be split over {hosts} hosts. "
-            f"Set --config.batch_size to a multiple of {hosts}."
-        )
-    local_batch = config.batch_size // hosts
+    places = range(config.batch_size) if places is None else places
+    local_batch = len(places)
     piece = _piece_size(local_batch, config.augment)
     views = MakeViews(source, config.augment.to_dict(), config.mask.to_dict(), patch_size)
     # The random numbers of an image come from its place in the global stream, hence random_map
-    # before the slice: after it, all hosts would draw the same.
+    # before the share: after it, all hosts would draw the same.
     images = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     images = images.random_map(views)
-    images = images[start_step * config.batch_size + host :: hosts]
+    images = Share(images, config.batch_size, start_step, places)
     threads = config.data.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     pieces = images.batch(piece, drop_remainder=True).to_iter_dataset(options)

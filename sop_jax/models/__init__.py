@@ -29,9 +29,9 @@ class Model(NamedTuple):
 
     Attributes:
         init: key -> parameters.
-        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, key or None, patches=True)
-            -> unit embeddings, float32: [CLS] [B,d], and of patches [B,h*w,d]; without `patches`
-            those are [B,0,d], and the head does not see them.
+        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
+            patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,h*w,d];
+            without `patches` those are [B,0,d], and the head does not see them.
         features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
             layers, normed.
         patch: side of a patch in pixels.
@@ -56,11 +56,11 @@ class Network(nnx.Module):
         self,
         images: Float[Array, "B H W 3"],
         mask: Bool[Array, "B h w"] | None,
-        key: Key[Array, ""] | None,
+        keys: Key[Array, " B"] | None,
         patches: bool,
     ) -> tuple[Float[Array, "B d"], Float[Array, "B L d"]]:
         """Unit embeddings of [CLS], and of patches where asked for."""
-        (tokens,) = self.backbone(images, mask, key)
+        (tokens,) = self.backbone(images, mask, keys)
         embeddings = self.head(tokens if patches else tokens[:, :1])
         return embeddings[:, 0], embeddings[:, 1:]
 
@@ -77,16 +77,26 @@ def vit_size(config: ml_collections.ConfigDict) -> Size:
     return SIZES[config.size]
 
 
-def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
-    """The network of `config.model` and `config.head` for square images of `image_size` pixels."""
+def build(
+    config: ml_collections.ConfigDict,
+    image_size: int,
+    gather: Callable[[Any], Any] = lambda params: params,
+) -> Model:
+    """The network of `config.model` and `config.head`.
+
+    Args:
+        config: of the run.
+        image_size: square images of so many pixels a side are what its positions are made for.
+        gather: makes parameters whole that lie split over devices; called for one layer at a time.
+    """
     size, patch, dim = vit_size(config.model), config.model.patch, config.head.dim
     start = Start(jnp.dtype(config.model.dtype), config.model.init_std, config.model.position_std)
     side = image_size // patch
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)
-        grid, drop_rate, remat = (side, side), config.model.drop_path, config.model.remat
-        backbone = ViT(size, patch, grid, drop_rate, remat, start, rngs)
+        drop_rate, remat = config.model.drop_path, config.model.remat
+        backbone = ViT(size, patch, (side, side), drop_rate, remat, gather, start, rngs)
         return Network(backbone, Head(size.width, config.head.hidden, dim, start, rngs))
 
     graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
@@ -96,11 +106,15 @@ def build(config: ml_collections.ConfigDict, image_size: int) -> Model:
 
     def network(params: Params) -> Network:
         state = jax.tree.map(lambda leaf: leaf, template)
-        nnx.replace_by_pure_dict(state, params)
+        # The layers wait for their turn.
+        layers = {"blocks": params["backbone"]["blocks"]}
+        rest = {name: leaf for name, leaf in params["backbone"].items() if name != "blocks"}
+        backbone, head = gather((rest, params["head"]))
+        nnx.replace_by_pure_dict(state, {"backbone": backbone | layers, "head": head})
         return nnx.merge(graph, state)
 
-    def embed(params, images, mask=None, key=None, patches=True):
-        return network(params).embed(normalise(images, start.dtype), mask, key, patches)
+    def embed(params, images, mask=None, keys=None, patches=True):
+        return network(params).embed(normalise(images, start.dtype), mask, keys, patches)
 
     def features(params, images, mask=None, last=1):
         return network(params).backbone(normalise(images, start.dtype), mask, last=last)

@@ -1,5 +1,6 @@
 """The vision transformer of the paper, which is iBOT's."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,9 +8,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from sop_jax.mesh import GATHERED
 from sop_jax.models.positions import resize_positions
 
 EPS = 1e-6  # of every LayerNorm
+
+# What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
+# gathered from other devices are gathered again: stored, they would all be whole at once.
+REMATS = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of its linear layers
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Size(NamedTuple):
@@ -79,21 +89,27 @@ class Block(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
     def __call__(
-        self, x: Float[Array, "B T D"], rate: Float[Array, ""], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "B T D"],
+        rate: Float[Array, ""],
+        draws: Float[Array, "B 2"] | None,
     ) -> Float[Array, "B T D"]:
-        """Both residual branches, each dropped per sample with probability `rate` given a key."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = x + drop_path(self.attention(self.norm1(x)), rate, keys[0])
-        return x + drop_path(self.mlp(self.norm2(x)), rate, keys[1])
+        """Both residual branches, each dropped per sample where its draw is below `rate`."""
+        attention, mlp = (None, None) if draws is None else draws.T
+        x = x + drop_path(self.attention(self.norm1(x)), rate, attention)
+        return x + drop_path(self.mlp(self.norm2(x)), rate, mlp)
 
 
 def drop_path(
-    x: Float[Array, "B T D"], rate: Float[Array, ""], key: Key[Array, ""] | None
+    x: Float[Array, "B T D"], rate: Float[Array, ""], draws: Float[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
-    """Stochastic depth: a sample's branch is zero with probability `rate`, scaled up otherwise."""
-    if key is None:
+    """Stochastic depth: a sample's branch is zero where its draw is below `rate`, else scaled up.
+
+    Draws are uniform in [0, 1).
+    """
+    if draws is None:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    keep = (draws >= rate)[:, None, None]
     return x * (keep / (1 - rate)).astype(x.dtype)
 
 
@@ -105,7 +121,8 @@ class ViT(nnx.Module):
         patch: patch side in pixels.
         grid: rows and columns of patches that the positional embeddings are made for.
         drop_rate: drop path of the last layer; it grows linearly from 0 at the first.
-        remat: recompute each layer in the backward pass in place of storing its activations.
+        remat: a key of REMATS.
+        gather: makes the parameters of a layer whole where they lie split over devices.
         start: dtype and start of the parameters.
     """
 
@@ -115,12 +132,14 @@ class ViT(nnx.Module):
         patch: int,
         grid: tuple[int, int],
         drop_rate: float,
-        remat: bool,
+        remat: str,
+        gather: Callable[[Any], Any],
         start: Start,
         rngs: nnx.Rngs,
     ):
         width, depth, heads = size
-        self.patch, self.grid, self.remat, self.dtype = patch, grid, remat, start.dtype
+        self.patch, self.grid, self.dtype = patch, grid, start.dtype
+        self.remat, self.gather = remat, gather
         self.rates = tuple(drop_rate * i / max(depth - 1, 1) for i in range(depth))
         inputs = 3 * patch * patch
 
@@ -166,7 +185,7 @@ class ViT(nnx.Module):
         self,
         images: Float[Array, "B H W 3"],
         mask: Bool[Array, "B h w"] | None = None,
-        key: Key[Array, ""] | None = None,
+        keys: Key[Array, " B"] | None = None,
         last: int = 1,
     ) -> list[Float[Array, "B T D"]]:
         """Tokens ([CLS] first, then patches row by row) of the `last` layers, each normed.
@@ -174,22 +193,24 @@ class ViT(nnx.Module):
         Args:
             images: normalised pixels; any size that the patch divides.
             mask: patches to replace by the mask token.
-            key: turns on drop path (training of the student).
+            keys: one for each image, turn on drop path (training of the student).
             last: how many of the last layers to return, the final one last.
         """
         x = self.embed(images, mask)
         graph, layers = nnx.split(self.blocks)
         depth = len(self.rates)
-        keys = None if key is None else jax.random.split(key, depth)
+        draws = None
+        if keys is not None:
+            draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+            draws = jnp.moveaxis(draws, 1, 0)  # layers first
 
         def layer(x: Array, inputs: tuple) -> tuple[Array, Array]:
-            params, rate, layer_key = inputs
-            x = nnx.merge(graph, params)(x, rate, layer_key)
+            params, rate, layer_draws = inputs
+            x = nnx.merge(graph, self.gather(params))(x, rate, layer_draws)
             return x, x if last > 1 else x[:0]
 
-        if self.remat:
-            layer = jax.checkpoint(layer, prevent_cse=False)
-        x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), keys))
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[self.remat])
+        x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
         if last == 1:
             return [self.norm(x)]
         return [self.norm(states[i]) for i in range(depth - last, depth)]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sop_jax.sop.memory import Memory
 from sop_jax.sop.prototypes import SOPs
 
 PATIENCE = 3  # logged steps
@@ -48,7 +47,7 @@ def measure(
     teacher_cls: Float[Array, "Q B d"],
     targets: Float[Array, "tasks Q B K"],
     sops: SOPs,
-    memory: Memory,
+    memory_filled: Float[Array, ""],
 ) -> dict[str, Array]:
     """The signs of one step.
 
@@ -65,22 +64,22 @@ def measure(
         agreement: see `agreement`.
         memory_filled: share of the memory that came from images.
     """
-    tasks, views, batch, count = targets.shape
-    flat = targets.reshape(tasks, views * batch, count)
-    winners = jax.vmap(lambda p: jnp.zeros(count).at[p.argmax(-1)].set(1).mean())(flat)
+    tasks, _, _, count = targets.shape
+    first_choices = targets.argmax(-1).reshape(tasks, -1)
+    winners = jax.vmap(lambda sops: jnp.zeros(count).at[sops].set(1).mean())(first_choices)
     anchors, supports = sops.embeddings[:, :, :1], sops.embeddings[:, :, 1:]
     cosine = (anchors * supports).sum(-1).mean() if supports.shape[2] else jnp.ones(())
     rows = teacher_cls.reshape(-1, teacher_cls.shape[-1])
     return {
         "log_k": jnp.log(jnp.float32(count)),
-        "entropy": entropy(flat).mean(),
-        "entropy_of_mean": entropy(flat.mean(1)).mean(),
+        "entropy": entropy(targets).mean(),
+        "entropy_of_mean": entropy(targets.mean((1, 2))).mean(),
         "winning_sops": winners.mean(),
         "support_cosine": cosine,
         "embedding_std": jnp.sqrt(rows.var(0).mean() * rows.shape[1]),
         "effective_rank": effective_rank(rows),
         "agreement": agreement(student_cls, teacher_cls),
-        "memory_filled": memory.filled / len(memory.rows),
+        "memory_filled": memory_filled,
     }
 
 

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sop_jax.search import nearest, take
 from sop_jax.sop import health
 from sop_jax.sop.assignment import log_assignment
 from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
-from sop_jax.sop.memory import Memory, init_memory, push
-from sop_jax.sop.prototypes import SOPs, build_sops, draw_anchors, find_supports
+from sop_jax.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
+from sop_jax.sop.prototypes import SOPs, build_sops, cast_votes, draw_anchors, find_supports
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
@@ -41,70 +43,101 @@ class Objective(NamedTuple):
     Attributes:
         init: key -> memories.
         prototypes: (memories, key) -> the prototypes of this step.
-        targets: (prototypes, teacher embeddings, temperatures) -> the teacher's assignments.
-        loss: (prototypes, targets, student, teacher, mask, temperatures) -> loss and its terms.
-        remember: (memories, teacher, index, key) -> memories.
-        measure: (memories, prototypes, targets, student, teacher) -> signs of health.
+        loss: (prototypes, student, teacher, mask, temperatures) -> loss and its terms, each a mean
+            over images.
+        keep: (teacher, keys [B]) -> what the memories take of each image, leading axis B.
+        remember: (memories, kept, index) -> memories.
+        measure: (memories, prototypes, student [CLS], teacher [CLS], temperatures) -> signs of
+            health.
         verdict: logged rows -> words for a person when it is going wrong, else None.
     """
 
     init: Callable[..., Any]
     prototypes: Callable[..., Any]
-    targets: Callable[..., Any]
     loss: Callable[..., tuple[Array, dict[str, Array]]]
+    keep: Callable[..., Any]
     remember: Callable[..., Any]
     measure: Callable[..., dict[str, Array]]
     verdict: Callable[..., str | None]
 
 
+def assign_views(
+    sops: SOPs, cls: Float[Array, "Q B d"], temperature: Temperature
+) -> Float[Array, "tasks Q B K"]:
+    """Assignments of the views' [CLS] to the SOPs of every task."""
+    return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
+
+
 def draw_sops(
-    rows: Float[Array, "N d"],
+    memory: Memory,
     level: ml_collections.ConfigDict,
     config: ml_collections.ConfigDict,
+    mesh: Mesh,
     key: Key[Array, ""],
     frozen: Float[Array, "K d"] | None,
 ) -> SOPs:
     """The SOPs of one task.
 
     Args:
-        rows: of the memory.
+        memory: of this level.
         level: `config.cls` or `config.patch`.
         config: the run's `sop`.
+        mesh: the devices that the memory is split over.
         key: draws the anchors.
         frozen: anchors to use in their place.
     """
-    if frozen is None:
-        anchors = draw_anchors(key, level.memory, level.anchors)
-    else:
-        rows, anchors = jnp.concatenate([frozen, rows]), jnp.arange(level.anchors)
+    rows, alive = flat_rows(memory), live(memory, level.memory)
+    if frozen is not None:
+        embeddings = frozen[:, None]
+        if level.supports:
+            _, found = nearest(
+                *(frozen, rows, level.supports, mesh),
+                allowed=alive,
+                precision=config.search_precision,
+            )
+            embeddings = jnp.concatenate([embeddings, take(rows, found, mesh)], axis=1)
+        return SOPs(embeddings, cast_votes(embeddings, level.votes, config.smoothing))
+    anchors = draw_anchors(key, level.memory, level.anchors)
+    if config.anchors != "fixed_slots":
+        anchors = by_age(memory, level.memory, anchors)
     found = find_supports(
-        rows, anchors, level.supports, pool=config.pool, precision=config.search_precision
+        *(rows, anchors, level.supports, mesh),
+        pool=config.pool,
+        live=alive,
+        precision=config.search_precision,
     )
-    return build_sops(rows, found, level.votes, config.smoothing)
+    return build_sops(rows, found, level.votes, config.smoothing, mesh)
 
 
-def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
-    """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers."""
+def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objective:
+    """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers.
+
+    A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
+    """
+    config, lanes = run_config.sop, run_config.batch_size
     levels = {"cls": config.cls, "patch": config.patch}
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         """E_C and E_P full of random rows, and the anchors of runs that keep them fixed."""
         keys = dict(zip(levels, jax.random.split(key, len(levels)), strict=True))
         memories: dict[str, Any] = {
-            name: init_memory(keys[name], level.memory, dim) for name, level in levels.items()
+            name: init_memory(keys[name], level.memory, dim, lanes)
+            for name, level in levels.items()
         }
         if config.anchors == "frozen_rows":
             memories["frozen"] = {
-                name: jnp.stack(
-                    [
-                        memories[name].rows[draw_anchors(task, level.memory, level.anchors)]
-                        for task in jax.random.split(keys[name], level.tasks)
-                    ]
-                )
+                name: freeze(memories[name], level, jax.random.split(keys[name], level.tasks))
                 for name, level in levels.items()
                 if level.tasks
             }
         return memories
+
+    def freeze(
+        memory: Memory, level: ml_collections.ConfigDict, keys: Key[Array, " tasks"]
+    ) -> Float[Array, "tasks K d"]:
+        drawn = [draw_anchors(key, level.memory, level.anchors) for key in keys]
+        rows = by_age(memory, level.memory, jnp.stack(drawn))
+        return take(flat_rows(memory), rows, mesh)
 
     def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
         """SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
@@ -115,7 +148,7 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
             level = levels[name]
             if level.tasks == 0:
                 continue
-            draw = functools.partial(draw_sops, memories[name].rows, level, config)
+            draw = functools.partial(draw_sops, memories[name], level, config, mesh)
             frozen = memories["frozen"][name] if config.anchors == "frozen_rows" else None
             # One task after another: batched, the top-k would leave XLA's fast path on CPUs.
             drawn[name] = jax.lax.map(
@@ -124,16 +157,8 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
             )
         return drawn
 
-    def targets(
-        sops: dict[str, SOPs], teacher: Embeddings, temperatures: Temperatures
-    ) -> Float[Array, "tasks Q B K"]:
-        """The teacher's assignments of the global views' [CLS]."""
-        log_p = jax.vmap(lambda task: log_assignment(teacher.cls, task, temperatures.teacher))
-        return jnp.exp(log_p(sops["cls"]))
-
     def loss(
         sops: dict[str, SOPs],
-        targets: Float[Array, "tasks Q B K"],
         student: Embeddings,
         teacher: Embeddings,
         mask: Bool[Array, "Q B L"],
@@ -147,6 +172,7 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
         def mim(task: SOPs) -> Array:
             return mim_loss(student.patches, teacher.patches, mask, task, *temperatures)
 
+        targets = assign_views(sops["cls"], teacher.cls, temperatures.teacher)
         terms = {"cls": jax.vmap(cls)(sops["cls"], targets).mean()}
         total = config.cls.weight * terms["cls"]
         if "patch" in sops:
@@ -154,25 +180,27 @@ def sop(config: ml_collections.ConfigDict, dim: int) -> Objective:
             total += config.patch.weight * terms["mim"]
         return total, terms
 
-    def remember(
-        memories: dict[str, Any], teacher: Embeddings, index: Int[Array, " B"], key: Key[Array, ""]
-    ) -> dict[str, Any]:
-        """Both memories after the second global view: every [CLS], one random patch an image."""
+    def keep(teacher: Embeddings, keys: Key[Array, " B"]) -> dict[str, Float[Array, "B d"]]:
+        """Of the second global view: its [CLS], and one random patch."""
         cls, patches = teacher.cls[1], teacher.patches[1]
-        pick = jax.random.randint(key, (len(patches), 1, 1), 0, patches.shape[1])
-        patch = jnp.take_along_axis(patches, pick, axis=1)[:, 0]
-        return memories | {
-            "cls": push(memories["cls"], cls, index),
-            "patch": push(memories["patch"], patch, index),
-        }
+        pick = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches.shape[1]))(keys)
+        return {"cls": cls, "patch": jnp.take_along_axis(patches, pick, axis=1)[:, 0]}
+
+    def remember(
+        memories: dict[str, Any], kept: dict[str, Float[Array, "B d"]], index: Int[Array, " B"]
+    ) -> dict[str, Any]:
+        """Both memories with a row more of every image."""
+        return memories | {name: push(memories[name], kept[name], index) for name in levels}
 
     def measure(
         memories: dict[str, Memory],
         sops: dict[str, SOPs],
-        targets: Float[Array, "tasks Q B K"],
-        student: Embeddings,
-        teacher: Embeddings,
+        student_cls: Float[Array, "V B d"],
+        teacher_cls: Float[Array, "Q B d"],
+        temperatures: Temperatures,
     ) -> dict[str, Array]:
-        return health.measure(student.cls, teacher.cls, targets, sops["cls"], memories["cls"])
+        filled = jnp.minimum(memories["cls"].filled / config.cls.memory, 1)
+        targets = assign_views(sops["cls"], teacher_cls, temperatures.teacher)
+        return health.measure(student_cls, teacher_cls, targets, sops["cls"], filled)
 
-    return Objective(init, prototypes, targets, loss, remember, measure, health.verdict)
+    return Objective(init, prototypes, loss, keep, remember, measure, health.verdict)

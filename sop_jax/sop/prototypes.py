@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from sop_jax.search import nearest
+from sop_jax.search import nearest, take
 
 POOLS = ("non_anchors", "all")
 VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
@@ -26,7 +27,7 @@ class SOPs(NamedTuple):
 
 
 def draw_anchors(key: Key[Array, ""], size: int, anchors: int) -> Int[Array, " K"]:
-    """Rows drawn uniformly without replacement."""
+    """Places in the memory, drawn uniformly without replacement."""
     return jax.random.choice(key, size, (anchors,), replace=False)
 
 
@@ -34,27 +35,31 @@ def find_supports(
     rows: Float[Array, "N d"],
     anchors: Int[Array, " K"],
     supports: int,
+    mesh: Mesh,
     *,
     pool: str = "non_anchors",
+    live: Bool[Array, " N"] | None = None,
     precision: str = "float32",
 ) -> Int[Array, "K S"]:
     """Each anchor and its nearest rows by cosine.
 
     Args:
-        rows: the memory.
+        rows: the memory, split over the devices.
         anchors: rows that are anchors.
         supports: k, besides the anchor.
+        mesh: the devices.
         pool: `non_anchors` looks among rows that are no anchor of this draw (the released code),
             `all` among all rows but the anchor itself (the paper's text and pseudo-code).
+        live: rows that are in the memory; all by default.
         precision: of the scores, see `search.PRECISIONS`.
     """
     if supports == 0:
         return anchors[:, None]
-    if pool == "non_anchors":
-        allowed = jnp.ones(len(rows), bool).at[anchors].set(False)
-        _, found = nearest(rows[anchors], rows, supports, allowed=allowed, precision=precision)
-    else:
-        _, found = nearest(rows[anchors], rows, supports, own=anchors, precision=precision)
+    live = jnp.ones(len(rows), bool) if live is None else live
+    own = anchors if pool == "all" else None
+    allowed = live if pool == "all" else live.at[anchors].set(False)
+    queries = take(rows, anchors, mesh)
+    _, found = nearest(queries, rows, supports, mesh, allowed=allowed, own=own, precision=precision)
     return jnp.concatenate([anchors[:, None], found], axis=1)
 
 
@@ -82,8 +87,8 @@ def cast_votes(
 
 
 def build_sops(
-    rows: Float[Array, "N d"], found: Int[Array, "K S"], votes: str, smoothing: float
+    rows: Float[Array, "N d"], found: Int[Array, "K S"], votes: str, smoothing: float, mesh: Mesh
 ) -> SOPs:
-    """The SOPs of anchors and supports given as rows of the memory."""
-    embeddings = rows[found]
+    """The SOPs of anchors and supports given as rows of the memory, on every device."""
+    embeddings = take(rows, found, mesh)
     return SOPs(embeddings, cast_votes(embeddings, votes, smoothing))
