@@ -43,7 +43,7 @@ HEARTBEAT = 60  # without a sign of life, until a process is taken for dead and 
 END = 24 * 3600  # that a process waits for the others at its end; a dead one ends this sooner
 SHARED = 60  # for a file to be seen elsewhere: what NFS may remember that a folder was not there
 POLL = 0.5  # between two questions whether another process has failed
-LINGER = 4 * POLL  # that a failed process lives on: its end is an error of those that know nothing
+LINGER = 4 * POLL  # of a failed process, whose end is an error to those that know nothing yet
 PATIENCE = 15  # of a person who sees nothing happen
 
 _FAILURE = "sop_jax/failure"
@@ -262,7 +262,7 @@ def leave(code: int, message: str, words: str) -> NoReturn:
         words: what the others say of it.
     """
     with _leaving:
-        print(f"{name()}: {message}", file=sys.stderr)
+        print(f"{name()}: {message}", file=sys.stderr, flush=True)
         if _watch is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed before
                 _client().key_value_set(_FAILURE, f"{name()} has ended: {words}")
@@ -278,7 +278,7 @@ def _leave_with_others() -> None:
         except jax.errors.JaxRuntimeError:
             continue  # nobody has; or the service is gone, on which JAX itself ends this process
         if _leaving.acquire(blocking=False):
-            print(f"{name()}: error: {words}", file=sys.stderr)
+            print(f"{name()}: error: {words}", file=sys.stderr, flush=True)
             _end(1)
         return
 

@@ -54,7 +54,6 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
-    hosts.check_agreement(config_lib.flatten(config))
     chief = jax.process_index() == 0  # writes and speaks for all processes
     workdir = epath.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
@@ -159,9 +158,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
             for step in range(start + 1, steps + 1):
                 last = step == steps
                 log = last or due(step, config.log_every)
-                batch = next(batches)
+                batch = to_devices(mesh, next(batches))
                 with jax.transfer_guard("disallow"):  # nothing waits for the devices unseen
-                    state, metrics = run.train_step(state, to_devices(mesh, batch), measure[log])
+                    state, metrics = run.train_step(state, batch, measure[log])
                     pending.append((step, metrics))
                     stop = interruption.poll() and not last
                 if len(pending) > IN_FLIGHT:

@@ -6,7 +6,13 @@ import pathlib
 # Before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # XLA for CPUs may start two collectives in another order on each device, and then waits
+        # for ever where devices are more than cores; in one order of all it does not.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
 ).strip()
 # Workers and processes of tests compile the same programs: they share what is compiled.
 os.environ.setdefault(

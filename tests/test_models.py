@@ -219,3 +219,18 @@ def test_unit_rows_and_a_row_of_zeros() -> None:
     np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0], [1, 0]], rtol=1e-6)
     gradient = jax.grad(lambda x: unit(x).sum())(x)
     assert np.isfinite(gradient).all()
+
+
+def test_gradients_of_a_half_precision_network_are_sums_in_float32(params: Params) -> None:
+    """No gradient is rounded to bfloat16 before devices would add it to those of others."""
+    model = small_model(dtype="bfloat16")
+
+    def loss(params: Params) -> jax.Array:
+        cls, patches = model.embed(params, images(), jnp.ones((BATCH, 4, 4), bool).at[0].set(False))
+        return (cls[:, 0] + patches[..., 1].sum(1)).sum()
+
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree.leaves_with_path(gradients):
+        rounded = leaf.astype(jnp.bfloat16).astype(jnp.float32)
+        changed = float((leaf != rounded).sum() / jnp.maximum((leaf != 0).sum(), 1))
+        assert changed > 0.1, jax.tree_util.keystr(path)

@@ -136,4 +136,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The TFDS data_dir to write to.", required=True)
     flags.DEFINE_string("name", None, "What to call the data set.", required=True)
     flags.DEFINE_list("splits", ["train", "val"], "Folders of the tree, the one to train on first.")
-    cli.run(main)
+    cli.run(main, devices=False)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.mesh import GATHERED
+from sop_jax.models.linear import Linear
 from sop_jax.models.positions import resize_positions
 
 EPS = 1e-6  # of every LayerNorm
@@ -52,15 +53,15 @@ class Start(NamedTuple):
     position_std: float = 0.02
 
 
-def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> nnx.Linear:
+def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
     """A linear layer."""
     init = nnx.initializers.normal(start.std)
-    return nnx.Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
+    return Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
 
 
-def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with float32 statistics."""
-    return nnx.LayerNorm(width, epsilon=EPS, dtype=start.dtype, rngs=rngs)
+def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm in float32, gradients too; the layer after it takes what it gives as it likes."""
+    return nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -68,10 +69,10 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, start: Start, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm1 = layer_norm(width, start, rngs)
+        self.norm1 = layer_norm(width, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         self.proj = dense(width, width, start, rngs)
-        self.norm2 = layer_norm(width, start, rngs)
+        self.norm2 = layer_norm(width, rngs)
         self.fc1 = dense(width, 4 * width, start, rngs)
         self.fc2 = dense(4 * width, width, start, rngs)
 
@@ -147,14 +148,14 @@ class ViT(nnx.Module):
             # PyTorch's default start of a convolution, which iBOT leaves as it is.
             return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
-        self.patch_embed = nnx.Linear(
+        self.patch_embed = Linear(
             inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
         )
         normal = nnx.initializers.normal(start.position_std)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1 + grid[0] * grid[1], width)))
         self.mask_token = nnx.Param(jnp.zeros((width,)))
-        self.norm = layer_norm(width, start, rngs)
+        self.norm = layer_norm(width, rngs)
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
@@ -171,15 +172,15 @@ class ViT(nnx.Module):
         p, (h, w) = self.patch, (height // self.patch, width // self.patch)
         # A patch embedding by convolution, written as the matrix product that it is.
         patches = images.reshape(batch, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embed(patches.reshape(batch, h * w, p * p * 3))
+        x = self.patch_embed(patches.reshape(batch, h * w, p * p * 3)).astype(jnp.float32)
         if mask is not None:
-            token = self.mask_token[...].astype(x.dtype)
-            x = jnp.where(mask.reshape(batch, h * w, 1), token, x)
+            x = jnp.where(mask.reshape(batch, h * w, 1), self.mask_token[...], x)
         positions = self.pos_embed[...]
         table = positions[1:].reshape(*self.grid, -1)
         table = resize_positions(table, (h, w)).reshape(h * w, -1)
         cls = jnp.broadcast_to(self.cls_token[...] + positions[0], (batch, 1, table.shape[-1]))
-        return jnp.concatenate([cls.astype(self.dtype), x + table.astype(self.dtype)], axis=1)
+        # Added in float32, in which the gradients of these parameters are then summed.
+        return jnp.concatenate([cls, x + table], axis=1).astype(self.dtype)
 
     def __call__(
         self,

@@ -1,0 +1,96 @@
+"""A small run that can be laid out on any mesh, and all that its steps compute."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from jax.experimental.multihost_utils import process_allgather
+
+from sop_jax import config as config_lib
+from sop_jax import mesh as mesh_lib
+from sop_jax import optim
+from sop_jax.mesh import make_mesh, place, replicated, split
+from sop_jax.run import Run, assemble
+
+STEPS = 3
+
+
+def small_config(data: int = 1, fsdp: int = 1, accumulate: int = 1) -> ml_collections.ConfigDict:
+    """With drop path, local crops, and memories that a batch does not divide."""
+    config = config_lib.paper()
+    config.batch_size, config.steps, config.accumulate = 16, 100, accumulate
+    config.mesh.update(dict(data=data, fsdp=fsdp))
+    config.augment.update(dict(global_size=8, local_size=4, local_crops=2))
+    model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype="float32", init_std=0.2)
+    config.model.update(model | dict(drop_path=0.3))
+    config.head.update(dict(hidden=16, dim=8))
+    config.sop.cls.update(dict(memory=40, anchors=6, supports=2, tasks=2))
+    config.sop.patch.update(dict(memory=24, anchors=5))
+    config.sop.temperature_warmup_steps = 10
+    return config
+
+
+def make_batch(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The same random global batch in every process."""
+    rng = np.random.default_rng(0)
+    size = shapes["index"].shape[0]
+    return {
+        "global_views": rng.integers(0, 256, shapes["global_views"].shape).astype(np.uint8),
+        "local_views": rng.integers(0, 256, shapes["local_views"].shape).astype(np.uint8),
+        "mask": rng.random(shapes["mask"].shape) < 0.5,
+        "index": np.arange(100, 100 + size, dtype=np.int32),
+        "corrupt": np.full(size, -1, np.int32),
+    }
+
+
+def keep_gradients(config: Any, schedules: Any) -> optax.GradientTransformation:
+    """Plain gradient descent, in whose state the last gradients stay: no division by tiny sums."""
+
+    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g: -0.5 * g, gradients), gradients
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def small_run(monkeypatch: pytest.MonkeyPatch, **layout: int) -> tuple[Run, Any]:
+    """The run and its first state; nearly every parameter is large enough to be shared."""
+    monkeypatch.setattr(mesh_lib, "SMALL", 64)
+    monkeypatch.setattr(optim, "optimizer", keep_gradients)
+    config = small_config(**layout)
+    run = assemble(config, make_mesh(config.mesh.data, config.mesh.fsdp), images=1000)
+    return run, run.init(jax.random.key(0))
+
+
+def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: int) -> dict[str, np.ndarray]:
+    """Losses, gradients and signs of health of every step, and the last state, by name."""
+    run, state = small_run(monkeypatch, **layout)
+    batch = {name: place(array, split(run.mesh)) for name, array in make_batch(run.batch).items()}
+    measure = place(np.array(True), replicated(run.mesh))
+    found = {}
+    for step in range(STEPS):
+        state, metrics = run.train_step(state, batch, measure)
+        seen = {"metrics": metrics, "gradients": state.opt_state}
+        found |= named(process_allgather(seen, tiled=True), f"{step}/")
+    last = {name: getattr(state, name) for name in ("student", "teacher", "memories")}
+    return found | named(process_allgather(last, tiled=True))
+
+
+def named(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    return {
+        prefix + jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """To 1e-5 of the scale of each array."""
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        # A correlation near zero is a difference of large sums: its scale is that of its range.
+        least = 1.0 if name.endswith("/agreement") else 1e-3
+        scale = max(np.abs(array).max(initial=0), least)
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)

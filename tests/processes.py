@@ -1,0 +1,128 @@
+"""Starts several processes of this machine as the hosts of one run."""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+DEVICES = 2  # a process
+
+
+class Ended(NamedTuple):
+    """What a process left behind: its exit code, negative for a signal, and its words."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Processes:
+    """Running processes of one run, by their number."""
+
+    def __init__(self, running: Sequence[subprocess.Popen[str]], folder: pathlib.Path) -> None:
+        self.running = running
+        self.folder = folder
+
+    def says(self, process: int) -> str:
+        """What a process has printed to stdout so far."""
+        return (self.folder / f"{process}.out").read_text()
+
+    def wait_for(self, process: int, text: str, timeout: float = 60) -> None:
+        """Waits until a process has printed the text to stdout."""
+        until = time.monotonic() + timeout
+        while text not in self.says(process):
+            assert time.monotonic() < until, f"process {process} never said {text!r}: {self.end(0)}"
+            assert self.running[process].poll() is None, f"a process ended early: {self.end(5)}"
+            time.sleep(0.02)
+
+    def signal(self, process: int, number: signal.Signals) -> None:
+        self.running[process].send_signal(number)
+
+    def end(self, timeout: float = 60) -> list[Ended]:
+        """Waits for all of them together; what is left after that many seconds is killed."""
+        until = time.monotonic() + timeout
+        for popen in self.running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                popen.wait(max(0, until - time.monotonic()))
+        for popen in self.running:
+            popen.kill()
+            popen.wait()
+        return [
+            Ended(popen.returncode, self.says(i), (self.folder / f"{i}.err").read_text())
+            for i, popen in enumerate(self.running)
+        ]
+
+
+@contextlib.contextmanager
+def start(
+    commands: Sequence[Sequence[object]],
+    folder: pathlib.Path,
+    environments: Sequence[dict[str, str]] | None = None,
+    devices: int = DEVICES,
+) -> Iterator[Processes]:
+    """Runs `python ARGUMENTS` for each of the commands, all at once, in a context that kills them.
+
+    Args:
+        commands: the arguments of each process.
+        folder: where each runs and its output goes.
+        environments: added to each one's environment.
+        devices: virtual CPU devices a process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    common = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} {flag}",
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with contextlib.ExitStack() as stack:
+        running = []
+        for i, command in enumerate(commands):
+            out, err = (
+                stack.enter_context((folder / f"{i}.{name}").open("w")) for name in ("out", "err")
+            )
+            popen = subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                cwd=folder,
+                env=common | (environments[i] if environments else {}),
+                stdout=out,
+                stderr=err,
+                text=True,
+            )
+            stack.callback(popen.wait)
+            stack.callback(popen.kill)
+            running.append(popen)
+        yield Processes(running, folder)
+
+
+def run(
+    commands: Sequence[Sequence[object]],
+    folder: pathlib.Path,
+    environments: Sequence[dict[str, str]] | None = None,
+    devices: int = DEVICES,
+    timeout: float = 60,
+) -> list[Ended]:
+    """`start`, to the end."""
+    with start(commands, folder, environments, devices) as processes:
+        return processes.end(timeout)
+
+
+def among(count: int) -> list[list[str]]:
+    """The flags of so many processes of one run, on a port that is free now."""
+    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
+    return [[coordinator, f"--processes={count}", f"--process={i}"] for i in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
