@@ -1,0 +1,308 @@
+"""Whether a step fits, what it costs, and what is said where that cannot be known."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import ml_collections
+import pytest
+
+from sop_jax import config as config_lib
+from sop_jax import plan as plan_lib
+from sop_jax.collectives import Collective
+from sop_jax.errors import UserError
+from sop_jax.plan import GIB, Plan, exhausted, largest_batch, plan, record, table, traffic
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the compiler of TPUs: pip install -e .[tpu]",
+)
+
+
+def small_config(batch_size: int = 16, fsdp: int = 1) -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    config.batch_size = batch_size
+    config.mesh.fsdp = fsdp
+    config.augment.update(dict(global_size=16, local_size=8, local_crops=2))
+    config.eval.update(dict(resize=16, crop=16))
+    model = dict(size="custom", width=128, depth=2, heads=2, patch=8, dtype="float32")
+    config.model.update(model)
+    config.head.update(dict(hidden=128, dim=128))
+    config.sop.cls.update(dict(memory=64, anchors=8, supports=2, tasks=1))
+    config.sop.patch.update(dict(memory=32, anchors=4))
+    return config
+
+
+def made(**changes: object) -> Plan:
+    """A plan that nothing was compiled for."""
+    values = dict(
+        mesh={"data": 4, "fsdp": 2},
+        kind="TPU v5 lite",
+        batch_size=64,
+        accumulate=1,
+        bound=(8192, "sop.patch.memory"),
+        memory={"parameters": 2 * GIB, "activations": 3 * GIB},
+        wanted=5 * GIB,
+        limit=16 * GIB,
+        fits=True,
+        flops={"teacher": 1e12, "student": 3e12, "": 0.0},
+        rate=1e12,
+        collectives=[],
+        compile_s=1.0,
+    )
+    return Plan(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def one() -> Plan:
+    return plan(small_config(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def eight() -> Plan:
+    return plan(small_config(fsdp=4), jax.devices())
+
+
+def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> None:
+    # A layer has 12 D^2 weights; beside two of them are embeddings, head, biases and norms.
+    layers = 2 * 12 * 128**2 * 4
+    assert 2 * layers < one.memory["parameters"] < 2 * 1.6 * layers
+    assert one.memory["optimizer"] == pytest.approx(one.memory["parameters"], abs=16)
+    rows = 64 + 32
+    assert one.memory["memories"] == rows * (128 * 4 + 4) + 4 * 4
+    pixels = 2 * 16 * 16 * 3 + 2 * 8 * 8 * 3
+    assert one.memory["batch"] == 16 * (pixels + 2 * 4 + 4 + 4)
+    assert one.memory["activations"] > one.memory["batch"]
+    assert one.wanted == sum(one.memory.values())
+
+
+def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
+    assert eight.mesh == {"data": 2, "fsdp": 4}
+    for part in ("parameters", "optimizer"):  # all but the small ones by a quarter
+        assert 1 / 4 < eight.memory[part] / one.memory[part] < 0.3
+    for part in ("memories", "batch"):
+        assert eight.memory[part] == pytest.approx(one.memory[part] / 8, abs=16)
+    assert eight.flops == one.flops
+    assert eight.flops["student"] > 2 * eight.flops["teacher"] > 0
+    # Every anchor with every row, and for the votes with its two supports.
+    assert eight.flops["prototypes"] == 2 * 8 * (64 + 2) * 128
+
+
+def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) -> None:
+    assert one.collectives == []
+    sent = traffic(eight.collectives)
+    reduced = sum(
+        size or 0
+        for (kind, where), (_, size) in sent.items()
+        if "reduce" in kind and where == "student"
+    )
+    assert reduced >= 0.9 * one.memory["parameters"] / 2  # the student's half
+    assert not any(where == "memories" for _, where in sent)
+
+
+def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(one: Plan) -> None:
+    assert one.limit is None
+    assert one.fits is None
+    assert "fits: unknown" in table(one)
+    with pytest.raises(UserError, match="do not say how much memory"):
+        largest_batch(small_config(), jax.devices()[:1])
+
+
+def test_bound_is_that_of_the_smaller_memory(one: Plan) -> None:
+    assert one.bound == (32, "sop.patch.memory")
+    assert "sop.patch.memory of 32 rows bounds the batch to 32 images." in table(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 12}, "batch_size 12 cannot be split over 8 devices"),
+        ({"batch_size": 64}, "does not fit sop.patch.memory 32"),
+        ({"mesh.fsdp": 3}, "mesh.fsdp 3 does not divide the 8 devices"),
+        ({"model.size": "xl"}, "model.size is 'xl'; expected one of"),
+    ],
+)
+def test_what_cannot_run_is_said_before_it_compiles(
+    changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_lib.flops, "by_scope", lambda *_: pytest.fail("too late"))
+    config = small_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=words):
+        plan(config, jax.devices())
+
+
+def test_table_and_record_tell_the_same() -> None:
+    sent = [
+        Collective("all-reduce", 2**20, 12, "jit(f)/transpose(jvp(student))/while/body/dot"),
+        Collective("all-reduce", 2**21, 1, "jit(f)/jvp(student)/add"),
+        Collective("all-gather", 2**10, None, "jit(f)/while/body/prototypes/gather"),
+        Collective("all-reduce", 8, 1, "jit(f)/health/cond/branch_1_fun/reduce_sum"),
+    ]
+    found = made(collectives=sent)
+    words = " ".join(table(found).split())
+    for text in (
+        "batch 64 on 8 TPU v5 lite (data 4 x fsdp 2): 8 images a chip",
+        "parameters, student and teacher 2048.0",
+        "activations and the like 3072.0",
+        "student 3.000",
+        "of matrix products 4.000",
+        "at least 500 ms",
+        "all-reduce student 13 14.000",
+        "all-gather prototypes ? ?",
+        "(steps that measure)",
+        "fits: yes, 5.00 GiB a chip of 16.00 GiB",
+    ):
+        assert text in words
+    numbers = json.loads(json.dumps(record(found)))
+    assert numbers["fits"] is True
+    assert numbers["memory"]["parameters"] == 2 * GIB
+    assert {"kind": "all-reduce", "where": "student", "times": 13, "bytes": 14 * 2**20} in numbers[
+        "collectives"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (40.50G) exceeds available HBM (15.75G).",
+            round(40.5 * GIB),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 812.25M of 15.75G hbm.",
+            round(812.25 * 2**20),
+        ),
+        ("RESOURCE_EXHAUSTED: no room\nat all", "RESOURCE_EXHAUSTED: no room"),
+    ],
+)
+def test_what_a_program_wanted_is_read_from_the_refusal(error: str, wanted: int | str) -> None:
+    assert exhausted(error) == wanted
+
+
+def test_refusal_is_an_answer() -> None:
+    words = table(made(wanted=40 * GIB, fits=False, memory={"parameters": 2 * GIB}))
+    assert words.endswith("fits: no, 40.00 GiB a chip of 16.00 GiB")
+    assert "activations" not in words
+
+
+@pytest.mark.parametrize(
+    ("most", "accumulate", "expected"), [(5, 1, 5), (1, 1, 1), (0, 1, None), (99, 1, 32), (3, 2, 3)]
+)
+def test_largest_batch_is_found_up_to_what_the_memories_take(
+    most: int, accumulate: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`most` images fit a microbatch on one device; the memories take 32."""
+
+    def pretend(config: ml_collections.ConfigDict, devices: list) -> Plan:
+        assert config.batch_size <= 32
+        fits = config.batch_size <= most * config.accumulate
+        return made(batch_size=config.batch_size, fits=fits, mesh={"data": 1})
+
+    monkeypatch.setattr(plan_lib, "plan", pretend)
+    monkeypatch.setattr(plan_lib, "bytes_limit", lambda device: GIB)
+    config = small_config()
+    config.accumulate = accumulate
+    found = largest_batch(config, jax.devices()[:1])
+    assert (found and found.batch_size // accumulate) == expected
+    assert config.batch_size == 16
+
+
+def test_without_libtpu_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs libtpu.*pip install -e \.\[tpu\]"):
+        plan_lib.described_devices("v5e:2x2")
+
+
+def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """The command, in a process that the settings of the tests do not reach."""
+    settings = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in settings}
+    return subprocess.run(
+        [sys.executable, "-m", "sop_jax.plan", *arguments],
+        env=environment | {"TPU_SKIP_MDS_QUERY": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("foo", "libtpu does not know --topology=foo"),
+        ("v5e:3x5", "libtpu does not know --topology=v5e:3x5"),
+        ("v3:2x2", "memory is not known here: TPU v3; expected one of v4, v5e, v5p and v6e"),
+        ("v5e:4x6", "batch_size 512 cannot be split over 24 devices"),
+    ],
+)
+def test_what_a_topology_cannot_be_is_said_in_a_line(topology: str, words: str) -> None:
+    ended = run("--config=configs/imagenet_vitb16.py", f"--topology={topology}", timeout=60)
+    assert ended.returncode == 1
+    assert words in ended.stderr
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+    assert not ended.stdout
+
+
+@needs_libtpu
+def test_a_mesh_that_no_torus_has_is_refused_in_a_line() -> None:
+    ended = run(
+        "--config=configs/imagenet_vitb16.py",
+        "--topology=v5p:4x4x4",
+        "--config.mesh.fsdp=2",
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert "mesh.fsdp 2 does not lie along axes of the 4 x 4 x 4 torus" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@needs_libtpu
+def test_a_batch_that_is_too_large_is_a_no() -> None:
+    ended = run(
+        "--config=configs/imagenet_vits16.py",
+        "--topology=v5e:2x2",
+        "--config.batch_size=4096",
+        timeout=120,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    *words, numbers = ended.stdout.splitlines()
+    assert words[-1].startswith("fits: no, ")
+    found = json.loads(numbers)
+    assert found["fits"] is False
+    assert found["wanted"] > 10 * found["limit"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_vit_b_with_the_papers_recipe_fits_256_chips_of_v5e() -> None:
+    ended = run("--config=configs/imagenet_vitb16.py", "--topology=v5e:16x16", timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    *words, numbers = ended.stdout.splitlines()
+    assert words[-1].startswith("fits: yes, ")
+    found = json.loads(numbers)
+    assert (found["kind"], found["mesh"]) == ("TPU v5 lite", {"data": 256, "fsdp": 1})
+    assert found["batch_size"] == 512
+    # 86 M parameters and a head, in float32, of student, teacher and two moments.
+    assert 2 * 86e6 * 4 < found["memory"]["parameters"] < 2 * 95e6 * 4
+    assert 1e9 < found["wanted"] < found["limit"] < 16 * GIB
+    # Two global views cost the teacher 35 GFLOP each; a training step is three forwards.
+    assert found["flops"]["teacher"] == pytest.approx(512 * 2 * 36e9, rel=0.1)
+    search = 2 * 2 * 4096 * 65536 * 256
+    assert found["flops"]["prototypes"] == pytest.approx(search, rel=0.01)
+    sent = {(c["kind"], c["where"]): c for c in found["collectives"]}
+    assert all(c["times"] is not None for c in found["collectives"])
+    assert sent["all-reduce", "student"]["bytes"] > 86e6 * 2  # gradients, in bfloat16 at least
+    assert sent["all-to-all", "prototypes"]["times"] == 2  # the winners of either task

@@ -1,0 +1,57 @@
+"""What tests let two processes do together: `python two_hosts.py TASK OUT.npz ... FLAGS`."""
+
+import sys
+
+import jax
+import layouts
+import numpy as np
+import pytest
+from absl import flags
+from jax.experimental.multihost_utils import process_allgather
+
+from sop_jax import checkpoint, cli
+from sop_jax import config as config_lib
+from sop_jax.data.pipeline import train_batches
+from sop_jax.data.sources import open_source
+from sop_jax.mesh import host_rows, make_mesh, to_devices
+from sop_jax.run import assemble
+
+
+def trajectory(out: str, fsdp: str) -> None:
+    """Saves what the steps of the small run compute."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        save(out, layouts.trajectory(monkeypatch, data=0, fsdp=int(fsdp)))
+
+
+def restore(out: str, workdir: str) -> None:
+    """Saves the newest state of a run and the batch that its next step takes."""
+    config = config_lib.load(workdir)
+    config.mesh.data = 0
+    mesh = make_mesh()
+    run = assemble(config, mesh, images=100)
+    state = checkpoint.restore(workdir, run.abstract)
+    source = open_source(config.data, "train")
+    assert source is not None
+    places = host_rows(mesh, config.batch_size)
+    batches = train_batches(source, config, run.model.patch, int(state.step), places)
+    batch = to_devices(mesh, next(batches))
+    batches.close()
+    state = state._replace(key=jax.random.key_data(state.key))
+    save(out, layouts.named(process_allgather({"state": state, "batch": batch}, tiled=True)))
+
+
+def save(out: str, arrays: dict[str, np.ndarray]) -> None:
+    if jax.process_index() == 0:
+        np.savez(out, **arrays)
+
+
+def main(argv: list[str]) -> None:
+    {"trajectory": trajectory, "restore": restore}[TASK](*argv[1:])
+
+
+if __name__ == "__main__":
+    TASK = sys.argv.pop(1)
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--")]
+    sys.argv = [sys.argv[0], *(word for word in sys.argv if word.startswith("--"))]
+    cli.run(lambda argv: main([argv[0], *arguments]))
+    assert flags.FLAGS.is_parsed()
