@@ -34,6 +34,8 @@ setup(
         "test": [
             "beartype>=0.23",
             "hypothesis>=6.100",
+            # The compiler of TPUs, for tests of what it makes of the train step.
+            "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "matplotlib>=3.9",
             "mypy>=2.0",
             "pytest>=9.0",

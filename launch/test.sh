@@ -12,4 +12,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck launch/*.sh .ci/run
-python -m pytest -n 2 "$@"
+python -m pytest -n 2 --dist=loadgroup "$@"

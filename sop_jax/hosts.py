@@ -287,7 +287,7 @@ def _end(code: int) -> NoReturn:
     if global_state.process_id == 0 and _watch is not None:
         time.sleep(LINGER)  # with it goes the service, which those need that linger themselves
     for child in multiprocessing.active_children():  # workers, which Python would end at its own
-        child.terminate()
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

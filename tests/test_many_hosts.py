@@ -15,6 +15,9 @@ from test_train import CONFIG, SMALL, STEPS, TIMINGS, paint, rows, saved_state, 
 from sop_jax import checkpoint, train
 from sop_jax.metrics import read_metrics
 
+# One worker runs them all, for all of them want both cores and the same first run.
+pytestmark = pytest.mark.xdist_group("many_hosts")
+
 HERE = pathlib.Path(__file__).parent
 TOGETHER = {"mesh.data": 0, "eval_every": 0, "log_every": 1}
 
@@ -62,16 +65,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
 def test_two_processes_compute_what_one_does(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, fsdp: int
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "found.npz"
-    task = [HERE / "two_hosts.py", "trajectory", out, fsdp]
-    ended = finish(tmp_path, task)
+    """On four devices that hold all parameters each, and on two pairs that share them."""
+    ended = finish(tmp_path, [HERE / "two_hosts.py", "trajectory", tmp_path])
     assert [process.code for process in ended] == [0, 0], ended
-    with np.load(out) as found:
-        layouts.assert_same(dict(found), layouts.trajectory(monkeypatch))
+    expected = layouts.trajectory(monkeypatch)
+    for fsdp in (1, 2):
+        with np.load(tmp_path / f"{fsdp}.npz") as found:
+            layouts.assert_same(dict(found), expected)
 
 
 def test_the_first_process_alone_writes_and_speaks(whole: pathlib.Path) -> None:
@@ -114,14 +117,13 @@ def test_one_process_of_eight_devices_saves_for_two(tmp_path: pathlib.Path) -> N
             assert one[name].tobytes() == two[name].tobytes(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_both_at_one_step(
-    whole: pathlib.Path, tmp_path: pathlib.Path, number: signal.Signals
+    whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     workdir = tmp_path / "run"
     with pair(tmp_path, command(workdir)) as running:
         wait_for_step(running, workdir, 4)
-        running.signal(1, number)
+        running.signal(1, signal.SIGTERM)
         ended = running.end(120)
     assert [process.code for process in ended] == [130, 130], ended
     saved = checkpoint.latest_step(workdir)
@@ -185,7 +187,10 @@ def test_other_images_on_one_host_are_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_workdir_that_is_another_folder_on_one_host_is_named(tmp_path: pathlib.Path) -> None:
-    for ended in apart(tmp_path, command(pathlib.Path("run"))):
+    impatient = "import runpy, sop_jax.hosts as hosts; hosts.SHARED = 2; "
+    _, module, *flags = command(pathlib.Path("run"))
+    start = impatient + f"runpy.run_module({module!r}, run_name='__main__')"
+    for ended in apart(tmp_path, ["-c", start, *flags]):
         assert ended.code == 1
         assert "process 1" in ended.err and "cannot see what process 0 writes to run" in ended.err
     assert not (tmp_path / "a" / "run").exists() and not (tmp_path / "b" / "run").exists()

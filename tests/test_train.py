@@ -359,16 +359,18 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(tmp_path: pathlib
     assert json.loads(again.stdout) == json.loads((killed / "summary.json").read_text())
 
 
-def test_ctrl_c_saves_the_step_and_says_so_in_one_line(
-    tmp_path: pathlib.Path, finished: pathlib.Path
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
+    tmp_path: pathlib.Path, finished: pathlib.Path, number: signal.Signals, workers: int
 ) -> None:
-    process = start(tmp_path, eval_every=1, log_every=0)
+    """As Ctrl-C in a terminal, and a cluster that signals the workers too."""
+    process = start(tmp_path, eval_every=1, log_every=0, **{"data.workers": workers})
     wait_for_step(process, tmp_path, 4)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate()
     saved = checkpoint.latest_step(tmp_path)
-    assert saved is not None and 4 < saved < STEPS
-    last = err.splitlines()[-1]
+    assert saved is not None and 4 <= saved < STEPS
+    last = next(line for line in err.splitlines() if line.startswith("interrupted"))
     assert f"interrupted; step {saved} of {STEPS} is saved" in last and "same command" in last
     assert process.returncode == 130 and "Traceback" not in err
     train.train(small_config(), tmp_path)

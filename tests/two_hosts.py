@@ -17,10 +17,11 @@ from sop_jax.mesh import host_rows, make_mesh, to_devices
 from sop_jax.run import assemble
 
 
-def trajectory(out: str, fsdp: str) -> None:
-    """Saves what the steps of the small run compute."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        save(out, layouts.trajectory(monkeypatch, data=0, fsdp=int(fsdp)))
+def trajectory(folder: str) -> None:
+    """Saves what the steps of the small run compute, on all devices and on pairs of them."""
+    for fsdp in (1, 2):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            save(f"{folder}/{fsdp}.npz", layouts.trajectory(monkeypatch, data=0, fsdp=fsdp))
 
 
 def restore(out: str, workdir: str) -> None:

@@ -132,16 +132,17 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2),
-            worker_init_fn=_leave_ctrl_c_to_the_parent,
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     if config.data.workers or piece < local_batch:
         pieces = pieces.batch(local_batch // piece, batch_fn=_join)
     return Batches(iter(pieces))
 
 
-def _leave_ctrl_c_to_the_parent(*_: Any) -> None:
-    """A terminal sends Ctrl-C to every process: the parent decides, and still needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(*_: Any) -> None:
+    """Terminals and clusters signal every process: the parent decides, and needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:

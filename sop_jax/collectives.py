@@ -1,0 +1,276 @@
+"""Reads the collectives of a compiled program from its HLO text: what devices send each other."""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+_CALLS = "calls|to_apply|called_computations|branch_computations|(?:true|false)_computation"
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    Attributes:
+        kind: one of KINDS.
+        bytes: of the array as one device has it where it is whole: the gathered one, the reduced
+            one, the one that is scattered or exchanged; several in one collective together.
+        times: how often a call of the program runs it: the product of the loops around it. A
+            branch counts as taken. None when the length of a loop is not known.
+        name: where it comes from, the scopes of `jax.named_scope` included; "" if unknown.
+    """
+
+    kind: str
+    bytes: int
+    times: int | None
+    name: str
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str  # what stands in the parentheses: the operands, or a constant
+    attributes: str
+
+
+_Computation = dict[str, _Instruction]  # the root is the last one
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a compiled program, once for each place that calls them.
+
+    An asynchronous collective is one, however many pieces it is scheduled in. One among groups
+    of a single device is none.
+
+    Args:
+        text: of `compiled.as_text()`.
+
+    Raises:
+        ValueError: it is no text of a compiled program.
+    """
+    computations, entry = _parse(text)
+    found, chains = [], set()
+    for collective, attributes in _walk(computations, entry, 1, ""):
+        # TPUs spread a collective over fusions, each of which shows it, on one channel.
+        channel = re.search(r"channel_id=(\d+)", attributes)
+        if channel and "chain_id=" in attributes:
+            if channel[1] in chains:
+                continue
+            chains.add(channel[1])
+        if not _alone(attributes):
+            found.append(collective)
+    return found
+
+
+def _alone(attributes: str) -> bool:
+    """Whether the text says that each group of devices is one device."""
+    # Groups are written in three ways: {{0},{1}}, [2,1]<=[2], mesh['a'=4,'b'=1] {'b'}.
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{('[^}:]*)\}", attributes):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
+        return all(sizes[axis] == "1" for axis in named[2].split(","))
+    return bool(re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)", attributes))
+
+
+def _walk(
+    computations: dict[str, _Computation], place: str, times: int | None, around: str
+) -> Iterator[tuple[Collective, str]]:
+    """The collectives below a computation in the order of the text, and their attributes.
+
+    Args:
+        computations: of the program.
+        place: the computation.
+        times: how often it runs.
+        around: the name of what calls it, which some of its instructions lack.
+    """
+    for instruction in computations[place].values():
+        attributes = instruction.attributes
+        named = re.search(r'op_name="([^"]*)"', attributes)
+        name = named[1] if named else around
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # which is how TPUs write one
+            size = _bytes(instruction, computations[place])
+            yield Collective(kind, size, times, name), attributes
+        elif instruction.opcode == "while":
+            trips = _trips(computations, computations[place], instruction)
+            inside = None if times is None or trips is None else times * trips
+            for called in _called(instruction, "condition|body"):
+                yield from _walk(computations, called, inside, name)
+        # The end of an asynchronous call may name what its start called.
+        elif instruction.opcode not in ("async-update", "async-done"):
+            for called in _called(instruction):
+                yield from _walk(computations, called, times, name)
+
+
+def _called(instruction: _Instruction, attribute: str = _CALLS) -> list[str]:
+    """Computations that an instruction names in an attribute."""
+    lists = re.findall(rf"\b(?:{attribute})=(%[\w.\-]+|\{{[^}}]*\}})", instruction.attributes)
+    return [name for names in lists for name in _names(names)]
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", text)
+
+
+# The text ---------------------------------------------------------------------------------------
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """Computations by name, and the name of the one that the program starts with."""
+    computations: dict[str, _Computation] = {}
+    current: _Computation = {}
+    entry = None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY %")) and line.endswith("{"):
+            name = _names(line)[0]
+            current = computations[name] = {}
+            entry = name if line.startswith("ENTRY") else entry
+        elif match := re.match(r"  (?:ROOT )?%([\w.\-]+) = ", line):
+            shape, rest = _split_shape(line[match.end() :])
+            opcode, rest = rest.split("(", 1)
+            end = _closing(rest)
+            literal, attributes = rest[:end], rest[end + 1 :]
+            current[match[1]] = _Instruction(
+                match[1], shape, opcode, tuple(_names(literal)), literal, attributes
+            )
+    if entry is None:
+        raise ValueError("no compiled program: the text has no ENTRY computation")
+    return computations, entry
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """A shape, of a tuple perhaps, and what follows it."""
+    end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
+    return text[:end], text[end:].lstrip()
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis closes that was opened just before the text."""
+    depth = 1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"a parenthesis does not close: {text[:80]}")
+
+
+# Bytes ------------------------------------------------------------------------------------------
+
+
+def _bytes(instruction: _Instruction, computation: _Computation) -> int:
+    """Bytes of what a collective takes or gives, whichever is more."""
+    given = sum(_size(computation[name].shape) for name in instruction.operands)
+    parts = _elements(instruction.shape)
+    if instruction.opcode.endswith("-start") and len(parts) > 1:
+        return max(given, _size(parts[1]))  # operands, outputs, and perhaps marks of progress
+    return max(given, _size(instruction.shape))
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape; a shape that is no tuple is its own."""
+    if not shape.startswith("("):
+        return [shape]
+    parts, depth, start = [], 0, 1
+    for match in re.finditer(r"[()\[\]{},]", shape):
+        if match[0] == "," and depth == 1:
+            parts.append(shape[start : match.start()].strip())
+            start = match.end()
+        elif match[0] != ",":
+            depth += 1 if match[0] in "([{" else -1
+    return [*parts, shape[start:-1].strip()]
+
+
+def _size(shape: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple together."""
+    total = 0
+    for dtype, sizes in re.findall(r"\b([a-z]\w*)\[([\d,<= ]*)\]", shape):
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        count = 1
+        for size in re.findall(r"\d+", sizes):
+            count *= int(size)
+        if dtype not in ("token", "opaque"):
+            total += (count * (int(bits[1]) if bits else 8) + 7) // 8  # pred takes a byte
+    return total
+
+
+# Loops ------------------------------------------------------------------------------------------
+
+
+class _Carry(NamedTuple):
+    """One of the values that a loop carries."""
+
+    element: int
+
+
+def _trips(
+    computations: dict[str, _Computation], outer: _Computation, loop: _Instruction
+) -> int | None:
+    """How often a loop runs: as XLA notes it, or read off a loop that counts."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+        return int(known[1])
+    condition = computations[_called(loop, "condition")[0]]
+    compared, sides = _operation(computations, condition, _root(condition))
+    if compared is None or "direction=LT" not in compared.attributes:
+        return None
+    carry, bound = sides
+    if not (isinstance(carry, _Carry) and isinstance(bound, int)):
+        return None
+    body = computations[_called(loop, "body")[0]]
+    added, terms = _operation(computations, body, body[_root(body).operands[carry.element]])
+    start = _value(outer, outer[outer[loop.operands[0]].operands[carry.element]])
+    steps = [term for term in terms if isinstance(term, int)]
+    if added is None or added.opcode != "add" or carry not in terms or not steps:
+        return None
+    if not isinstance(start, int) or steps[0] <= 0:
+        return None
+    return max(0, -((start - bound) // steps[0]))
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(reversed(computation.values()))
+
+
+def _operation(
+    computations: dict[str, _Computation], computation: _Computation, result: _Instruction
+) -> tuple[_Instruction | None, list[int | _Carry | None]]:
+    """The operation of two numbers behind a result, in a fusion perhaps, and the numbers."""
+    inputs = [_value(computation, computation[name]) for name in result.operands]
+    if result.opcode != "fusion":
+        return (result, inputs) if len(inputs) == 2 else (None, [])
+    fused = computations[_called(result, "calls")[0]]
+    operation = _root(fused)
+    numbers = []
+    for name in operation.operands:
+        number = _value(fused, fused[name])
+        if fused[name].opcode == "parameter":
+            number = inputs[int(fused[name].literal)]
+        numbers.append(number)
+    return (operation, numbers) if len(numbers) == 2 else (None, [])
+
+
+def _value(computation: _Computation, instruction: _Instruction) -> int | _Carry | None:
+    """A constant, or which element of the carry, or None for anything else."""
+    while instruction.opcode in ("copy", "bitcast", "convert"):
+        instruction = computation[instruction.operands[0]]
+    if instruction.opcode == "constant":
+        return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+    if instruction.opcode == "get-tuple-element":
+        index = re.search(r"index=(\d+)", instruction.attributes)
+        source = computation[instruction.operands[0]]
+        if index and source.opcode == "parameter":
+            return _Carry(int(index[1]))
+        if index and source.opcode == "tuple":
+            return _value(computation, computation[source.operands[int(index[1])]])
+    return None

@@ -1,0 +1,111 @@
+"""Counts the floating-point operations of a function from its jaxpr.
+
+Products of matrices and convolutions alone, as the field counts: 2mnk for m x k times k x n.
+Elementwise operations, reductions, sorts and decompositions count nothing.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
+
+
+def flops(function: Callable, *args: Any) -> float:
+    """Operations of one call.
+
+    Args:
+        function: compiled by `jax.jit` or not; it is traced, not run.
+        *args: arrays, or `jax.ShapeDtypeStruct`s in their place.
+
+    Returns:
+        Operations of all devices together. What XLA repeats on several devices of its own accord
+        is counted once, and what a `shard_map` repeats as often as it does.
+
+    Raises:
+        ValueError: see `count`.
+    """
+    return count(jax.make_jaxpr(function)(*args))
+
+
+def count(jaxpr: ClosedJaxpr) -> float:
+    """Operations of a jaxpr: loops as often as they run, of branches the most expensive.
+
+    Raises:
+        ValueError: a `while` loop, of which a jaxpr does not say how often it runs, multiplies
+            matrices.
+    """
+    return _total(by_scope(jaxpr, ()))
+
+
+def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
+    """Operations by `jax.named_scope`, the backward pass of a scope with it.
+
+    Args:
+        jaxpr: of the whole function.
+        scopes: names to tell apart; where they are nested, the outermost counts.
+
+    Returns:
+        Operations of each name, 0 for one that does not occur, and of the rest under "".
+
+    Raises:
+        ValueError: see `count`.
+    """
+    return _count(jaxpr.jaxpr, "", dict.fromkeys(("", *scopes), 0.0))
+
+
+def _count(jaxpr: Jaxpr, path: str, zeros: dict[str, float]) -> dict[str, float]:
+    total = dict(zeros)
+    for eqn in jaxpr.eqns:
+        for name, value in _count_eqn(eqn, f"{path}/{eqn.source_info.name_stack}", zeros).items():
+            total[name] += value
+    return total
+
+
+def _count_eqn(eqn: JaxprEqn, path: str, zeros: dict[str, float]) -> dict[str, float]:
+    primitive, params = eqn.primitive.name, eqn.params
+    if primitive in ("dot_general", "conv_general_dilated"):
+        product = _dot(eqn) if primitive == "dot_general" else _convolution(eqn)
+        # A name stack wraps names: transpose(jvp(student)).
+        scope = next((word for word in re.findall(r"\w+", path) if word in zeros), "")
+        return zeros | {scope: product}
+    bodies = [_count(body, path, zeros) for body in jaxprs_in_params(params)]
+    if not bodies:
+        return zeros
+    if primitive == "cond":
+        return max(bodies, key=_total)
+    total = {name: sum(body[name] for body in bodies) for name in zeros}
+    if primitive == "while" and _total(total):
+        raise ValueError(
+            f"a while loop in {path.strip('/') or 'the function'} multiplies matrices, and how "
+            "often it runs is not known before it does; use lax.scan"
+        )
+    times = params["length"] if primitive == "scan" else 1
+    if primitive == "shard_map":
+        times = _devices(params)
+    return {name: times * value for name, value in total.items()}
+
+
+def _total(counts: dict[str, float]) -> float:
+    return sum(counts.values())
+
+
+def _dot(eqn: Any) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    summed = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * summed
+
+
+def _convolution(eqn: Any) -> float:
+    kernel, output_axis = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
+    summed = math.prod(kernel) // kernel[output_axis]
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * summed
+
+
+def _devices(params: dict[str, Any]) -> int:
+    """How many devices run the body of a `shard_map`, which sees one device's part."""
+    mesh = params["mesh"]
+    axes = params.get("newly_manual_axes", params.get("manual_axes", mesh.axis_names))
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -1,0 +1,416 @@
+"""Says whether a run fits its chips and what a step costs, before any chip is paid for.
+
+    python -m sop_jax.plan --config=configs/imagenet_vitb16.py --topology=v5e:16x16
+    python -m sop_jax.plan --config=configs/digits.py
+
+Compiles the run's own train step, for a TPU topology on a machine that has no TPU
+(`pip install -e .[tpu]`) or for the devices of this machine. Prints a table and one line of JSON;
+exits with 1 where the step does not fit. Needs no data: ImageNet's size stands in for it, which
+decides schedules alone. --largest_batch finds the largest batch a chip that fits.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from sop_jax import flops
+from sop_jax.check import check
+from sop_jax.collectives import Collective, collectives
+from sop_jax.errors import UserError
+from sop_jax.mesh import make_mesh, replicated
+from sop_jax.run import Run, assemble
+
+IMAGES = 1_281_167  # of ImageNet's train split
+GIB, MIB = 2**30, 2**20
+SCOPES = ("teacher", "student", "prototypes", "losses", "update", "memories", "health")
+
+
+class Chip(NamedTuple):
+    """What a chip offers.
+
+    Attributes:
+        memory: bytes that a program may use: less than the chip has, and as libtpu's compiler
+            names them when they do not suffice.
+        rate: of matrix products in bfloat16, operations a second at best.
+    """
+
+    memory: float
+    rate: float
+
+
+CHIPS = {  # by `jax.Device.device_kind`
+    "TPU v4": Chip(30.75 * GIB, 275e12),
+    "TPU v5 lite": Chip(15.75 * GIB, 197e12),
+    "TPU v5": Chip(95.74 * GIB, 459e12),
+    "TPU v6 lite": Chip(31.25 * GIB, 918e12),
+}
+
+
+class Plan(NamedTuple):
+    """What is known of a train step before it runs. Bytes are those of one chip.
+
+    Attributes:
+        mesh: chips by axis.
+        kind: of the chips.
+        batch_size: images a step, over all chips.
+        accumulate: microbatches of a step.
+        bound: the largest batch that the memories can take, and the setting that says so.
+        memory: bytes by part; without temporaries where the compiler gave up.
+        wanted: bytes in all; the compiler's own words for it where it gave up.
+        limit: bytes that a program may use; None when the device does not say.
+        fits: None when that is not known.
+        flops: operations of matrix products a step, all chips together, by scope of the step.
+        rate: operations a second that a chip does at best; None for other devices than TPUs.
+        collectives: of the compiled step; empty where the compiler gave up.
+        compile_s: seconds that compiling took.
+    """
+
+    mesh: dict[str, int]
+    kind: str
+    batch_size: int
+    accumulate: int
+    bound: tuple[int, str]
+    memory: dict[str, int]
+    wanted: int | str
+    limit: float | None
+    fits: bool | None
+    flops: dict[str, float]
+    rate: float | None
+    collectives: list[Collective]
+    compile_s: float
+
+    @property
+    def chips(self) -> int:
+        """Of the whole mesh."""
+        return math.prod(self.mesh.values())
+
+
+def described_devices(topology: str) -> list[Any]:
+    """The chips of a TPU topology such as v5e:16x16, one device each, none of which need exist.
+
+    Raises:
+        UserError: libtpu is not installed, or does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology} needs libtpu, whose compiler knows TPUs, and it is not "
+            "installed; run: pip install -e .[tpu]"
+        )
+    # libtpu would look for TPUs and ask Google's cloud about itself, and let one process in.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    # A v4 chip is two devices unless told otherwise, and runs are started with one.
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    try:
+        devices: Any = topologies.get_topology_desc(topology, "tpu", **options).devices
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise UserError(
+            f"libtpu does not know --topology={topology}: {reason}. Expected "
+            "a kind of chip and a size that its hosts divide, such as v5e:16x16, v6e:4x4, "
+            "v5p:4x4x4 or v4:2x2x2"
+        ) from error
+    if devices[0].device_kind not in CHIPS:
+        raise UserError(
+            f"--topology={topology} has chips of a kind whose memory is not known here: "
+            f"{devices[0].device_kind}; expected one of v4, v5e, v5p and v6e"
+        )
+    return list(devices)
+
+
+def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
+    """Compiles the train step of a config for devices.
+
+    Args:
+        config: see `sop_jax.config`.
+        devices: of this machine, or from `described_devices`.
+
+    Raises:
+        UserError: the config is wrong, or does not match the devices.
+    """
+    check(config)
+    mesh = lay_mesh(config, devices)
+    run = assemble(config, mesh, IMAGES)
+    device: Any = mesh.devices.flat[0]
+    limit = bytes_limit(device)
+    measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(mesh))
+    step: Any = run.train_step  # compiled by jax.jit, so that it can be traced too
+    traced = step.trace(run.abstract, run.batch, measure)
+    memory = state_bytes(run)
+    wanted: int | str
+    fits: bool | None
+    sent: list[Collective] = []
+    began = time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted, fits = exhausted(str(error)), False
+    else:
+        memory |= program_bytes(compiled.memory_analysis(), sum(memory.values()))
+        wanted = sum(memory.values())
+        fits = None if limit is None else wanted <= limit
+        sent = collectives(compiled.as_text())
+    return Plan(
+        mesh=dict(mesh.shape),
+        kind=device.device_kind,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        bound=min((config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")),
+        memory=memory,
+        wanted=wanted,
+        limit=limit,
+        fits=fits,
+        flops=flops.by_scope(traced.jaxpr, SCOPES),
+        rate=CHIPS[device.device_kind].rate if device.device_kind in CHIPS else None,
+        collectives=sent,
+        compile_s=time.monotonic() - began,
+    )
+
+
+def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan | None:
+    """The plan with the largest batch that fits; None when not even one image a chip does.
+
+    Halves from what the memories can take, because the compiler is quick to say no, then bisects.
+    The microbatches of a step stay as many as they are.
+
+    Raises:
+        UserError: as `plan`, or the devices do not say how much memory they have.
+    """
+    mesh = lay_mesh(config, devices)
+    device: Any = mesh.devices.flat[0]
+    if bytes_limit(device) is None:
+        raise UserError(
+            f"{device.device_kind} devices do not say how much memory they have, so no batch is "
+            "too large; name a --topology"
+        )
+    unit = mesh.devices.size * config.accumulate
+    best = None
+
+    def fits(images: int) -> bool:
+        nonlocal best
+        trial = config.copy_and_resolve_references()
+        trial.batch_size = images * unit
+        found = plan(trial, devices)
+        print(f"batch {trial.batch_size}: {verdict(found)}", file=sys.stderr, flush=True)
+        best = found if found.fits else best
+        return bool(found.fits)
+
+    no = min(config.sop[name].memory for name in ("cls", "patch")) // unit + 1
+    yes = no - 1
+    while yes and not fits(yes):
+        no, yes = yes, yes // 2
+    while no - yes > 1:
+        middle = (yes + no) // 2
+        yes, no = (middle, no) if fits(middle) else (yes, middle)
+    return best
+
+
+def lay_mesh(config: ml_collections.ConfigDict, devices: list[Any]) -> Mesh:
+    """The mesh of a config on devices.
+
+    Raises:
+        UserError: the axes do not match the devices, or not the torus that they are wired as.
+    """
+    try:
+        return make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    except NotImplementedError as error:
+        sizes = np.max([device.coords for device in devices], axis=0) + 1
+        torus = " x ".join(map(str, sizes))
+        raise UserError(
+            f"mesh.fsdp {config.mesh.fsdp} does not lie along axes of the {torus} torus of chips; "
+            "choose the length of one of its axes or a product of some"
+        ) from error
+
+
+def bytes_limit(device: Any) -> float | None:
+    """Bytes that programs may use: of a TPU as known, of another device as it says, if it does."""
+    if device.device_kind in CHIPS:
+        return CHIPS[device.device_kind].memory
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else float(limit)
+
+
+def state_bytes(run: Run) -> dict[str, int]:
+    """Bytes a chip of what a step is given, by part."""
+    state = run.abstract
+    parts = {
+        "parameters": (state.student, state.teacher),
+        "optimizer": state.opt_state,
+        "memories": state.memories,
+        "batch": run.batch,
+    }
+    return {
+        name: sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(part)
+        )
+        for name, part in parts.items()
+    }
+
+
+def program_bytes(analysis: Any, given: int) -> dict[str, int]:
+    """Bytes a chip beyond the `given` arrays, by part, as the compiler counts them."""
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {
+        "activations": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+        "padding": analysis.argument_size_in_bytes - given + max(0, outputs),
+    }
+
+
+def exhausted(error: str) -> int | str:
+    """The bytes that a program wanted that was too large, or the compiler's first line."""
+    # It puts this in two ways, by whether it gave up before or after it assigned memory.
+    match = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", error)
+    if match is None:
+        return error.splitlines()[0]
+    return round(float(match[1]) * 1024 ** (" KMGT".index(match[2])))
+
+
+def scope(name: str) -> str:
+    """The part of the step that an operation's name tells of; "" for none."""
+    return next((word for word in re.findall(r"\w+", name) if word in SCOPES), "")
+
+
+def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, int | None]]:
+    """How often collectives run in a step, and bytes a step, by their kind and scope.
+
+    None where the length of a loop is not known.
+    """
+    groups = defaultdict(list)
+    for collective in sent:
+        groups[collective.kind, scope(collective.name)].append(collective)
+    totals: dict[tuple[str, str], tuple[int | None, int | None]] = {}
+    for key, group in groups.items():
+        times = [collective.times for collective in group if collective.times is not None]
+        if len(times) < len(group):
+            totals[key] = None, None
+        else:
+            totals[key] = sum(times), sum(c.bytes * n for c, n in zip(group, times, strict=True))
+    return totals
+
+
+WORDS = {
+    "parameters": "parameters, student and teacher",
+    "optimizer": "optimizer",
+    "memories": "memories",
+    "batch": "batch",
+    "activations": "activations and the like",
+    "program": "program",
+    "padding": "padding and the rest",
+}
+
+
+def table(found: Plan) -> str:
+    """The plan for a person."""
+    axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
+    images = found.batch_size // found.chips
+    lines = [
+        f"batch {found.batch_size} on {found.chips} {found.kind} ({axes}): {images} images a chip"
+        + f", in {found.accumulate} microbatches" * (found.accumulate > 1),
+        "",
+        f"{'memory a chip':<36}{'MiB':>10}",
+    ]
+    lines += [f"  {WORDS[name]:<34}{size / MIB:>10.1f}" for name, size in found.memory.items()]
+    lines += ["", f"{'operations a step':<36}{'TFLOP':>10}"]
+    lines += [
+        f"  {name or 'elsewhere':<34}{count / 1e12:>10.3f}"
+        for name, count in found.flops.items()
+        if count
+    ]
+    total = sum(found.flops.values())
+    lines += [f"  {'in all, of matrix products':<34}{total / 1e12:>10.3f}"]
+    if found.rate:
+        least = total / found.chips / found.rate
+        lines += [
+            f"  at the {found.rate / 1e12:.0f} TFLOP/s that a chip does at best, a step takes at "
+            f"least {1000 * least:.3g} ms:",
+            "  a bound, not a prediction",
+        ]
+    if found.collectives:
+        heads = f"{'collectives':<20}{'where':<16}{'a step':>10}{'MiB':>12}"
+        lines += ["", heads]
+        for (kind, where), (times, size) in sorted(traffic(found.collectives).items()):
+            note = "   (steps that measure)" if where == "health" else ""
+            count = "?" if times is None else str(times)
+            amount = "?" if size is None else f"{size / MIB:.3f}"
+            lines.append(f"  {kind:<18}{where or 'elsewhere':<16}{count:>10}{amount:>12}{note}")
+    bound, key = found.bound
+    lines += [
+        "",
+        f"{key} of {bound} rows bounds the batch to {bound} images.",
+        f"Compiled in {found.compile_s:.0f} s.",
+        verdict(found),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(found: Plan) -> str:
+    """Whether it fits, in words."""
+    wanted = found.wanted
+    size = f"{wanted / GIB:.2f} GiB a chip" if isinstance(wanted, int) else wanted
+    if found.limit is None:
+        return f"fits: unknown, {size} wanted, and {found.kind} does not say what it has"
+    return f"fits: {'yes' if found.fits else 'no'}, {size} of {found.limit / GIB:.2f} GiB"
+
+
+def record(found: Plan) -> dict[str, Any]:
+    """The plan in numbers, for JSON."""
+    return {
+        **found._asdict(),
+        "bound": found.bound[0],
+        "collectives": [
+            {"kind": kind, "where": where, "times": times, "bytes": size}
+            for (kind, where), (times, size) in sorted(traffic(found.collectives).items())
+        ],
+        "jax": jax.__version__,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Plans what the flags name."""
+    del argv
+    args = flags.FLAGS
+    if args.topology:
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no chip is taken
+        devices = described_devices(args.topology)
+    else:
+        devices = jax.devices()
+    found = largest_batch(args.config, devices) if args.largest_batch else None
+    if found is None:
+        found = plan(args.config, devices)
+    print(table(found))
+    print(json.dumps(record(found)))
+    if found.fits is False:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    from sop_jax import cli
+
+    config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.DEFINE_string("topology", "", "Of TPUs, such as v5e:16x16; by default what is here.")
+    flags.DEFINE_bool("largest_batch", False, "Find the largest batch a chip that fits.")
+    flags.mark_flag_as_required("config")
+    cli.run(main, devices=False)
