@@ -43,7 +43,7 @@ def knn_evaluation(
             leave-one-out on the train images.
         eval_config: has `knn_k` and `knn_temperature`.
         mesh: devices that share the train images among them.
-        between: called between two batches of images; it may raise.
+        between: called after each batch of images and chunk of the search; it may raise.
 
     Returns:
         `knn_top1`, the best over k, `knn_k`, the k that gave it, and `knn_top1_k<k>` for each k,
@@ -64,6 +64,7 @@ def knn_evaluation(
         ks,
         eval_config.knn_temperature,
         mesh=mesh,
+        between=between,
     )
     best = max(top1, key=lambda k: top1[k])  # the smallest k of equals
     return result | {

@@ -1,7 +1,8 @@
 """Weighted k-nearest-neighbour classification of frozen features, DINO's protocol."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ def knn_top1(
     temperature: float = 0.07,
     *,
     mesh: Mesh,
+    between: Callable[[], Any] | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy of the weighted k-NN classifier, for each k.
 
@@ -40,6 +42,7 @@ def knn_top1(
         ks: neighbours that vote. Those above N are left out; when all are, k = N stands in.
         temperature: of the weights.
         mesh: devices that share the train images among them.
+        between: called after each CHUNK of test images; it may raise.
 
     Returns:
         Share of test images classified rightly, in [0, 1], by k in ascending order.
@@ -67,6 +70,8 @@ def knn_top1(
         predicted = classify(padded, rows, present, labels, tuple(usable), temperature, mesh)
         truth = test_labels[start : start + chunk]
         right += (np.asarray(predicted)[:, : len(truth)] == truth).sum(axis=1)
+        if between:
+            between()
     return {k: int(count) / test_size for k, count in zip(usable, right, strict=True)}
 
 

@@ -88,6 +88,20 @@ def test_one_program_serves_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert knn.classify._cache_size() == before + 1
 
 
+def test_can_be_given_up_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "CHUNK", 8)
+    calls = []
+
+    def between() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        knn_top1(*clusters(0, 50), *clusters(1, 40), ks=(3,), between=between)
+    assert len(calls) == 2
+
+
 def test_lengths_of_features_do_not_matter() -> None:
     (train, train_labels), (test, test_labels) = clusters(0, 100), clusters(1, 40)
     scales = np.random.default_rng(0).uniform(0.01, 100, (100, 1)).astype(np.float32)
