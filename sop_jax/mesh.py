@@ -31,7 +31,8 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices: Sequence[Any] | None = None
         devices: to choose from; all that JAX sees by default.
 
     Raises:
-        UserError: there are too few devices, or several processes would leave some unused.
+        UserError: there are too few devices, several processes would leave some unused, or `fsdp`
+            does not fit the way in which TPUs are wired.
     """
     devices = jax.devices() if devices is None else devices
     available = len(devices)
@@ -52,9 +53,17 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices: Sequence[Any] | None = None
             f"mesh.data {data} times mesh.fsdp {fsdp} uses {count} of {available} devices, and a "
             "run of several processes uses all; set --config.mesh.data=0"
         )
-    return jax.make_mesh(
-        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
-    )
+    try:
+        return jax.make_mesh(
+            (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+        )
+    except NotImplementedError as error:  # TPUs alone: JAX wants an axis to lie along their wires
+        sizes = np.max([device.coords for device in devices], axis=0) + 1
+        torus = " x ".join(map(str, sizes))
+        raise UserError(
+            f"mesh.fsdp {fsdp} does not lie along axes of the {torus} torus of chips; choose the "
+            "length of one of its axes or a product of some"
+        ) from error
 
 
 def check_split(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

@@ -22,9 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from sop_jax import flops
 from sop_jax.check import check
@@ -146,7 +144,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         UserError: the config is wrong, or does not match the devices.
     """
     check(config)
-    mesh = lay_mesh(config, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     run = assemble(config, mesh, IMAGES)
     device: Any = mesh.devices.flat[0]
     limit = bytes_limit(device)
@@ -195,7 +193,7 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
     Raises:
         UserError: as `plan`, or the devices do not say how much memory they have.
     """
-    mesh = lay_mesh(config, devices)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     device: Any = mesh.devices.flat[0]
     if bytes_limit(device) is None:
         raise UserError(
@@ -222,23 +220,6 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         middle = (yes + no) // 2
         yes, no = (middle, no) if fits(middle) else (yes, middle)
     return best
-
-
-def lay_mesh(config: ml_collections.ConfigDict, devices: list[Any]) -> Mesh:
-    """The mesh of a config on devices.
-
-    Raises:
-        UserError: the axes do not match the devices, or not the torus that they are wired as.
-    """
-    try:
-        return make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    except NotImplementedError as error:
-        sizes = np.max([device.coords for device in devices], axis=0) + 1
-        torus = " x ".join(map(str, sizes))
-        raise UserError(
-            f"mesh.fsdp {config.mesh.fsdp} does not lie along axes of the {torus} torus of chips; "
-            "choose the length of one of its axes or a product of some"
-        ) from error
 
 
 def bytes_limit(device: Any) -> float | None:
