@@ -1,9 +1,9 @@
 """What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
 
 A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
-after one in the command line, and 130 when interrupted. One that computes on devices may run as
-several processes, with `--coordinator`, `--processes` and `--process`; a process that fails ends
-the others too.
+after one in the command line, 130 when interrupted and 75 when another process is lost. One that
+computes on devices may run as several processes, with `--coordinator`, `--processes` and
+`--process`; a process that fails ends the others too.
 """
 
 import difflib
@@ -92,7 +92,15 @@ def _end_among_others(hosts: Any, error: BaseException) -> None:
         _exit(f"{hosts.name()}: {message}", code)
     text = message or "".join(traceback.format_exception(error))
     words = message or f"{type(error).__name__}: {error}"
+    if message is None and _is_lost(error):
+        code = hosts.LOST
     hosts.leave(code, text, words.removeprefix("error: "))
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether this is how JAX tells that another process, or the way to it, is gone."""
+    wrong_here = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+    return type(error).__name__ == "JaxRuntimeError" and not str(error).startswith(wrong_here)
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:

@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
+from sop_jax import hosts
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import Extract, make_extractor
@@ -104,6 +105,7 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
             "the images of this run have no labels, and k-NN needs them. Sort them into one "
             "folder a class, in the train and in the test split, and give --data_path."
         )
+    hosts.check_agreement({"train images": len(train), "test images": len(test)})
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh)

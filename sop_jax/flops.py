@@ -6,7 +6,7 @@ Elementwise operations, reductions, sorts and decompositions count nothing.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,12 @@ def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
     return _count(jaxpr.jaxpr, "", dict.fromkeys(("", *scopes), 0.0))
 
 
+def scope(path: str, scopes: Container[str]) -> str:
+    """The outermost of the scopes that an operation's path of names tells of; "" for none."""
+    # Transformations wrap names: transpose(jvp(student)).
+    return next((word for word in re.findall(r"\w+", path) if word in scopes), "")
+
+
 def _count(jaxpr: Jaxpr, path: str, zeros: dict[str, float]) -> dict[str, float]:
     total = dict(zeros)
     for eqn in jaxpr.eqns:
@@ -68,9 +74,7 @@ def _count_eqn(eqn: JaxprEqn, path: str, zeros: dict[str, float]) -> dict[str, f
     primitive, params = eqn.primitive.name, eqn.params
     if primitive in ("dot_general", "conv_general_dilated"):
         product = _dot(eqn) if primitive == "dot_general" else _convolution(eqn)
-        # A name stack wraps names: transpose(jvp(student)).
-        scope = next((word for word in re.findall(r"\w+", path) if word in zeros), "")
-        return zeros | {scope: product}
+        return zeros | {scope(path, zeros): product}
     bodies = [_count(body, path, zeros) for body in jaxprs_in_params(params)]
     if not bodies:
         return zeros

@@ -46,6 +46,8 @@ POLL = 0.5  # between two questions whether another process has failed
 LINGER = 4 * POLL  # of a failed process, whose end is an error to those that know nothing yet
 PATIENCE = 15  # of a person who sees nothing happen
 
+LOST = 75  # the exit code where another process is gone: nothing to mend, the command goes on
+
 _FAILURE = "sop_jax/failure"
 _SHOWN = 10  # differences
 
@@ -78,6 +80,8 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
             "--coordinator must be HOST:PORT, the host of process 0 and a port that is free there, "
             f"not {coordinator!r}"
         )
+    if not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
+        raise UserError(f"--coordinator={coordinator}: a port is a number from 1 to 65535")
     if process not in range(processes):
         raise UserError(
             f"--process={process} is none of the --processes={processes}: they count from 0 to "
@@ -184,7 +188,8 @@ def versions() -> dict[str, str]:
     """Of Python, of this package and its code, and of the packages that decide what is computed."""
     found = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}"}
     packages = ("flax", "grain", "jax", "jaxlib", "numpy", "opencv-python-headless", "optax")
-    for package in ("sop_jax", *packages, "orbax-checkpoint"):
+    compilers = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
+    for package in ("sop_jax", *packages, "orbax-checkpoint", *compilers):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -252,12 +257,12 @@ def stop() -> None:
 
 
 def leave(code: int, message: str, words: str) -> NoReturn:
-    """Prints why, ends this process at once and the others soon, with 1 and what happened here.
+    """Prints why, ends this process at once and the others soon, saying what happened here.
 
     Python's own end is no way out: there JAX waits for the others, and these for this one.
 
     Args:
-        code: the exit code.
+        code: the exit code; of the others too if it is 1, which a person must mend, else LOST.
         message: for stderr.
         words: what the others say of it.
     """
@@ -265,7 +270,7 @@ def leave(code: int, message: str, words: str) -> NoReturn:
         print(f"{name()}: {message}", file=sys.stderr, flush=True)
         if _watch is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed before
-                _client().key_value_set(_FAILURE, f"{name()} has ended: {words}")
+                _client().key_value_set(_FAILURE, f"{code} {name()} has ended: {words}")
             time.sleep(LINGER)
         _end(code)
 
@@ -274,12 +279,12 @@ def _leave_with_others() -> None:
     """Waits for another process's `leave`, and ends this one."""
     while not _over.wait(POLL):
         try:
-            words = _client().key_value_try_get(_FAILURE)
+            code, _, words = _client().key_value_try_get(_FAILURE).partition(" ")
         except jax.errors.JaxRuntimeError:
             continue  # nobody has; or the service is gone, on which JAX itself ends this process
         if _leaving.acquire(blocking=False):
             print(f"{name()}: error: {words}", file=sys.stderr, flush=True)
-            _end(1)
+            _end(1 if code == "1" else LOST)
         return
 
 
@@ -390,7 +395,8 @@ def _gather(value: str) -> list[str]:
         client.wait_at_barrier(place, START * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"{name()} waited {START} s for the others to come as far: {error}"
+            f"{name()} waited {START} s for the others to come as far in their start, which read "
+            f"the list of images last if at all: {str(error).partition(chr(10))[0]}"
         ) from error
     values = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(place)}
     return [values[process] for process in sorted(values)]

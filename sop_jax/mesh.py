@@ -17,7 +17,7 @@ from sop_jax.errors import UserError
 # Both axes split images and memories; `fsdp` splits parameters and optimizer state as well.
 AXES = ("data", "fsdp")
 
-GATHERED = "gathered"  # the name under which rematerialisation knows whole parameters
+GATHERED = "gathered"  # the name of whole parameters, see `is_gathered`
 
 SMALL = 2**14  # numbers; a smaller parameter costs less to keep whole than to gather
 
@@ -43,26 +43,23 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices: Sequence[Any] | None = None
         )
     data = data or available // fsdp
     count = data * fsdp
+    asked = f"mesh.data {data} times mesh.fsdp {fsdp} asks for {count} devices"
+    remedy = f"set --config.mesh.data=0 to use all, and mesh.fsdp to a divisor of {available}"
     if count > available:
-        raise UserError(
-            f"mesh.data {data} times mesh.fsdp {fsdp} asks for {count} devices, but {available} "
-            "are there; set --config.mesh.data=0 to use all"
-        )
+        raise UserError(f"{asked}, but {available} are there; {remedy}")
     if count < available and len({device.process_index for device in devices}) > 1:
-        raise UserError(
-            f"mesh.data {data} times mesh.fsdp {fsdp} uses {count} of {available} devices, and a "
-            "run of several processes uses all; set --config.mesh.data=0"
-        )
+        raise UserError(f"{asked}, and a run of several hosts uses all {available}; {remedy}")
     try:
         return jax.make_mesh(
             (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
         )
-    except NotImplementedError as error:  # TPUs alone: JAX wants an axis to lie along their wires
+    except (NotImplementedError, AssertionError) as error:
+        # TPUs alone: JAX wants an axis of the mesh to lie along their wires.
         sizes = np.max([device.coords for device in devices], axis=0) + 1
         torus = " x ".join(map(str, sizes))
         raise UserError(
-            f"mesh.fsdp {fsdp} does not lie along axes of the {torus} torus of chips; choose the "
-            "length of one of its axes or a product of some"
+            f"{asked}, which do not lie along the axes of the {torus} torus of chips; use all of "
+            "them, and for mesh.fsdp the length of an axis or a product of some"
         ) from error
 
 
@@ -71,10 +68,11 @@ def check_split(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     count = mesh.devices.size
     if batch_size % (count * accumulate):
         parts = f"{count} devices" + f" in {accumulate} microbatches" * (accumulate > 1)
-        fewer = "fewer devices with --config.mesh.data" + ", or accumulate" * (accumulate > 1)
         raise UserError(
             f"batch_size {batch_size} cannot be split over {parts}; choose a multiple of "
-            f"{count * accumulate}, or {fewer}"
+            f"{count * accumulate}"
+            + " or a smaller --config.accumulate" * (accumulate > 1)
+            + ", or fewer devices with --config.mesh.data" * (jax.process_count() == 1)
         )
 
 
@@ -142,16 +140,25 @@ def gatherer(mesh: Mesh) -> Callable[[Any], Any]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def whole(parameter: jax.Array, sharding: NamedSharding) -> jax.Array:
     """The parameter on every device; its gradient is split as `sharding` says."""
+    return _whole(parameter, sharding)
+
+
+def _whole(parameter: jax.Array, sharding: NamedSharding) -> jax.Array:
     gathered = jax.lax.with_sharding_constraint(parameter, NamedSharding(sharding.mesh, P()))
     return checkpoint_name(gathered, GATHERED)
 
 
 def _whole_forward(parameter: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, None]:
-    return whole(parameter, sharding), None
+    return _whole(parameter, sharding), None  # in the open, for `is_gathered`
 
 
 def _whole_backward(sharding: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, sharding),)
+
+
+def is_gathered(primitive: Any, *_: Any, name: str | None = None, **__: Any) -> bool:
+    """Whether an operation's result is a parameter made whole: for policies of `jax.checkpoint`."""
+    return primitive.name == "sharding_constraint" or name == GATHERED
 
 
 whole.defvjp(_whole_forward, _whole_backward)

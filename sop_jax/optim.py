@@ -89,11 +89,11 @@ CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}
 
 
 def optimizer(
-    config: ml_collections.ConfigDict, plan: dict[str, Schedule]
+    config: ml_collections.ConfigDict, schedules: dict[str, Schedule]
 ) -> optax.GradientTransformation:
     """AdamW behind gradient clipping; `config` is the run's `optim`."""
     clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
-    adamw = optax.adamw(plan["lr"], weight_decay=plan["weight_decay"], mask=decays)
+    adamw = optax.adamw(schedules["lr"], weight_decay=schedules["weight_decay"], mask=decays)
     return optax.chain(clip, adamw)
 
 

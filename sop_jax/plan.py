@@ -122,8 +122,8 @@ def described_devices(topology: str) -> list[Any]:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise UserError(
             f"libtpu does not know --topology={topology}: {reason}. Expected "
-            "a kind of chip and a size that its hosts divide, such as v5e:16x16, v6e:4x4, "
-            "v5p:4x4x4 or v4:2x2x2"
+            "a kind of chip and a size of whole hosts, such as v5e:16x16, v6e:4x4, v5p:4x4x4 or "
+            "v4:2x2x2; the smallest are v5e:2x2, v6e:2x2, v5p:2x2x1 and v4:2x2x1"
         ) from error
     if devices[0].device_kind not in CHIPS:
         raise UserError(
@@ -207,6 +207,7 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         nonlocal best
         trial = config.copy_and_resolve_references()
         trial.batch_size = images * unit
+        trial.sop.anchors = "random"  # of any batch, which `fixed_slots` is not
         found = plan(trial, devices)
         print(f"batch {trial.batch_size}: {verdict(found)}", file=sys.stderr, flush=True)
         best = found if found.fits else best
@@ -267,11 +268,6 @@ def exhausted(error: str) -> int | str:
     return round(float(match[1]) * 1024 ** (" KMGT".index(match[2])))
 
 
-def scope(name: str) -> str:
-    """The part of the step that an operation's name tells of; "" for none."""
-    return next((word for word in re.findall(r"\w+", name) if word in SCOPES), "")
-
-
 def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, int | None]]:
     """How often collectives run in a step, and bytes a step, by their kind and scope.
 
@@ -279,7 +275,7 @@ def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, i
     """
     groups = defaultdict(list)
     for collective in sent:
-        groups[collective.kind, scope(collective.name)].append(collective)
+        groups[collective.kind, flops.scope(collective.name, SCOPES)].append(collective)
     totals: dict[tuple[str, str], tuple[int | None, int | None]] = {}
     for key, group in groups.items():
         times = [collective.times for collective in group if collective.times is not None]

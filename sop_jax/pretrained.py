@@ -4,7 +4,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from sop_jax import checkpoint
+from sop_jax import checkpoint, hosts
 from sop_jax import config as config_lib
 from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import Model, Params, build
@@ -34,7 +34,8 @@ def load(
         jax.eval_shape(model.init, jax.random.key(0)),
     )
     if step is None:
-        step = checkpoint.latest_step(workdir)
+        # Of all processes the first decides: to another a newer one may be there already.
+        step = hosts.agree(checkpoint.latest_step(workdir) or 0) or None
     teacher = checkpoint.restore_part(workdir, abstract, "teacher", step)
     assert step is not None  # without a checkpoint the line above has raised
     return config, model, teacher, step

@@ -40,7 +40,7 @@ def make_train_step(
     model: Model,
     objective: Objective,
     tx: optax.GradientTransformation,
-    plan: dict[str, Schedule],
+    schedules: dict[str, Schedule],
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Bool[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """The step of a run.
@@ -49,7 +49,7 @@ def make_train_step(
         model: the network that student and teacher share.
         objective: memories, targets and losses.
         tx: the optimizer.
-        plan: schedules, see `optim.schedules`.
+        schedules: see `optim.schedules`.
         accumulate: microbatches of a batch, one after another, to save memory. Prototypes are
             drawn once and memories written once; all results are those of one batch.
 
@@ -62,7 +62,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, measure: Bool[Array, ""]
     ) -> tuple[TrainState, dict[str, Array]]:
-        now = {name: schedule(state.step) for name, schedule in plan.items()}
+        now = {name: schedule(state.step) for name, schedule in schedules.items()}
         temperatures = Temperatures(now["student_temperature"], now["teacher_temperature"])
         sop_key, images_key = jax.random.split(jax.random.fold_in(state.key, state.step))
 

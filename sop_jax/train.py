@@ -54,8 +54,15 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
+    with Interruption(ahead=IN_FLIGHT) as interruption:
+        return train_until(interruption, config, epath.Path(workdir))
+
+
+def train_until(
+    interruption: Interruption, config: ml_collections.ConfigDict, workdir: epath.Path
+) -> dict[str, Any]:
+    """As `train`; a wish to stop that comes during the start is granted after a step."""
     chief = jax.process_index() == 0  # writes and speaks for all processes
-    workdir = epath.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
@@ -92,7 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
     # One more than are kept, for the new one is there before the oldest goes.
     there = checkpoint.steps(workdir)
     to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
-    checkpoint.check_space(workdir, to_come * state_bytes(run.abstract))
+    checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
     start = saved = hosts.agree(max(there, default=0))
     if start:
         state = checkpoint.restore(workdir, run.abstract, start)
@@ -143,62 +150,61 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         progress.show(step, shown)
 
     try:
-        with Interruption(ahead=IN_FLIGHT) as interruption:
-            if owed or (start == 0 and config.eval_every):
+        if owed or (start == 0 and config.eval_every):
+            try:
+                record(start, unfinished | evaluate(state.teacher, between=interruption.check))
+            except Interrupted:
+                what = f"step {start} of {steps} is saved" if start else "nothing was trained"
+                raise Interrupted(
+                    f"interrupted in an evaluation; {what}, and the same command goes on"
+                ) from None
+
+        pending: list[tuple[int, dict[str, jax.Array]]] = []
+        clock, timed = time.monotonic(), start
+        for step in range(start + 1, steps + 1):
+            last = step == steps
+            log = last or due(step, config.log_every)
+            batch = to_devices(mesh, next(batches))
+            with jax.transfer_guard("disallow"):  # nothing waits for the devices unseen
+                state, metrics = run.train_step(state, batch, measure[log])
+                pending.append((step, metrics))
+                stop = interruption.poll() and not last
+            if len(pending) > IN_FLIGHT:
+                jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
+            progress.advance()
+
+            save = last or stop or due(step, config.checkpoint_every)
+            judge = judged(config, step, steps)
+            if not (log or save or judge or len(pending) == UNSEEN):
+                continue
+            row, unreadable = fetch(pending, saved, corrupt)
+            pending.clear()
+            for name in unreadable:
+                progress.note(f"cannot be read, replaced by another image: {name}")
+            if log:
+                elapsed = time.monotonic() - clock
+                row["images_per_s"] = (step - timed) * config.batch_size / elapsed
+            row = row if log else {}
+            if judge and not stop:
                 try:
-                    record(start, unfinished | evaluate(state.teacher, between=interruption.check))
+                    row |= evaluate(state.teacher, between=interruption.check)
                 except Interrupted:
-                    what = f"step {start} of {steps} is saved" if start else "nothing was trained"
-                    raise Interrupted(
-                        f"interrupted in an evaluation; {what}, and the same command goes on"
-                    ) from None
-
-            pending: list[tuple[int, dict[str, jax.Array]]] = []
-            clock, timed = time.monotonic(), start
-            for step in range(start + 1, steps + 1):
-                last = step == steps
-                log = last or due(step, config.log_every)
-                batch = to_devices(mesh, next(batches))
-                with jax.transfer_guard("disallow"):  # nothing waits for the devices unseen
-                    state, metrics = run.train_step(state, batch, measure[log])
-                    pending.append((step, metrics))
-                    stop = interruption.poll() and not last
-                if len(pending) > IN_FLIGHT:
-                    jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
-                progress.advance()
-
-                save = last or stop or due(step, config.checkpoint_every)
-                judge = judged(config, step, steps)
-                if not (log or save or judge or len(pending) == UNSEEN):
-                    continue
-                row, unreadable = fetch(pending, saved, corrupt)
-                pending.clear()
-                for name in unreadable:
-                    progress.note(f"cannot be read, replaced by another image: {name}")
-                if log:
-                    elapsed = time.monotonic() - clock
-                    row["images_per_s"] = (step - timed) * config.batch_size / elapsed
-                row = row if log else {}
-                if judge and not stop:
-                    try:
-                        row |= evaluate(state.teacher, between=interruption.check)
-                    except Interrupted:
-                        stop = save = True
-                if row:
-                    record(step, row)
-                if save:
-                    if writer is not None:
-                        writer.flush()  # a checkpoint's rows are there before it is
-                    checkpoints.save(step, state)
-                    saved = step
-                if stop:
-                    checkpoints.wait()
-                    raise Interrupted(
-                        f"interrupted; step {step} of {steps} is saved, and the same command goes "
-                        "on from there"
-                    )
-                clock, timed = time.monotonic(), step
-            checkpoints.wait()
+                    stop = save = True
+            if row:
+                record(step, row)
+            if save:
+                if writer is not None:
+                    writer.flush()  # a checkpoint's rows are there before it is
+                checkpoints.save(step, state)
+                saved = step
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"interrupted; step {step} of {steps} is saved, and the same command goes "
+                    "on from there"
+                )
+            clock, timed = time.monotonic(), step
+        checkpoints.wait()
     finally:
         batches.close()
         progress.close()
@@ -296,7 +302,7 @@ def fetch(
     return row, names
 
 
-def state_bytes(abstract: TrainState) -> int:
+def checkpoint_bytes(abstract: TrainState) -> int:
     """Size of a state in memory and on disk."""
     leaves = (
         jax.eval_shape(jax.random.key_data, leaf)

@@ -19,14 +19,16 @@ from sop_jax.run import Run, assemble
 STEPS = 3
 
 
-def small_config(data: int = 1, fsdp: int = 1, accumulate: int = 1) -> ml_collections.ConfigDict:
+def small_config(
+    data: int = 1, fsdp: int = 1, accumulate: int = 1, remat: str = "none"
+) -> ml_collections.ConfigDict:
     """With drop path, local crops, and memories that a batch does not divide."""
     config = config_lib.paper()
     config.batch_size, config.steps, config.accumulate = 16, 100, accumulate
     config.mesh.update(dict(data=data, fsdp=fsdp))
     config.augment.update(dict(global_size=8, local_size=4, local_crops=2))
     model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype="float32", init_std=0.2)
-    config.model.update(model | dict(drop_path=0.3))
+    config.model.update(model | dict(drop_path=0.3, remat=remat))
     config.head.update(dict(hidden=16, dim=8))
     config.sop.cls.update(dict(memory=40, anchors=6, supports=2, tasks=2))
     config.sop.patch.update(dict(memory=24, anchors=5))
@@ -56,7 +58,7 @@ def keep_gradients(config: Any, schedules: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
-def small_run(monkeypatch: pytest.MonkeyPatch, **layout: int) -> tuple[Run, Any]:
+def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]:
     """The run and its first state; nearly every parameter is large enough to be shared."""
     monkeypatch.setattr(mesh_lib, "SMALL", 64)
     monkeypatch.setattr(optim, "optimizer", keep_gradients)
@@ -65,7 +67,7 @@ def small_run(monkeypatch: pytest.MonkeyPatch, **layout: int) -> tuple[Run, Any]
     return run, run.init(jax.random.key(0))
 
 
-def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: int) -> dict[str, np.ndarray]:
+def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> dict[str, np.ndarray]:
     """Losses, gradients and signs of health of every step, and the last state, by name."""
     run, state = small_run(monkeypatch, **layout)
     batch = {name: place(array, split(run.mesh)) for name, array in make_batch(run.batch).items()}

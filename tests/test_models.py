@@ -12,6 +12,7 @@ import pytest
 
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
+from sop_jax.flops import flops
 from sop_jax.models import Model, Params, build
 from sop_jax.models.head import unit
 from sop_jax.models.vit import drop_path
@@ -219,6 +220,21 @@ def test_unit_rows_and_a_row_of_zeros() -> None:
     np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0, 0], [1, 0]], rtol=1e-6)
     gradient = jax.grad(lambda x: unit(x).sum())(x)
     assert np.isfinite(gradient).all()
+
+
+def test_recomputing_costs_the_more_the_less_is_stored(params: Params) -> None:
+    def operations(remat: str) -> float:
+        model = small_model(remat=remat)
+
+        def loss(params: Params) -> jax.Array:
+            return model.embed(params, images())[0][:, 0].sum()
+
+        return flops(jax.grad(loss), params)
+
+    none, dots, full = map(operations, ("none", "dots", "full"))
+    assert none < dots < full
+    # `dots` computes the products of attention again, `full` the linear layers too.
+    assert dots - none < 0.3 * (full - none)
 
 
 def test_gradients_of_a_half_precision_network_are_sums_in_float32(params: Params) -> None:

@@ -264,7 +264,10 @@ def test_a_mesh_that_no_torus_has_is_refused_in_a_line() -> None:
         timeout=60,
     )
     assert ended.returncode == 1
-    assert "mesh.fsdp 2 does not lie along axes of the 4 x 4 x 4 torus" in ended.stderr
+    assert (
+        "asks for 64 devices, which do not lie along the axes of the 4 x 4 x 4 torus"
+        in ended.stderr
+    )
     assert ended.stderr.count("\n") == 1
 
 

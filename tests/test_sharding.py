@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from sop_jax import checkpoint
 from sop_jax.collectives import Collective, collectives
 from sop_jax.config import paper
-from sop_jax.mesh import make_mesh, placed, replicated, shardings, split
+from sop_jax.mesh import gatherer, make_mesh, placed, replicated, shardings, split
+from sop_jax.models import build
 from sop_jax.models.head import unit
+from sop_jax.models.vit import REMATS
 from sop_jax.run import assemble
 from sop_jax.search import nearest, take
 from sop_jax.sop.memory import by_age, flat_rows, init_memory, push
@@ -35,6 +37,8 @@ LAYOUTS = [
     dict(accumulate=4),
     dict(data=2, fsdp=2, accumulate=4),
     dict(data=8, accumulate=2),
+    dict(data=2, fsdp=4, remat="dots"),
+    dict(fsdp=2, accumulate=2, remat="full"),
 ]
 
 
@@ -49,7 +53,7 @@ def one_device() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_computes_what_one_device_does(
-    layout: dict[str, int], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    layout: dict[str, Any], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Losses, gradients, health, parameters and memories, with drop path and uneven memories."""
     layouts.assert_same(layouts.trajectory(monkeypatch, **layout), one_device)
@@ -137,6 +141,29 @@ def test_a_checkpoint_moves_to_other_devices_bit_by_bit(
             for one in (state, found)
         ]
         np.testing.assert_array_equal(*orders)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+def test_no_layer_keeps_whole_parameters_for_the_backward_pass(remat: str) -> None:
+    """Made whole in the forward pass and in the backward pass, and stored nowhere."""
+    config = paper()
+    config.model.update(dict(size="custom", width=256, depth=3, heads=4, patch=8, remat=remat))
+    mesh = make_mesh(2, 4)
+    model = build(config, 32, gatherer(mesh))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def loss(params: Any, images: Any) -> jax.Array:
+        cls, patches = model.embed(params, images, None, None)
+        return cls.sum() + patches.sum()
+
+    images = jax.ShapeDtypeStruct((16, 32, 32, 3), jnp.uint8)
+    gradient = jax.make_jaxpr(jax.grad(loss))(params, images)
+    forward = next(eqn for eqn in gradient.eqns if eqn.primitive.name == "scan")
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params["backbone"]["blocks"])}
+    large = {shape for shape in shapes if len(shape) == 3}
+    stored = {value.aval.shape for value in forward.outvars}  # type: ignore[union-attr]
+    assert (3, 256, 1024) in large and not large & stored
+    assert (3, 16, 17, 256) in stored  # but what layers were given
 
 
 # What travels

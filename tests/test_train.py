@@ -377,6 +377,19 @@ def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     assert_same_state(tmp_path, finished)
 
 
+def test_a_signal_during_the_start_is_granted_after_a_step(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return assemble(*args)
+
+    monkeypatch.setattr(train, "assemble", interrupted)
+    with pytest.raises(UserError, match="interrupted; step 1 of 16 is saved"):
+        train.train(small_config(eval_every=0), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 1
+
+
 @pytest.mark.parametrize("asked", [0, 7, 14, 16])
 def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int

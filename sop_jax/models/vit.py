@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from sop_jax.mesh import GATHERED
+from sop_jax.mesh import is_gathered
 from sop_jax.models.linear import Linear
 from sop_jax.models.positions import resize_positions
 
 EPS = 1e-6  # of every LayerNorm
 
 # What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
-# gathered from other devices are gathered again: stored, they would all be whole at once.
+# gathered from other devices are always gathered again: stored, all would be whole at once.
 REMATS = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": lambda *operation, **details: not is_gathered(*operation, **details),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of its linear layers
     "full": jax.checkpoint_policies.nothing_saveable,
 }
