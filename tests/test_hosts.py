@@ -291,6 +291,20 @@ def test_other_flags_and_settings_are_named(tmp_path: pathlib.Path) -> None:
         )
 
 
+def test_other_versions_are_named(tmp_path: pathlib.Path) -> None:
+    name = command(tmp_path, "print('started')")
+    older = "import runpy, sop_jax.hosts as hosts; found = hosts.versions(); "
+    older += "hosts.versions = lambda: found | {'optax': '0.0.1'}; "
+    older += f"runpy.run_path({name!r}, run_name='__main__')"
+    one, other = processes.among(2)
+    for i, each in enumerate(processes.run([[name, *one], ["-c", older, *other]], tmp_path)):
+        assert each.code == 1 and "started" not in each.out
+        assert f"process {i} ({HOST}): error: " in each.err
+        mine, expected = '"0.0.1"', json.dumps(hosts.versions()["optax"])
+        difference = f"process 1 ({HOST}): optax is {mine}, process 0 ({HOST}) has {expected}"
+        assert difference in each.err
+
+
 # Stopping.
 
 STEPS = """

@@ -77,6 +77,21 @@ def test_two_processes_compute_what_one_does(
             layouts.assert_same(dict(found), expected)
 
 
+def test_devices_of_two_processes_by_turns_hold_the_batch_in_order(tmp_path: pathlib.Path) -> None:
+    """A mesh may take devices in an order in which those of a process do not follow each other."""
+    out = tmp_path / "out.npz"
+    ended = finish(tmp_path, [HERE / "two_hosts.py", "shuffle", out])
+    assert [process.code for process in ended] == [0, 0], ended
+    places = {
+        "0213": [[0, 1, 4, 5], [2, 3, 6, 7]],
+        "3021": [[2, 3, 6, 7], [0, 1, 4, 5]],
+    }
+    with np.load(out) as found:
+        for order, expected in places.items():
+            assert found[f"{order}/places"].tolist() == expected
+            assert found[order].tolist() == np.arange(24).reshape(8, 3).tolist()
+
+
 def test_the_first_process_alone_writes_and_speaks(whole: pathlib.Path) -> None:
     said, silent = (
         (whole.parent / "log" / f"{process}.{stream}").read_text().splitlines()
@@ -164,6 +179,65 @@ def test_after_a_kill_the_same_command_goes_on(whole: pathlib.Path, tmp_path: pa
     again = finish(tmp_path, command(workdir))
     assert [process.code for process in again] == [0, 0], again
     assert_same_run(workdir, whole)
+
+
+# Training in which one process dies in the middle of its second save, and the other soon knows.
+DIES = """
+import os, runpy, signal, sys, time
+import tensorstore
+from sop_jax import checkpoint, hosts
+
+hosts.HEARTBEAT = 10
+workdir, where = sys.argv.pop(1), sys.argv.pop(1)
+folder, save = os.path.join(workdir, "checkpoints"), checkpoint.Checkpoints.save
+
+
+def deadly(*args, **kwargs):
+    while len(os.listdir(folder)) < 2:  # until the temporary folder is there
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_or_die(self, step, state):
+    if step == 6:
+        self.wait()
+        if where == "in its part":
+            tensorstore.open = deadly
+        if where == "before the commit":
+            os.rename = deadly
+    save(self, step, state)
+
+
+checkpoint.Checkpoints.save = save_or_die
+runpy.run_module("sop_jax.train", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("dead, where", [(0, "before the commit"), (1, "in its part")])
+def test_a_kill_in_mid_save_leaves_the_save_before(
+    whole: pathlib.Path, tmp_path: pathlib.Path, dead: int, where: str
+) -> None:
+    workdir = tmp_path / "run"
+    _, _, *flags = command(workdir)
+    both = [
+        ["-c", DIES, workdir, where if process == dead else "nowhere", *flags] for process in (0, 1)
+    ]
+    ended = finish(tmp_path, *both)
+    assert ended[dead].code == -signal.SIGKILL, ended
+    assert ended[1 - dead].code not in (0, -signal.SIGKILL), ended
+    folder = workdir / "checkpoints"
+    assert len(list(folder.iterdir())) == 2, "the save was not under way"
+    assert checkpoint.latest_step(workdir) == 3
+    saved_state(workdir)
+    again = finish(tmp_path, command(workdir))
+    assert [process.code for process in again] == [0, 0], again
+    assert f"steps 3 to {STEPS}" in again[0].err
+    assert_same_run(workdir, whole)
+    rewritten, expected = saved_state(workdir, 6), saved_state(whole, 6)
+    for name, array in rewritten.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    kept = [{path.name for path in (run / "checkpoints").iterdir()} for run in (workdir, whole)]
+    assert kept[0] == kept[1], "the rest is cleaned up"
 
 
 def apart(tmp_path: pathlib.Path, given: list[object]) -> list[processes.Ended]:

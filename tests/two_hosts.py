@@ -41,13 +41,26 @@ def restore(out: str, workdir: str) -> None:
     save(out, layouts.named(process_allgather({"state": state, "batch": batch}, tiled=True)))
 
 
+def shuffle(out: str) -> None:
+    """Saves a batch that both put on devices in another order than theirs, and who had what."""
+    batch = np.arange(24).reshape(8, 3)
+    found = {}
+    for order in ((0, 2, 1, 3), (3, 0, 2, 1)):
+        mesh = make_mesh(devices=[jax.devices()[i] for i in order])
+        places = np.array(host_rows(mesh, len(batch)))
+        name = "".join(map(str, order))
+        found[f"{name}/places"] = process_allgather(places)
+        found |= process_allgather(to_devices(mesh, {name: batch[places]}), tiled=True)
+    save(out, found)
+
+
 def save(out: str, arrays: dict[str, np.ndarray]) -> None:
     if jax.process_index() == 0:
         np.savez(out, **arrays)
 
 
 def main(argv: list[str]) -> None:
-    {"trajectory": trajectory, "restore": restore}[TASK](*argv[1:])
+    {"trajectory": trajectory, "restore": restore, "shuffle": shuffle}[TASK](*argv[1:])
 
 
 if __name__ == "__main__":
