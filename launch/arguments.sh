@@ -51,6 +51,13 @@ need() { # OPTION ...: each must have been given
   done
 }
 
+gpu_extras() { # prints which extras of setup.py this training needs on GPUs
+  case "${train[*]}" in
+    *gs://*) echo cuda,gcs ;;
+    *) echo cuda ;;
+  esac
+}
+
 call() { # COMMAND ...: runs it, or prints it in a dry run as one could type it
   local quote="'" escaped="'\\''" line="" word
   if [[ -z "$dry" ]]; then

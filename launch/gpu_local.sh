@@ -15,11 +15,9 @@ source launch/arguments.sh
 source launch/environment.sh
 parse gpu_local.sh "" "" "$@"
 need config workdir
-extras=cuda
-[[ "${train[*]}" != *gs://* ]] || extras=cuda,gcs
 [[ -n "$dry" ]] || command -v nvidia-smi > /dev/null ||
   die "there is no nvidia-smi, hence no driver of an NVIDIA GPU on this machine" 1
 
 call nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
-call use_environment ".[$extras]"
+call use_environment ".[$(gpu_extras)]"
 call exec python -m sop_jax.train --processes=1 "${train[@]}"

@@ -34,12 +34,10 @@ source launch/arguments.sh
 source launch/environment.sh
 parse gpu_slurm.sh "" "" "$@"
 need config workdir
-extras=cuda
-[[ "${train[*]}" != *gs://* ]] || extras=cuda,gcs
 [[ -n "$dry" || -n "${SLURM_JOB_ID:-}" ]] ||
   die "this is no SLURM job: start it with sbatch, or add --dry-run"
 
-call use_environment ".[$extras]" # once, for all tasks
+call use_environment ".[$(gpu_extras)]" # once, for all tasks
 
 # JAX gives each task the GPU of its number on the node, so every task must see all of them. It ends
 # the others by itself when one is lost. srun does not take --cpus-per-task from sbatch.

@@ -107,7 +107,6 @@ def test_tfds_nonsense(tmp_path):
 
 
 def test_the_command(tmp_path):
-    pytest.importorskip("sop_jax.cli")
     command = [sys.executable, "-m", "sop_jax.data.prepare", f"--out={tmp_path}", "--name=tiny"]
     command += [f"--images={write_tree(tmp_path / 'tree')}"]
     done = subprocess.run(command, capture_output=True, text=True)
