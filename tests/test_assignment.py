@@ -23,16 +23,16 @@ def random_units(seed: int, *shape: int) -> jax.Array:
 
 def random_sops(votes: str, count: int = 8, size: int = 3, dim: int = 6) -> SOPs:
     """Supports far from their anchors, so that some cosines are negative."""
-    embeddings = random_units(0, count, size, dim)
+    embeddings = random_units(0, size, count, dim)
     return SOPs(embeddings, cast_votes(embeddings, votes, 0.1))
 
 
 def dense(u: Any, sops: SOPs, temperature: float) -> np.ndarray:
     """The definition, with all of Y, in float64."""
-    count, size = sops.votes.shape
+    size, count = sops.votes.shape
     votes = np.asarray(sops.votes, float)
     labels = np.repeat((1 - votes).reshape(-1, 1) / (count - 1), count, axis=1)
-    labels[np.arange(count * size), np.repeat(np.arange(count), size)] = votes.ravel()
+    labels[np.arange(count * size), np.tile(np.arange(count), size)] = votes.ravel()
     logits = np.asarray(u, float) @ np.asarray(sops.embeddings, float).reshape(count * size, -1).T
     weights = np.exp((logits - logits.max(-1, keepdims=True)) / temperature)
     return weights / weights.sum(-1, keepdims=True) @ labels
@@ -57,7 +57,7 @@ def test_log_is_accurate_where_the_probability_is_small() -> None:
 
 
 U = random_units(1, 5, 6)
-SAME = SOPs(jnp.broadcast_to(U[0], (4, 3, 6)), jnp.full((4, 3), 0.9))
+SAME = SOPs(jnp.broadcast_to(U[0], (3, 4, 6)), jnp.full((3, 4), 0.9))
 EXTREMES = {
     "long": (1e4 * U, random_sops("similarity"), 0.1),
     "long and one-hot": (1e4 * U, random_sops("one_hot"), 0.1),
@@ -67,10 +67,10 @@ EXTREMES = {
     "hot": (U, random_sops("similarity"), 1e4),
     "prototypes all alike": (U, SAME, 0.01),
     "everything alike": (jnp.broadcast_to(U[0], U.shape), SAME, 0.01),
-    "on an anchor": (random_sops("similarity").embeddings[:, 0], random_sops("similarity"), 0.01),
-    "on a support": (random_sops("similarity").embeddings[:, 2], random_sops("similarity"), 0.01),
+    "on an anchor": (random_sops("similarity").embeddings[0], random_sops("similarity"), 0.01),
+    "on a support": (random_sops("similarity").embeddings[2], random_sops("similarity"), 0.01),
     "on a support, one-hot": (
-        *(random_sops("one_hot").embeddings[:, 2], random_sops("one_hot")),
+        *(random_sops("one_hot").embeddings[2], random_sops("one_hot")),
         0.01,
     ),
     "two prototypes": (U, random_sops("similarity", count=2), 0.01),

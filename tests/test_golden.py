@@ -53,10 +53,10 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     for pool in prototypes.POOLS:
         supports = golden[f"assign_supports_{pool}"].shape[1] - 1
         found = prototypes.find_supports(rows, anchors, supports, MESH, pool=pool)
-        computed[f"assign_supports_{pool}"] = found
+        computed[f"assign_supports_{pool}"] = found.T
         for mode in prototypes.VOTES:
             built = sops[pool, mode] = prototypes.build_sops(rows, found, mode, SMOOTHING, MESH)
-            computed[f"assign_weights_{pool}_{mode}"] = built.votes
+            computed[f"assign_weights_{pool}_{mode}"] = built.votes.T
             for temperature in ("0.1", "0.04"):
                 log_p = assignment.log_assignment(u, built, float(temperature))
                 computed[f"assign_probs_{pool}_{mode}_{temperature}"] = jnp.exp(log_p)
@@ -69,7 +69,7 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         )(single(golden["cls_student"]), targets, built, 0.1)
 
     patch_sops = prototypes.build_sops(
-        rows, jnp.asarray(golden["mim_anchors"])[:, None], "smoothed", SMOOTHING, MESH
+        rows, jnp.asarray(golden["mim_anchors"])[None], "smoothed", SMOOTHING, MESH
     )
     computed["mim_loss"], computed["mim_grad"] = jax.value_and_grad(losses.mim_loss)(
         single(golden["mim_student"]),

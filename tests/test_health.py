@@ -74,7 +74,7 @@ def measured(teacher: jax.Array, targets: jax.Array, sops: SOPs, filled: int = 5
 def test_signs_of_a_batch_that_picks_every_second_prototype() -> None:
     teacher = unit(normal(0, 2, 4, 3))
     anchors = jnp.eye(3)[jnp.array([0, 1, 2, 0, 1, 2, 0, 1])]
-    sops = SOPs(jnp.stack([anchors, -anchors, anchors], axis=1)[None], jnp.ones((1, 8, 3)))
+    sops = SOPs(jnp.stack([anchors, -anchors, anchors], axis=0)[None], jnp.ones((1, 3, 8)))
     targets = jnp.eye(8)[jnp.array([[0, 2, 4, 6], [6, 4, 2, 0]])][None]
     signs = measured(teacher, targets, sops)
     assert signs["log_k"] == pytest.approx(math.log(8), rel=1e-6)
@@ -86,7 +86,7 @@ def test_signs_of_a_batch_that_picks_every_second_prototype() -> None:
 
 
 def test_signs_are_means_over_tasks() -> None:
-    teacher, sops = unit(normal(0, 2, 2, 3)), SOPs(jnp.ones((2, 4, 1, 3)), jnp.ones((2, 4, 1)))
+    teacher, sops = unit(normal(0, 2, 2, 3)), SOPs(jnp.ones((2, 1, 4, 3)), jnp.ones((2, 1, 4)))
     targets = jnp.stack([jnp.eye(4)[jnp.array([[0, 1], [2, 3]])], jnp.full((2, 2, 4), 0.25)])
     signs = measured(teacher, targets, sops)
     assert signs["entropy"] == pytest.approx(math.log(4) / 2, rel=1e-5)
@@ -97,7 +97,7 @@ def test_signs_are_means_over_tasks() -> None:
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_embedding_std_tells_a_point_from_a_full_sphere(spread: float) -> None:
     teacher = unit(spread * normal(0, 2, 200, 16) + (1 - spread))
-    sops = SOPs(jnp.ones((1, 4, 1, 16)), jnp.ones((1, 4, 1)))
+    sops = SOPs(jnp.ones((1, 1, 4, 16)), jnp.ones((1, 1, 4)))
     signs = measured(teacher, jnp.full((1, 2, 200, 4), 0.25), sops)
     assert signs["embedding_std"] == pytest.approx(spread, abs=0.02)
 

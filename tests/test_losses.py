@@ -23,7 +23,7 @@ def random_units(seed: int, *shape: int) -> jax.Array:
 
 
 def random_sops(size: int) -> SOPs:
-    embeddings = random_units(0, COUNT, size, DIM)
+    embeddings = random_units(0, size, COUNT, DIM)
     return SOPs(embeddings, cast_votes(embeddings, "similarity", 0.1))
 
 
@@ -89,8 +89,8 @@ def test_mim_loss_without_any_mask_is_zero_and_has_no_gradient() -> None:
 
 
 def test_prototypes_that_are_all_alike_give_ln_k() -> None:
-    embeddings = jnp.broadcast_to(random_units(0, DIM), (COUNT, 2, DIM))
-    sops = SOPs(embeddings, jnp.full((COUNT, 2), 0.9))
+    embeddings = jnp.broadcast_to(random_units(0, DIM), (2, COUNT, DIM))
+    sops = SOPs(embeddings, jnp.full((2, COUNT), 0.9))
     student = random_units(1, 3, BATCH, DIM)
     targets = jnp.asarray(assignment(student[:2], sops, TEACHER), jnp.float32)
     loss = cls(student, targets, sops, STUDENT)
@@ -113,3 +113,40 @@ def test_cross_entropy_by_hand() -> None:
     target, p = jnp.array([[0.5, 0.5], [1.0, 0.0]]), jnp.array([[0.25, 0.75], [0.5, 0.5]])
     expected = [-0.5 * np.log(0.25 * 0.75), np.log(2)]
     np.testing.assert_allclose(cross_entropy(target, jnp.log(p)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])
+def test_views_at_once_change_neither_loss_nor_gradient(at_once: int) -> None:
+    """Compared with all logits at once, differentiated as they stand."""
+    sops, student = random_sops(3), random_units(1, 5, BATCH, DIM)
+    targets = jnp.asarray(assignment(random_units(2, 2, BATCH, DIM), sops, TEACHER), jnp.float32)
+
+    def plain(student: jax.Array) -> jax.Array:
+        terms = -jnp.einsum("qbk,vbk->qvb", targets, log_assignment(student, sops, STUDENT))
+        return sum(terms[q, v].mean() for q in range(2) for v in range(5) if q != v) / 8
+
+    loss, gradient = jax.jit(jax.value_and_grad(cls_loss), static_argnums=4)(
+        student, targets, sops, STUDENT, at_once
+    )
+    expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(student)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_patches_that_are_not_masked_need_not_be_given(at_once: int) -> None:
+    """The masked ones alone, in any order and padded, give the same loss and gradient."""
+    sops, shape = random_sops(1), (2, BATCH, PATCHES)
+    student, teacher = random_units(1, *shape, DIM), random_units(2, *shape, DIM)
+    mask = jnp.asarray(np.random.default_rng(3).random(shape) < 0.4)
+    places = jnp.argsort(~mask, axis=-1)[..., : int(mask.sum(-1).max()) + 1]
+
+    def some(student: jax.Array) -> jax.Array:
+        chosen = [jnp.take_along_axis(x, places[..., None], axis=2) for x in (student, teacher)]
+        masked = jnp.take_along_axis(mask, places, axis=-1)
+        return mim_loss(*chosen, masked, sops, STUDENT, TEACHER, at_once)
+
+    loss, gradient = jax.jit(jax.value_and_grad(some))(student)
+    expected, expected_gradient = mim(student, teacher, mask, sops, STUDENT, TEACHER)
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-7)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sop_jax.data.masks import block_mask, view_mask
+from sop_jax.data.masks import block_mask, most_masked, view_mask
 
 
 def config(
@@ -89,3 +89,17 @@ def test_same_generator_same_mask():
         first, second = draws((14, 14), config(kind), 5), draws((14, 14), config(kind), 5)
         np.testing.assert_array_equal(first, second)
         assert len({mask.tobytes() for mask in first}) == 5
+
+
+@pytest.mark.parametrize("kind", ["block", "random"])
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (4, 4), (2, 2), (10, 10), (16, 16)])
+@pytest.mark.parametrize("ratio", [(0.3, 0.3), (0.1, 0.5), (0.7, 0.7), (0.0, 0.0)])
+def test_no_mask_is_larger_than_the_largest(
+    kind: str, grid: tuple[int, int], ratio: tuple[float, float]
+) -> None:
+    c = config(kind, ratio)
+    counts = draws(grid, c, 200).sum((1, 2))
+    most = most_masked(grid, c)
+    assert counts.max() <= most <= max(1, ratio[1] * grid[0] * grid[1] + 1e-5)
+    if kind == "random" and ratio[0] == ratio[1] > 0:
+        assert counts.max() == most or most == 1

@@ -10,7 +10,7 @@ import pytest
 
 from sop_jax.mesh import make_mesh
 from sop_jax.models.head import unit
-from sop_jax.search import nearest, take
+from sop_jax.search import nearest, take, top_k
 
 MESHES = {devices: make_mesh(devices) for devices in (1, 2, 8)}
 
@@ -146,3 +146,16 @@ def test_chunks_keep_the_scores_of_all_queries_out_of_memory() -> None:
     everything = 256 * 4096 * 4
     assert temporary(256) >= everything
     assert temporary(16) < everything / 4
+
+
+@pytest.mark.parametrize("count", [7, 64, 300, 512, 640, 1024, 8192])
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_groups_find_what_a_whole_top_k_finds(count: int, k: int) -> None:
+    """With many equal scores, and many that may not be found."""
+    rng = np.random.default_rng(count)
+    scores = rng.integers(0, 6, (20, count)).astype(np.float32)
+    scores[:, rng.random(count) < 0.3] = -np.inf
+    found = jax.jit(jax.vmap(lambda row: top_k(row, k)))(scores)
+    expected = jax.lax.top_k(scores, k)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from sop_jax import config as config_lib
 from sop_jax import optim
 from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import build
+from sop_jax.run import assemble
 from sop_jax.sop.objective import Objective, sop
 from sop_jax.state import TrainState, init_state
-from sop_jax.step import make_train_step
+from sop_jax.step import draw_patches, make_train_step, masked_first
 
 BATCH = 8
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -49,7 +51,9 @@ def make_batch(local_crops: int = 2) -> dict[str, np.ndarray]:
 
 
 def make_run(
-    config: ml_collections.ConfigDict, change: Callable[[Objective], Objective] = lambda x: x
+    config: ml_collections.ConfigDict,
+    change: Callable[[Objective], Objective] = lambda x: x,
+    most_masked: int | None = None,
 ) -> tuple[Callable[[], TrainState], Step]:
     """A function that makes the first state, and the step before it is compiled."""
     model = build(config, 8)
@@ -59,7 +63,9 @@ def make_run(
     objective = change(sop(config, model.dim, mesh))
     init = functools.partial(init_state, model=model, objective=objective, tx=tx)
     init = jax.jit(init, out_shardings=replicated(mesh))
-    return lambda: init(jax.random.key(0)), make_train_step(model, objective, tx, plan)
+    return lambda: init(jax.random.key(0)), make_train_step(
+        model, objective, tx, plan, most_masked=most_masked
+    )
 
 
 def watched(objective: Objective) -> Objective:
@@ -220,3 +226,72 @@ def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
     state = run.states[0]
     assert not any(moved(state.student, state.teacher))
     assert state.step == 0
+
+
+def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
+    """Against a head on all patches: losses, gradient norm and memories after some steps."""
+    batch = make_batch()
+    mask = np.random.default_rng(1).permuted(np.eye(4, dtype=bool)[:, :2].sum(1) > 0)
+    batch["mask"] = np.broadcast_to(mask.reshape(2, 2), (BATCH, 2, 2, 2)).copy()
+    batch["mask"][0, 1] = False
+    ends = []
+    for most in (None, 2, 3):
+        start, step = make_run(small_config(), most_masked=most)
+        state, step = start(), jax.jit(step)
+        for _ in range(3):
+            state, metrics = step(state, batch, True)
+        ends.append((state.memories, metrics))
+    for end in ends[1:]:
+        chex.assert_trees_all_close(ends[0], end, rtol=1e-4, atol=2e-5)
+
+
+def test_masked_patches_come_first() -> None:
+    mask = jnp.array([[[[0, 1], [1, 0]], [[0, 0], [0, 0]]], [[[1, 1], [1, 1]], [[0, 0], [0, 1]]]])
+    places, masked = masked_first(mask.astype(bool), 2)
+    assert places.tolist() == [[[1, 2], [0, 1]], [[0, 1], [3, 0]]]
+    assert masked.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
+    assert masked_first(mask.astype(bool), None)[0].shape == (2, 2, 4)
+
+
+def test_patches_are_drawn_evenly_and_for_each_image_apart() -> None:
+    keys = jax.random.split(jax.random.key(0), 2000)
+    drawn = np.asarray(draw_patches(keys, 2, 9))
+    assert drawn.shape == (2000, 2, 1)
+    np.testing.assert_array_equal(drawn[:, 0], drawn[:, 1])
+    counts = np.bincount(drawn[:, 1, 0], minlength=9)
+    assert len(counts) == 9 and counts.min() > 0.8 * counts.mean()
+    np.testing.assert_array_equal(drawn[7:8], draw_patches(keys[7:8], 2, 9))
+
+
+def test_the_drawn_patch_is_remembered() -> None:
+    """The patch memory gets what the teacher's head says of one patch of the second view."""
+    config = small_config()
+    start, step = make_run(config)
+    state, batch = start(), make_batch()
+    after, _ = jax.jit(step)(state, batch, False)
+    _, patches = jax.jit(build(config, 8).embed)(state.teacher, batch["global_views"][:, 1])
+    stored = after.memories["patch"].rows[:, 0]
+    distance = jnp.abs(patches - stored[:, None]).max(-1)
+    assert (distance.min(-1) < 1e-5).all()
+    assert len(set(distance.argmin(-1).tolist())) > 1
+
+
+def test_no_array_is_as_large_as_the_labels_or_all_scores() -> None:
+    """At the paper's size: neither K(k+1) x K votes nor K x N scores are in the program."""
+    config = config_lib.paper()
+    config.batch_size = 8
+    config.model.size = "ti"
+    run = assemble(config, make_mesh(1), 1000)
+    off = jax.ShapeDtypeStruct((), bool)
+    jaxpr = jax.make_jaxpr(run.train_step)(run.abstract, run.batch, off)
+    level = config.sop.cls
+    labels = level.anchors**2 * (1 + level.supports)
+    scores = level.anchors * level.memory
+    assert largest(jaxpr.jaxpr) < min(labels, scores) / 4
+
+
+def largest(jaxpr: Any) -> int:
+    """Elements of the largest array that a jaxpr makes."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
+    inner = [largest(body) for eqn in jaxpr.eqns for body in jaxprs_in_params(eqn.params)]
+    return max(sizes + inner, default=0)

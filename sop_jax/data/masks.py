@@ -27,6 +27,11 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
     return {"block": block_mask, "random": random_mask}[mask_config.kind](grid, rng, ratio)
 
 
+def most_masked(grid: tuple[int, int], mask_config: Any) -> int:
+    """How many patches of a view `view_mask` masks at most; at least 1, so that shapes hold."""
+    return max(1, int(max(mask_config.ratio) * grid[0] * grid[1] + 1e-6))
+
+
 def random_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -> np.ndarray:
     """Masks exactly int(ratio * high * wide) positions; bool [high, wide]."""
     mask = np.zeros(grid[0] * grid[1], bool)

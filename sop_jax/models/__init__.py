@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models.head import Head
@@ -30,8 +30,9 @@ class Model(NamedTuple):
     Attributes:
         init: key -> parameters.
         embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
-            patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,h*w,d];
-            without `patches` those are [B,0,d], and the head does not see them.
+            patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,M,d].
+            `patches` are True for all h*w, False for none, or places [B,M] of some, row by row;
+            the head sees no others.
         features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
             layers, normed.
         patch: side of a patch in pixels.
@@ -57,11 +58,16 @@ class Network(nnx.Module):
         images: Float[Array, "B H W 3"],
         mask: Bool[Array, "B h w"] | None,
         keys: Key[Array, " B"] | None,
-        patches: bool,
-    ) -> tuple[Float[Array, "B d"], Float[Array, "B L d"]]:
-        """Unit embeddings of [CLS], and of patches where asked for."""
+        patches: bool | Int[Array, "B M"],
+    ) -> tuple[Float[Array, "B d"], Float[Array, "B M d"]]:
+        """Unit embeddings of [CLS], and of the patches that are asked for."""
         (tokens,) = self.backbone(images, mask, keys)
-        embeddings = self.head(tokens if patches else tokens[:, :1])
+        if patches is False:
+            tokens = tokens[:, :1]
+        elif patches is not True:
+            some = jnp.take_along_axis(tokens[:, 1:], patches[..., None], axis=1)
+            tokens = jnp.concatenate([tokens[:, :1], some], axis=1)
+        embeddings = self.head(tokens)
         return embeddings[:, 0], embeddings[:, 1:]
 
 

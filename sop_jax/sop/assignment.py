@@ -15,11 +15,12 @@ def log_assignment(
     Y [K(k+1), K] is never built. A row of Y is one vote w for its own SOP and (1-w)/(K-1) for
     every other, so that P_i is the support's own votes plus what the supports of all other SOPs
     leave over. Both are sums of exponentials, taken relative to the largest logit of each SOP.
+    Every logit is raised once.
     """
-    count = len(sops.votes)
+    count = sops.votes.shape[-1]
     logits = (
         jnp.einsum(
-            "...d,kjd->...kj",
+            "...d,skd->...sk",
             u.astype(jnp.float32),
             sops.embeddings,
             precision=jax.lax.Precision.HIGHEST,
@@ -28,13 +29,15 @@ def log_assignment(
     )
     # Relative to the largest of all, so that float32 is exact where the probability is.
     logits -= jax.lax.stop_gradient(logits.max(axis=(-2, -1), keepdims=True))
-    peaks = jax.lax.stop_gradient(logits.max(axis=-1))  # [..., K]
-    terms = jnp.exp(logits - peaks[..., None])
-    total = jnp.log(jnp.exp(logits).sum(axis=(-2, -1)))[..., None]
+    peaks = jax.lax.stop_gradient(logits.max(axis=-2, keepdims=True))  # [..., 1, K]
+    terms = jnp.exp(logits - peaks)
+    peaks = peaks.squeeze(-2)
+    heights = jnp.exp(peaks)
+    total = jnp.log((terms.sum(-2) * heights).sum(-1, keepdims=True))
     tiny = jnp.finfo(jnp.float32).tiny
-    votes = peaks + jnp.log(jnp.maximum((terms * sops.votes).sum(-1), tiny))
+    votes = peaks + jnp.log(jnp.maximum((terms * sops.votes).sum(-2), tiny))
     rests = (1 - sops.votes) / max(count - 1, 1)
-    own = (terms * rests).sum(-1) * jnp.exp(peaks)
+    own = (terms * rests).sum(-2) * heights
     everything = own.sum(-1, keepdims=True)
     # The one SOP that may hold nearly everything gets a sum of its own: the difference would be
     # all rounding there, and is exact to float32 elsewhere.

@@ -67,8 +67,8 @@ def measure(
     tasks, _, _, count = targets.shape
     first_choices = targets.argmax(-1).reshape(tasks, -1)
     winners = jax.vmap(lambda sops: jnp.zeros(count).at[sops].set(1).mean())(first_choices)
-    anchors, supports = sops.embeddings[:, :, :1], sops.embeddings[:, :, 1:]
-    cosine = (anchors * supports).sum(-1).mean() if supports.shape[2] else jnp.ones(())
+    anchors, supports = sops.embeddings[:, :1], sops.embeddings[:, 1:]
+    cosine = (anchors * supports).sum(-1).mean() if supports.shape[1] else jnp.ones(())
     rows = teacher_cls.reshape(-1, teacher_cls.shape[-1])
     return {
         "log_k": jnp.log(jnp.float32(count)),

@@ -20,14 +20,16 @@ from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
 from sop_jax.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.sop.prototypes import SOPs, build_sops, cast_votes, draw_anchors, find_supports
 
+LOGITS = 2**28  # bytes of a device's logits at a time; as much again several times beside them
+
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
 
 class Embeddings(NamedTuple):
-    """Unit embeddings of one network: [CLS] of V views, patches of the global ones."""
+    """Unit embeddings of one network: [CLS] of V views, some patches of the global ones."""
 
     cls: Float[Array, "V B d"]
-    patches: Float[Array, "Q B L d"]
+    patches: Float[Array, "Q B M d"]
 
 
 class Temperatures(NamedTuple):
@@ -45,7 +47,8 @@ class Objective(NamedTuple):
         prototypes: (memories, key) -> the prototypes of this step.
         loss: (prototypes, student, teacher, mask, temperatures) -> loss and its terms, each a mean
             over images.
-        keep: (teacher, keys [B]) -> what the memories take of each image, leading axis B.
+        keep: (teacher's [CLS] [Q,B,d], one drawn patch of each view [Q,B,d]) -> what the memories
+            take of each image, leading axis B.
         remember: (memories, kept, index) -> memories.
         measure: (memories, prototypes, student [CLS], teacher [CLS], temperatures) -> signs of
             health.
@@ -68,6 +71,13 @@ def assign_views(
     return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
 
 
+def views_at_once(student: Float[Array, "V B ..."], sops: SOPs, mesh: Mesh) -> int:
+    """So many views of a device's images that their logits take at most LOGITS bytes."""
+    rows = student[0].size // student.shape[-1] / mesh.devices.size
+    size = 4 * rows * sops.votes.size
+    return max(1, min(len(student), int(LOGITS / size)))
+
+
 def draw_sops(
     memory: Memory,
     level: ml_collections.ConfigDict,
@@ -88,14 +98,14 @@ def draw_sops(
     """
     rows, alive = flat_rows(memory), live(memory, level.memory)
     if frozen is not None:
-        embeddings = frozen[:, None]
+        embeddings = frozen[None]
         if level.supports:
             _, found = nearest(
                 *(frozen, rows, level.supports, mesh),
                 allowed=alive,
                 precision=config.search_precision,
             )
-            embeddings = jnp.concatenate([embeddings, take(rows, found, mesh)], axis=1)
+            embeddings = jnp.concatenate([embeddings, take(rows, found.T, mesh)])
         return SOPs(embeddings, cast_votes(embeddings, level.votes, config.smoothing))
     anchors = draw_anchors(key, level.memory, level.anchors)
     if config.anchors != "fixed_slots":
@@ -161,30 +171,32 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
         sops: dict[str, SOPs],
         student: Embeddings,
         teacher: Embeddings,
-        mask: Bool[Array, "Q B L"],
+        mask: Bool[Array, "Q B M"],
         temperatures: Temperatures,
     ) -> tuple[Array, dict[str, Array]]:
         """λ1 times equation 2 plus λ2 times equation 4, each the mean of its tasks."""
 
-        def cls(task: SOPs, target: Array) -> Array:
-            return cls_loss(student.cls, target, task, temperatures.student)
+        def cls(task: SOPs) -> Array:
+            targets = jnp.exp(log_assignment(teacher.cls, task, temperatures.teacher))
+            at_once = views_at_once(student.cls, task, mesh)
+            return cls_loss(student.cls, targets, task, temperatures.student, at_once)
 
         def mim(task: SOPs) -> Array:
-            return mim_loss(student.patches, teacher.patches, mask, task, *temperatures)
+            at_once = views_at_once(student.patches, task, mesh)
+            return mim_loss(student.patches, teacher.patches, mask, task, *temperatures, at_once)
 
-        targets = assign_views(sops["cls"], teacher.cls, temperatures.teacher)
-        terms = {"cls": jax.vmap(cls)(sops["cls"], targets).mean()}
+        terms = {"cls": jax.lax.map(cls, sops["cls"]).mean()}
         total = config.cls.weight * terms["cls"]
         if "patch" in sops:
-            terms["mim"] = jax.vmap(mim)(sops["patch"]).mean()
+            terms["mim"] = jax.lax.map(mim, sops["patch"]).mean()
             total += config.patch.weight * terms["mim"]
         return total, terms
 
-    def keep(teacher: Embeddings, keys: Key[Array, " B"]) -> dict[str, Float[Array, "B d"]]:
-        """Of the second global view: its [CLS], and one random patch."""
-        cls, patches = teacher.cls[1], teacher.patches[1]
-        pick = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches.shape[1]))(keys)
-        return {"cls": cls, "patch": jnp.take_along_axis(patches, pick, axis=1)[:, 0]}
+    def keep(
+        cls: Float[Array, "Q B d"], patch: Float[Array, "Q B d"]
+    ) -> dict[str, Float[Array, "B d"]]:
+        """Of the second global view: its [CLS], and the random patch."""
+        return {"cls": cls[1], "patch": patch[1]}
 
     def remember(
         memories: dict[str, Any], kept: dict[str, Float[Array, "B d"]], index: Int[Array, " B"]

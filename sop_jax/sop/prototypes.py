@@ -16,14 +16,16 @@ VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
 class SOPs(NamedTuple):
     """K prototypes, each an anchor (first) and its k supports, nearest first; S = 1 + k.
 
+    K comes last, so that what is computed for every SOP lies side by side.
+
     Attributes:
         embeddings: D of the paper, unit rows.
         votes: what each support gives its own SOP; the rest of its one vote is spread evenly over
             the other SOPs. These are the entries of Y on the SOP's own column.
     """
 
-    embeddings: Float[Array, "K S d"]
-    votes: Float[Array, "K S"]
+    embeddings: Float[Array, "S K d"]
+    votes: Float[Array, "S K"]
 
 
 def draw_anchors(key: Key[Array, ""], size: int, anchors: int) -> Int[Array, " K"]:
@@ -40,7 +42,7 @@ def find_supports(
     pool: str = "non_anchors",
     live: Bool[Array, " N"] | None = None,
     precision: str = "float32",
-) -> Int[Array, "K S"]:
+) -> Int[Array, "S K"]:
     """Each anchor and its nearest rows by cosine.
 
     Args:
@@ -54,18 +56,18 @@ def find_supports(
         precision: of the scores, see `search.PRECISIONS`.
     """
     if supports == 0:
-        return anchors[:, None]
+        return anchors[None]
     live = jnp.ones(len(rows), bool) if live is None else live
     own = anchors if pool == "all" else None
     allowed = live if pool == "all" else live.at[anchors].set(False)
     queries = take(rows, anchors, mesh)
     _, found = nearest(queries, rows, supports, mesh, allowed=allowed, own=own, precision=precision)
-    return jnp.concatenate([anchors[:, None], found], axis=1)
+    return jnp.concatenate([anchors[None], found.T])
 
 
 def cast_votes(
-    embeddings: Float[Array, "K S d"], votes: str, smoothing: float
-) -> Float[Array, "K S"]:
+    embeddings: Float[Array, "S K d"], votes: str, smoothing: float
+) -> Float[Array, "S K"]:
     """The vote of each support for its own SOP.
 
     Args:
@@ -80,14 +82,15 @@ def cast_votes(
     if votes == "smoothed":
         return jnp.full(embeddings.shape[:2], 1 - smoothing)
     cosine = jnp.einsum(
-        "kd,kjd->kj", embeddings[:, 0], embeddings[:, 1:], precision=jax.lax.Precision.HIGHEST
+        "kd,skd->sk", embeddings[0], embeddings[1:], precision=jax.lax.Precision.HIGHEST
     )
-    anchor = jnp.full((len(embeddings), 1), 1.0 if votes == "pure_similarity" else 1 - smoothing)
-    return jnp.concatenate([anchor, jnp.clip(cosine, 0, 1)], axis=1)
+    own = 1.0 if votes == "pure_similarity" else 1 - smoothing
+    anchor = jnp.full((1, embeddings.shape[1]), own)
+    return jnp.concatenate([anchor, jnp.clip(cosine, 0, 1)])
 
 
 def build_sops(
-    rows: Float[Array, "N d"], found: Int[Array, "K S"], votes: str, smoothing: float, mesh: Mesh
+    rows: Float[Array, "N d"], found: Int[Array, "S K"], votes: str, smoothing: float, mesh: Mesh
 ) -> SOPs:
     """The SOPs of anchors and supports given as rows of the memory, on every device."""
     embeddings = take(rows, found, mesh)

@@ -1,0 +1,299 @@
+"""Times the train step of a run, part by part, and beside a PyTorch step of the same method.
+
+    python benchmarks/step.py --arch=vit_tiny --batch=4 --dtype=float32
+    python benchmarks/step.py --arch=vit_base --batch=64 --method=paper --config.model.remat=dots
+    python benchmarks/step.py --arch=vit_tiny --batch=4 --dtype=float32 --peer=PATH/torch_sop.py
+
+The step is the one that training compiles, with its state donated, on random pixels and drawn masks
+that are on the devices already. With `--peer` both run in turn, `--rounds` times, each time in a
+process of its own, so that peak memories are their own. The last line is JSON.
+
+Parts are compiled and timed on their own: the teacher's forward, the drawing of prototypes with
+their search, assignment and losses with their backward pass, the update, and the memories. The
+student is the rest of the step.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sop_jax import config as config_lib  # noqa: E402
+from sop_jax import optim  # noqa: E402
+from sop_jax.check import check  # noqa: E402
+from sop_jax.compilation import keep_compiled  # noqa: E402
+from sop_jax.data.masks import most_masked, view_mask  # noqa: E402
+from sop_jax.flops import flops  # noqa: E402
+from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.run import Run, assemble  # noqa: E402
+from sop_jax.sop.objective import Embeddings, Temperatures  # noqa: E402
+from sop_jax.step import embed_views, masked_first  # noqa: E402
+
+ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
+
+# The yardstick's method is the pseudo-code's with one task a level: the same votes for all nine
+# rows of an SOP, supports from the whole memory. It has no drop path.
+METHODS: dict[str, dict[str, Any]] = {
+    "yardstick": {
+        "sop.cls.tasks": 1,
+        "sop.cls.votes": "smoothed",
+        "sop.pool": "all",
+        "sop.search_precision": "high",  # as the peer tells PyTorch
+        "model.drop_path": 0.0,
+    },
+    "paper": {},
+}
+
+IMAGES = 1_281_167  # of ImageNet, which schedules follow
+STUDENT, TEACHER = 0.1, 0.04  # temperatures
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """The command line, and settings given as --config.KEY=VALUE."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", default="vit_tiny", choices=ARCHS)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--local-crops", type=int, default=10)
+    parser.add_argument("--method", default="yardstick", choices=METHODS)
+    parser.add_argument("--parts", action="store_true", help="time the parts too")
+    parser.add_argument("--cache", help="folder of compiled programs; a run's own by default")
+    parser.add_argument("--peer", help="torch_sop.py, to run in turn with this step")
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--closed-form", action="store_true", help="of the peer")
+    parser.add_argument("--compile", action="store_true", help="the peer, with torch.compile")
+    parser.add_argument("--device", default=None, help="of the peer: cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=2, help="of both in turn")
+    return parser.parse_known_args()
+
+
+def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.ConfigDict:
+    """The config that the arguments ask for."""
+    config = config_lib.paper()
+    config.batch_size = args.batch
+    config.model.size, config.model.dtype = ARCHS[args.arch], args.dtype
+    config.augment.local_crops = args.local_crops
+    given = dict(change.removeprefix("--config.").split("=", 1) for change in changes)
+    flat = config_lib.flatten(config)
+    for key, value in METHODS[args.method].items() | given.items():
+        if key not in flat:
+            raise SystemExit(f"error: unknown argument --config.{key}")
+        kind = type(flat[key])
+        config.update_from_flattened_dict({key: kind(value) if isinstance(value, str) else value})
+    check(config)
+    return config
+
+
+def batch_of(config: ml_collections.ConfigDict, run: Run) -> dict[str, jax.Array]:
+    """Random pixels and drawn masks, on the devices."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.integers(256, size=leaf.shape, dtype=np.uint8)
+        for name, leaf in run.batch.items()
+        if leaf.dtype == jnp.uint8
+    }
+    mask = run.batch["mask"].shape
+    drawn = [view_mask(mask[2:], rng, config.mask) for _ in range(mask[0] * mask[1])]
+    arrays["mask"] = np.stack(drawn).reshape(mask)
+    arrays["index"] = np.arange(config.batch_size, dtype=np.int32)
+    arrays["corrupt"] = np.full(config.batch_size, -1, np.int32)
+    return to_devices(run.mesh, arrays)
+
+
+def seconds(function: Callable[[], Any], warmup: int, times: int) -> list[float]:
+    """Of each call, until its results are there."""
+    taken = []
+    for call in range(warmup + times):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        if call >= warmup:
+            taken.append(time.perf_counter() - began)
+    return taken
+
+
+def part_seconds(
+    run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
+) -> dict[str, float]:
+    """Median seconds of each part of the step, compiled on its own."""
+    schedules = run.schedules
+    tx = optim.optimizer(config.optim, schedules)
+    key = jax.random.key(1)
+    most = most_masked(batch["mask"].shape[2:], config.mask)
+    temperatures = Temperatures(jnp.float32(STUDENT), jnp.float32(TEACHER))
+
+    def median(function: Callable, *inputs: Any) -> tuple[float, Any]:
+        compiled = jax.jit(function).lower(*inputs).compile()
+        return statistics.median(
+            seconds(lambda: compiled(*inputs), args.warmup, args.steps)
+        ), compiled(*inputs)
+
+    def teacher(params: Any, views: jax.Array, mask: jax.Array) -> Any:
+        places, masked = masked_first(mask, most)
+        return *embed_views(run.model, params, views, patches=places), masked
+
+    def losses(sops: Any, student: Embeddings, teacher: Embeddings, masked: jax.Array) -> Any:
+        return jax.value_and_grad(
+            lambda student: run.objective.loss(sops, student, teacher, masked, temperatures)[0]
+        )(student)
+
+    def update(state: Any, gradients: Any) -> Any:
+        updates, opt_state = tx.update(gradients, state.opt_state, state.student)
+        student = optax.apply_updates(state.student, updates)
+        return student, optax.incremental_update(student, state.teacher, 0.01), opt_state
+
+    def remember(memories: Any, kept: Any, index: jax.Array) -> Any:
+        return run.objective.remember(memories, kept, index)
+
+    taken = {}
+    taken["teacher"], (cls, patches, masked) = median(
+        teacher, state.teacher, batch["global_views"], batch["mask"]
+    )
+    taken["search"], sops = median(run.objective.prototypes, state.memories, key)
+    views = 2 + config.augment.local_crops
+    student = Embeddings(jnp.tile(cls, (views // 2 + 1, 1, 1))[:views], patches)
+    taken["losses"], _ = median(
+        losses, sops, student, Embeddings(cls, patches), jnp.moveaxis(masked, 1, 0)
+    )
+    taken["update"], _ = median(update, state, state.student)
+    kept = run.objective.keep(cls, patches[:, :, 0])
+    taken["memories"], _ = median(remember, state.memories, kept, batch["index"])
+    return taken
+
+
+def peak_bytes() -> int:
+    """Of the first device's memory, or of this process where the device keeps no count."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return (
+        stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+
+
+def matrix_rate(dtype: str) -> float:
+    """Operations a second of large square products of random matrices on the first device."""
+    side = 8192 if jax.default_backend() != "cpu" else 2048
+    device = jax.devices()[0]
+    a, b = (
+        jax.device_put(jax.random.normal(jax.random.key(i), (side, side), dtype), device)
+        for i in range(2)
+    )
+    product = jax.jit(jnp.matmul)
+    return 2 * side**3 / statistics.median(seconds(lambda: product(a, b), 3, 10))
+
+
+def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Runs the step and tells how fast it is."""
+    folder = keep_compiled(args.cache)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    run = assemble(config, mesh, IMAGES)
+    state = jax.block_until_ready(run.init(jax.random.key(0)))
+    batch = batch_of(config, run)
+    off = place(np.array(False), replicated(mesh))
+    began = time.perf_counter()
+    step = run.train_step.lower(state, batch, off).compile()
+    compile_s = time.perf_counter() - began
+
+    def once() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch, off)
+        return metrics["loss"]
+
+    taken = seconds(once, args.warmup, args.steps)
+    peak = peak_bytes()  # before the parts, which hold more at once
+    step_s = statistics.median(taken)
+    device = jax.devices()[0]
+    operations = flops(run.train_step, run.abstract, run.batch, off)
+    ceiling = matrix_rate(args.dtype) * mesh.devices.size
+    analysis = step.memory_analysis()
+    result = {
+        "arch": args.arch,
+        "method": args.method,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "device": f"{mesh.devices.size} x {device.device_kind}",
+        "jax": jax.__version__,
+        "step_s": round(step_s, 5),
+        "step_s_range": [round(min(taken), 5), round(max(taken), 5)],
+        "images_per_s": round(args.batch / step_s, 3),
+        "peak_bytes": int(peak),
+        "compiled_temp_bytes": getattr(analysis, "temp_size_in_bytes", None),
+        "compile_s": round(compile_s, 2),
+        "cache": folder,
+        "flops": operations,
+        "matrix_flops_per_s": ceiling,
+        "utilisation": round(operations / step_s / ceiling, 4),
+        "loss": float(once()),
+    }
+    if args.parts:
+        parts = part_seconds(run, config, state, batch, args)
+        parts["student"] = step_s - sum(parts.values())
+        result["parts_s"] = {name: round(value, 5) for name, value in parts.items()}
+        result["shares"] = {name: round(value / step_s, 4) for name, value in parts.items()}
+    return result
+
+
+def alternate(args: argparse.Namespace) -> dict[str, Any]:
+    """Both sides in turn, each time in a process of its own; medians, and their ratio."""
+    apart = ("--peer", "--rounds", "--closed-form", "--compile", "--device")
+    own = [word for word in sys.argv[1:] if not word.startswith(apart)]
+    ours = [sys.executable, __file__, *own]
+    theirs = [args.peer_python, args.peer, f"--arch={args.arch}", f"--batch={args.batch}"]
+    theirs += [f"--dtype={args.dtype}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
+    theirs += [f"--local-crops={args.local_crops}"]
+    theirs += ["--closed-form"] * args.closed_form + ["--compile"] * args.compile
+    theirs += [f"--device={args.device}"] * bool(args.device)
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    for _ in range(args.rounds):
+        for name, command in (("ours", ours), ("peer", theirs)):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}: {json.dumps(found[name][-1])}", flush=True)
+    step_s = {name: [row["step_s"] for row in rows] for name, rows in found.items()}
+    peaks = {name: [row["peak_bytes"] for row in rows] for name, rows in found.items()}
+    speed = [b / a for a, b in zip(step_s["ours"], step_s["peer"], strict=True)]
+    memory = [a / b for a, b in zip(peaks["ours"], peaks["peer"], strict=True)]
+    return found["ours"][-1] | {
+        "step_s": statistics.median(step_s["ours"]),
+        "images_per_s": round(args.batch / statistics.median(step_s["ours"]), 3),
+        "peak_bytes": statistics.median(peaks["ours"]),
+        "peer": found["peer"][-1]
+        | {
+            "step_s": statistics.median(step_s["peer"]),
+            "peak_bytes": statistics.median(peaks["peer"]),
+        },
+        "speed_ratio": round(statistics.median(speed), 3),
+        "speed_ratio_range": [round(min(speed), 3), round(max(speed), 3)],
+        "memory_ratio": round(statistics.median(memory), 3),
+        "memory_ratio_range": [round(min(memory), 3), round(max(memory), 3)],
+    }
+
+
+def main() -> None:
+    """Prints one JSON line last."""
+    args, changes = parse()
+    config = settings(args, changes)
+    result = alternate(args) if args.peer else measure(args, config)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
