@@ -13,6 +13,7 @@ setup(
         "absl-py>=2.1",
         "chex>=0.1.92",
         "etils[epath]>=1.12",
+        "filelock>=3.16",  # with which JAX bounds the size of its cache
         "flax>=0.12.8",
         "grain>=0.2.18",
         "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 needs it and does not say so

@@ -123,6 +123,12 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def check_length(config: ml_collections.ConfigDict) -> None:
     """A run has steps, or epochs."""
+    first, last = config.profile_steps
+    if not (first == last == 0 or 1 <= first <= last):
+        raise UserError(
+            f"profile_steps is {first},{last}; expected the first and the last step to trace, "
+            "counted from 1, such as --config.profile_steps=20,25, or 0,0 for none"
+        )
     for key in ("optim.warmup", "sop.temperature_warmup"):
         section, name = key.split(".")
         steps, epochs = config[section][f"{name}_steps"], config[section][f"{name}_epochs"]

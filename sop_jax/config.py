@@ -19,6 +19,7 @@ RESUMABLE = (
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "profile_steps",
     "checkpoint.keep_every",
     "data.workers",
     "data.threads",
@@ -40,6 +41,7 @@ def paper() -> ml_collections.ConfigDict:
     config.log_every = 50  # steps, as the two below; 0 means never
     config.eval_every = 12500
     config.checkpoint_every = 2500
+    config.profile_steps = (0, 0)  # the first and last step of a trace; 0 for none
 
     config.data = ml_collections.ConfigDict(
         dict(

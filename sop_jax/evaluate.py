@@ -16,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sop_jax import hosts
+from sop_jax.compilation import keep_compiled
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import Extract, make_extractor
@@ -146,6 +147,7 @@ TASKS = {"knn": knn}
 def main(argv: list[str]) -> None:
     """Evaluates what the flags name."""
     del argv
+    keep_compiled()
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")

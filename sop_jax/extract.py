@@ -18,6 +18,7 @@ from absl import flags
 from etils import epath
 
 from sop_jax import hosts
+from sop_jax.compilation import keep_compiled
 from sop_jax.data.sources import folder_source
 from sop_jax.errors import UserError
 from sop_jax.features import make_extractor
@@ -101,6 +102,7 @@ def start_draft(out: epath.Path) -> epath.Path:
 def main(argv: list[str]) -> None:
     """Writes what the flags name."""
     del argv
+    keep_compiled()
     args = flags.FLAGS
     export(args.workdir, args.images, args.out, args.step, args.patches)
     if jax.process_index() == 0:

@@ -31,7 +31,7 @@ class Run(NamedTuple):
         init: key -> the state before the first step, compiled to lie where it belongs.
         abstract: the state's shapes and shardings.
         batch: shapes and shardings of a global batch.
-        train_step: the compiled step; the state given to it is donated.
+        train_step: the step, to be compiled; the state given to it is donated.
     """
 
     mesh: Mesh
@@ -84,6 +84,13 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         batch=abstract_batch(config, mesh),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     )
+
+
+def compiled_step(run: Run) -> Callable[..., Any]:
+    """The step, compiled before there is a state: what does not fit is said at once."""
+    measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(run.mesh))
+    step: Any = run.train_step
+    return step.lower(run.abstract, run.batch, measure).compile()
 
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from etils import epath
 from sop_jax import checkpoint, hosts
 from sop_jax import config as config_lib
 from sop_jax.check import check
+from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import CorruptImages
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
@@ -32,7 +33,10 @@ from sop_jax.features import make_extractor
 from sop_jax.interruption import Interruption
 from sop_jax.mesh import host_rows, make_mesh, place, replicated, to_devices
 from sop_jax.metrics import Progress, open_writer, read_metrics
-from sop_jax.run import Run, assemble
+from sop_jax.pace import PaceKeeper
+from sop_jax.pace import in_words as pace_in_words
+from sop_jax.profiling import Trace
+from sop_jax.run import Run, assemble, compiled_step
 from sop_jax.state import TrainState
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
@@ -111,6 +115,13 @@ def train_until(
     owed = bool(hosts.agree(int(due_now and is_unjudged(rows, start))))
     unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
 
+    progress = Progress(start, steps, shown=chief)
+    progress.note(describe(config, run, train_source, test_source, start))
+    clock = time.monotonic()
+    train_step = compiled_step(run)
+    compile_s = time.monotonic() - clock
+    progress.note(f"The step is compiled, in {compile_s:.1f} s.")
+
     # Nothing was written so far, so that an error above leaves no trace.
     if chief:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -120,25 +131,24 @@ def train_until(
     )
     writer = open_writer(workdir, start - owed) if chief else None
     wall_before = rows[-1]["wall_s"] if rows else 0.0
-    progress = Progress(start, steps, shown=chief)
-    progress.note(describe(config, run, train_source, test_source, start))
     places = host_rows(mesh, config.batch_size)
     batches = train_batches(train_source, config, run.model.patch, start, places)
     measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
+    pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
     began = time.monotonic()
     logged = [row for row in rows if "loss" in row]
     told = False  # that it is collapsing
 
-    def record(step: int, row: dict[str, Any]) -> None:
-        """Writes the row of a step, and shows what a person watches."""
+    def record(step: int, row: dict[str, Any], more: dict[str, str | None]) -> None:
+        """Writes the row of a step, and shows what a person watches, and more."""
         nonlocal told
         row = {"step": step, **row, "wall_s": wall_before + time.monotonic() - began}
         rows.append(row)
         if writer is not None:
             writer.write(step, {name: value for name, value in row.items() if name != "step"})
         names = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
-        shown = {name: row.get(key) for name, key in names.items()}
+        shown = {name: row.get(key) for name, key in names.items()} | more
         if "loss" in row:
             logged.append(row)
             words = run.objective.verdict(logged)
@@ -152,7 +162,7 @@ def train_until(
     try:
         if owed or (start == 0 and config.eval_every):
             try:
-                record(start, unfinished | evaluate(state.teacher, between=interruption.check))
+                record(start, unfinished | evaluate(state.teacher, between=interruption.check), {})
             except Interrupted:
                 what = f"step {start} of {steps} is saved" if start else "nothing was trained"
                 raise Interrupted(
@@ -165,13 +175,20 @@ def train_until(
             last = step == steps
             log = last or due(step, config.log_every)
             batch = to_devices(mesh, next(batches))
-            with jax.transfer_guard("disallow"):  # nothing waits for the devices unseen
-                state, metrics = run.train_step(state, batch, measure[log])
+            trace.before(step)
+            with (
+                jax.transfer_guard("disallow"),  # nothing waits for the devices unseen
+                jax.profiler.StepTraceAnnotation("train", step_num=step),
+            ):
+                state, metrics = train_step(state, batch, measure[log])
+                pace.step(metrics["loss"])
                 pending.append((step, metrics))
                 stop = interruption.poll() and not last
             if len(pending) > IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
             progress.advance()
+            if words := trace.after(step, metrics["loss"]):
+                progress.note(words)
 
             save = last or stop or due(step, config.checkpoint_every)
             judge = judged(config, step, steps)
@@ -181,9 +198,12 @@ def train_until(
             pending.clear()
             for name in unreadable:
                 progress.note(f"cannot be read, replaced by another image: {name}")
+            recent = pace.look()
             if log:
                 elapsed = time.monotonic() - clock
                 row["images_per_s"] = (step - timed) * config.batch_size / elapsed
+                row["idle_share"] = recent.idle_share
+                held_up = pace_in_words(recent, config.batch_size)
             row = row if log else {}
             if judge and not stop:
                 try:
@@ -191,7 +211,7 @@ def train_until(
                 except Interrupted:
                     stop = save = True
             if row:
-                record(step, row)
+                record(step, row, {"input": held_up} if log else {})
             if save:
                 if writer is not None:
                     writer.flush()  # a checkpoint's rows are there before it is
@@ -206,13 +226,15 @@ def train_until(
             clock, timed = time.monotonic(), step
         checkpoints.wait()
     finally:
+        trace.close()
+        pace.close()
         batches.close()
         progress.close()
         checkpoints.close()
         if writer is not None:
             writer.close()
 
-    summary = summarise(rows, steps)
+    summary = summarise(rows, steps, compile_s)
     if writer is not None:
         draft = workdir / "summary.tmp"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
@@ -341,12 +363,12 @@ def describe(
     return (
         f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
         f"{config.batch_size} {where}; steps {start} to {run.steps} "
-        f"({run.steps / run.epoch:.1f} epochs); {quality}. The first step compiles."
+        f"({run.steps / run.epoch:.1f} epochs); {quality}."
     )
 
 
-def summarise(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """The summary of a finished run from its logged rows."""
+def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[str, Any]:
+    """The summary of a finished run from its logged rows, and the seconds of the last start."""
     first, final = (rows[0], rows[-1]) if rows else ({}, {})
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
@@ -357,6 +379,7 @@ def summarise(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
         "steps": steps,
         "images_per_s": float(np.median(speeds)) if speeds else None,
         "wall_s": final.get("wall_s"),
+        "compile_s": compile_s,
     }
 
 
@@ -374,6 +397,7 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
 def main(argv: list[str]) -> None:
     """Trains what the flags name."""
     del argv
+    keep_compiled()
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

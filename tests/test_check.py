@@ -50,6 +50,11 @@ BAD = {
         {"sop.patch.anchors": 8193},
         r"sop\.patch\.anchors 8193 .*sop\.patch\.memory 8192; expected 2 to 8192",
     ),
+    "a trace that ends before it starts": (
+        {"profile_steps": (5, 3)},
+        r"profile_steps is 5,3; expected the first and the last step .*profile_steps=20,25",
+    ),
+    "a trace from step 0": ({"profile_steps": (0, 3)}, r"profile_steps is 0,3; .*counted from 1"),
     "one anchor": ({"sop.cls.anchors": 1}, r"sop\.cls\.anchors 1 .*expected 2 to 65536"),
     "a batch larger than E_P": (
         {"batch_size": 8200},

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors", "flops", "collectives"},
+    {"errors", "flops", "collectives", "compilation", "pace", "profiling"},
     {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data"},
     {"cli", "interruption", "models", "search", "corrupt"},
     {"sop", "knn", "features"},

@@ -72,7 +72,7 @@ SMALL = {
     "eval.batch_size": 512,
     "mesh.data": 1,
 }
-TIMINGS = ("wall_s", "images_per_s")
+TIMINGS = ("wall_s", "images_per_s", "idle_share", "compile_s")
 
 
 def small_config(**changes: Any) -> ml_collections.ConfigDict:
@@ -181,6 +181,7 @@ def test_each_logged_step_is_one_row(finished: pathlib.Path) -> None:
     }
     schedule = {"student_temperature", "teacher_temperature", "lr", "weight_decay", "momentum"}
     expected = health | schedule | {"loss", "cls", "mim", "grad_norm", "corrupt", "images_per_s"}
+    expected |= {"idle_share"}
     for row in logged:
         if row["step"] % 2 == 0 and row["step"]:
             assert expected <= row.keys()
@@ -213,7 +214,9 @@ def test_the_summary_is_the_end_of_the_run(finished: pathlib.Path) -> None:
         "steps": STEPS,
         "images_per_s": np.median(speeds),
         "wall_s": last["wall_s"],
+        "compile_s": summary["compile_s"],
     }
+    assert 0 < summary["compile_s"] < 600
     assert first["step"] == 0 and first["knn_top1"] > 0.2  # chance is 0.1
     walls = [row["wall_s"] for row in rows(finished)]
     assert walls == sorted(walls) and walls[0] > 0
@@ -426,7 +429,8 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
     shutil.copytree(finished, workdir)
     (workdir / "summary.json").unlink()
     summary = train.train(small_config(), workdir)
-    assert summary == json.loads((finished / "summary.json").read_text())
+    expected = json.loads((finished / "summary.json").read_text())
+    assert summary | {"compile_s": 0} == expected | {"compile_s": 0}
     assert rows(workdir) == rows(finished)
 
 
@@ -735,3 +739,33 @@ def test_too_many_corrupt_images_stop_the_run_with_a_list(
     assert "2 of 12 images cannot be read" in message
     assert "003.png" in message and "007.png" in message and "000.png" not in message
     assert "--config.data.max_corrupt_share" in message
+
+
+# How fast it goes
+
+
+def test_traces_the_steps_that_are_asked_for(
+    tmp_path: pathlib.Path, fake_step: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train.train(small_config(profile_steps=(3, 4), eval_every=0), tmp_path)
+    assert "steps 3 to 4 are traced in" in capfd.readouterr().err
+    assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
+
+
+def test_says_that_the_input_is_the_bottleneck(
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def slowly(*args: Any) -> Any:
+        batches = train_batches(*args)
+        for batch in batches:
+            time.sleep(0.05)
+            yield batch
+
+    config = small_config(eval_every=0, checkpoint_every=0, log_every=8)
+    monkeypatch.setattr(train, "train_batches", slowly)
+    train.train(config, tmp_path)
+    assert "input the bottleneck: devices wait" in capfd.readouterr().err
+    assert all(row["idle_share"] > 0.5 for row in rows(tmp_path))
