@@ -5,6 +5,7 @@ import ml_collections
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import SIZES, vit_size
+from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.vit import REMATS
 from sop_jax.optim import CLIPS
 from sop_jax.search import PRECISIONS
@@ -18,6 +19,7 @@ CHOICES = {
     "model.size": (*SIZES, "custom"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMATS),
+    "model.attention": IMPLEMENTATIONS,
     "sop.cls.votes": VOTES,
     "sop.patch.votes": VOTES,
     "sop.pool": POOLS,

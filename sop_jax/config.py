@@ -27,6 +27,7 @@ RESUMABLE = (
     "mesh.fsdp",
     "accumulate",
     "model.remat",
+    "model.attention",
 )
 
 
@@ -93,6 +94,7 @@ def paper() -> ml_collections.ConfigDict:
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start
             remat="none",  # none | dots | full: what is computed again to save memory
+            attention="auto",  # auto (cudnn where it works) | xla | cudnn
             dtype="bfloat16",  # of the computation; parameters are float32
         )
     )

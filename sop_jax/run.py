@@ -12,7 +12,8 @@ from jaxtyping import Array, Key
 from sop_jax import optim
 from sop_jax.data.masks import most_masked
 from sop_jax.mesh import check_split, gatherer, placed, replicated, shardings, split
-from sop_jax.models import Model, build
+from sop_jax.models import Model, build, vit_size
+from sop_jax.models.attention import choose
 from sop_jax.sop.objective import Objective, sop
 from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
@@ -55,13 +56,15 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         images: of the training set.
 
     Raises:
-        UserError: the devices do not divide the batch.
+        UserError: the devices do not divide the batch, or cannot compute what is asked for.
     """
     check_split(mesh, config.batch_size, config.accumulate)
     steps, epoch = optim.run_length(config, images)
     schedules = optim.schedules(config, steps, epoch)
     tx = optim.optimizer(config.optim, schedules)
-    model = build(config, config.augment.global_size, gatherer(mesh))
+    width, _, heads = vit_size(config.model)
+    attention = choose(config.model, width // heads, mesh.devices.flat[0])
+    model = build(config, config.augment.global_size, gatherer(mesh), attention)
     objective = sop(config, model.dim, mesh)
 
     def init(key: Key[Array, ""]) -> TrainState:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.errors import UserError
+from sop_jax.models.attention import Implementation
 from sop_jax.models.head import Head
 from sop_jax.models.vit import SIZES, Size, Start, ViT
 
@@ -87,6 +88,7 @@ def build(
     config: ml_collections.ConfigDict,
     image_size: int,
     gather: Callable[[Any], Any] = lambda params: params,
+    attention: Implementation = "xla",
 ) -> Model:
     """The network of `config.model` and `config.head`.
 
@@ -94,6 +96,7 @@ def build(
         config: of the run.
         image_size: square images of so many pixels a side are what its positions are made for.
         gather: makes parameters whole that lie split over devices; called for one layer at a time.
+        attention: xla or cudnn, see `models.attention`.
     """
     size, patch, dim = vit_size(config.model), config.model.patch, config.head.dim
     start = Start(jnp.dtype(config.model.dtype), config.model.init_std, config.model.position_std)
@@ -102,7 +105,7 @@ def build(
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)
         drop_rate, remat = config.model.drop_path, config.model.remat
-        backbone = ViT(size, patch, (side, side), drop_rate, remat, gather, start, rngs)
+        backbone = ViT(size, patch, (side, side), drop_rate, remat, gather, attention, start, rngs)
         return Network(backbone, Head(size.width, config.head.hidden, dim, start, rngs))
 
     graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))

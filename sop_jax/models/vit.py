@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.mesh import is_gathered
+from sop_jax.models.attention import Implementation, attend
 from sop_jax.models.linear import Linear
 from sop_jax.models.positions import resize_positions
 
@@ -67,8 +68,10 @@ def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, width: int, heads: int, start: Start, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(
+        self, width: int, heads: int, attention: Implementation, start: Start, rngs: nnx.Rngs
+    ):
+        self.heads, self.implementation = heads, attention
         self.norm1 = layer_norm(width, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         self.proj = dense(width, width, start, rngs)
@@ -77,12 +80,12 @@ class Block(nnx.Module):
         self.fc2 = dense(4 * width, width, start, rngs)
 
     def attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Multi-head self-attention; JAX's own, which takes its softmax in float32."""
+        """Multi-head self-attention."""
         batch, tokens, width = x.shape
         q, k, v = jnp.moveaxis(
             self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        mixed = jax.nn.dot_product_attention(q, k, v)
+        mixed = attend(q, k, v, self.implementation)
         return self.proj(mixed.reshape(batch, tokens, width))
 
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -124,6 +127,7 @@ class ViT(nnx.Module):
         drop_rate: drop path of the last layer; it grows linearly from 0 at the first.
         remat: a key of REMATS.
         gather: makes the parameters of a layer whole where they lie split over devices.
+        attention: xla or cudnn, see `models.attention`.
         start: dtype and start of the parameters.
     """
 
@@ -135,6 +139,7 @@ class ViT(nnx.Module):
         drop_rate: float,
         remat: str,
         gather: Callable[[Any], Any],
+        attention: Implementation,
         start: Start,
         rngs: nnx.Rngs,
     ):
@@ -160,7 +165,7 @@ class ViT(nnx.Module):
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
         def layers(rngs: nnx.Rngs) -> Block:
-            return Block(width, heads, start, rngs)
+            return Block(width, heads, attention, start, rngs)
 
         self.blocks = layers(rngs)
 
