@@ -32,6 +32,8 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ceilings import matrix_rate, seconds  # noqa: E402
+
 from sop_jax import config as config_lib  # noqa: E402
 from sop_jax import optim  # noqa: E402
 from sop_jax.check import check  # noqa: E402
@@ -118,17 +120,6 @@ def batch_of(config: ml_collections.ConfigDict, run: Run) -> dict[str, jax.Array
     return to_devices(run.mesh, arrays)
 
 
-def seconds(function: Callable[[], Any], warmup: int, times: int) -> list[float]:
-    """Of each call, until its results are there."""
-    taken = []
-    for call in range(warmup + times):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        if call >= warmup:
-            taken.append(time.perf_counter() - began)
-    return taken
-
-
 def part_seconds(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
 ) -> dict[str, float]:
@@ -184,18 +175,6 @@ def peak_bytes() -> int:
     return (
         stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
-
-
-def matrix_rate(dtype: str) -> float:
-    """Operations a second of large square products of random matrices on the first device."""
-    side = 8192 if jax.default_backend() != "cpu" else 2048
-    device = jax.devices()[0]
-    a, b = (
-        jax.device_put(jax.random.normal(jax.random.key(i), (side, side), dtype), device)
-        for i in range(2)
-    )
-    product = jax.jit(jnp.matmul)
-    return 2 * side**3 / statistics.median(seconds(lambda: product(a, b), 3, 10))
 
 
 def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict[str, Any]:
