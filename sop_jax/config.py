@@ -93,7 +93,7 @@ def paper() -> ml_collections.ConfigDict:
             drop_path=0.1,
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start
-            remat="none",  # none | dots | full: what is computed again to save memory
+            remat="products",  # none | products | dots | full: how much is computed again
             attention="auto",  # auto (cudnn where it works) | xla | cudnn
             dtype="bfloat16",  # of the computation; parameters are float32
         )

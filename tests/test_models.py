@@ -172,7 +172,7 @@ def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
 
     plain = gradients("none")
     assert jnp.abs(plain["backbone"]["blocks"]["qkv"]["kernel"]).max() > 1e-4
-    for remat in ("dots", "full"):
+    for remat in ("products", "dots", "full"):
         chex.assert_trees_all_close(gradients(remat), plain, atol=2e-5, rtol=0)
 
 

@@ -19,6 +19,7 @@ EPS = 1e-6  # of every LayerNorm
 # gathered from other devices are always gathered again: stored, all would be whole at once.
 REMATS = {
     "none": lambda *operation, **details: not is_gathered(*operation, **details),
+    "products": jax.checkpoint_policies.dots_saveable,  # of matrices, attention's too
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of its linear layers
     "full": jax.checkpoint_policies.nothing_saveable,
 }
