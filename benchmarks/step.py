@@ -15,6 +15,7 @@ student is the rest of the step.
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -93,6 +94,9 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
     config.batch_size = args.batch
     config.model.size, config.model.dtype = ARCHS[args.arch], args.dtype
     config.augment.local_crops = args.local_crops
+    for change in changes:
+        if not re.fullmatch(r"--config\.[^=]+=.*", change):
+            raise SystemExit(f"error: unknown argument {change}")
     given = dict(change.removeprefix("--config.").split("=", 1) for change in changes)
     flat = config_lib.flatten(config)
     for key, value in METHODS[args.method].items() | given.items():
@@ -104,8 +108,8 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
     return config
 
 
-def batch_of(config: ml_collections.ConfigDict, run: Run) -> dict[str, jax.Array]:
-    """Random pixels and drawn masks, on the devices."""
+def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.ndarray]:
+    """Random pixels and drawn masks."""
     rng = np.random.default_rng(0)
     arrays = {
         name: rng.integers(256, size=leaf.shape, dtype=np.uint8)
@@ -117,7 +121,7 @@ def batch_of(config: ml_collections.ConfigDict, run: Run) -> dict[str, jax.Array
     arrays["mask"] = np.stack(drawn).reshape(mask)
     arrays["index"] = np.arange(config.batch_size, dtype=np.int32)
     arrays["corrupt"] = np.full(config.batch_size, -1, np.int32)
-    return to_devices(run.mesh, arrays)
+    return arrays
 
 
 def part_seconds(
@@ -183,7 +187,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     run = assemble(config, mesh, IMAGES)
     state = jax.block_until_ready(run.init(jax.random.key(0)))
-    batch = batch_of(config, run)
+    batch = to_devices(mesh, random_batch(config, run))
     off = place(np.array(False), replicated(mesh))
     began = time.perf_counter()
     step = run.train_step.lower(state, batch, off).compile()

@@ -1,0 +1,101 @@
+"""Holds the train step of a device and dtype to float32 on the processor.
+
+    python benchmarks/precision.py [--dtype=bfloat16] [--config.KEY=VALUE ...]
+
+One step from the same state on the same batch, once with full float32 products on the processor
+and once on the first device as training runs it. Prints, for losses, gradients and what memories
+took, the distance of both over the norm of the first; the last line is JSON, and the exit code is 1
+where a distance is not finite or above `--limit`.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from step import ARCHS, METHODS, random_batch, settings  # noqa: E402
+
+from sop_jax import optim  # noqa: E402
+from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.run import assemble  # noqa: E402
+
+
+def keep_gradients(*_: Any) -> optax.GradientTransformation:
+    """Leaves parameters as they are, and gradients in its state."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
+    )
+
+
+def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> dict[str, Any]:
+    """What one step gives on a device, from the start of another device, or a new one for None."""
+    run = assemble(config, make_mesh(1, 1, [device]), config.batch_size)
+    state = run.init(jax.random.key(0))
+    names = ("student", "teacher", "memories")
+    if start is not None:
+        lay = functools.partial(jax.tree.map, lambda a, b: jax.device_put(a, b.sharding))
+        state = state._replace(**{name: lay(start[name], getattr(state, name)) for name in names})
+    first = {name: jax.device_get(getattr(state, name)) for name in names}
+    batch = to_devices(run.mesh, random_batch(config, run))
+    state, metrics = run.train_step(state, batch, place(np.array(False), replicated(run.mesh)))
+    found = {
+        "losses": {name: metrics[name] for name in ("cls", "mim")},
+        "gradients": state.opt_state,
+        "memories": {name: memory.rows[:, 0] for name, memory in state.memories.items()},
+    }
+    return jax.device_get(found) | {"start": first}
+
+
+def distance(one: Any, other: Any) -> float:
+    """Of two trees of arrays, over the norm of the first."""
+    a, b = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+        for tree in (one, other)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def main() -> None:
+    """Prints distances, last as a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="vit_tiny", choices=ARCHS)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--method", default="paper", choices=METHODS)
+    parser.add_argument("--local-crops", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=0.05)
+    args, changes = parser.parse_known_args()
+    optim.optimizer = keep_gradients
+    config = settings(args, changes)
+    device = jax.devices()[0]
+    expected = step(in_float32(config), jax.devices("cpu")[0], None)
+    found = step(config, device, expected["start"])
+    result = {
+        name: distance(expected[name], found[name]) for name in ("losses", "gradients", "memories")
+    }
+    result |= {"dtype": args.dtype, "device": device.device_kind, "arch": args.arch}
+    print(json.dumps(result))
+    sys.exit(not all(result[name] <= args.limit for name in ("losses", "gradients", "memories")))
+
+
+def in_float32(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same config with float32 everywhere."""
+    plain = config.copy_and_resolve_references()
+    plain.model.dtype, plain.model.attention = "float32", "xla"
+    plain.sop.search_precision = "float32"
+    return plain
+
+
+if __name__ == "__main__":
+    main()
