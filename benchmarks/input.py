@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sop_jax.config import paper  # noqa: E402
 from sop_jax.data import augment, masks, pipeline  # noqa: E402
 from sop_jax.data.decode import decode  # noqa: E402
-from sop_jax.data.sources import image_files, open_source  # noqa: E402
+from sop_jax.data.sources import FolderSource, image_files  # noqa: E402
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
 FALL = 1.5  # exponent of the drawn images' spectrum, for the file sizes of photos
@@ -300,8 +300,9 @@ def main() -> None:
         config = paper()
         config.batch_size = 32
         config.augment.resample = args.resample
-        config.data.update(source="folder", path=folder, workers=0, threads=0)
-        source = open_source(config.data, "train")
+        config.data.update(workers=0, threads=0)
+        # As long as real data sets are: Grain takes 0.2 ms to shuffle one index of a hundred.
+        source = FolderSource(folder, image_files(folder) * (8192 // len(sizes)), None, None)
         print(
             f"{len(sizes)} {'photos' if args.images else 'drawn images'} of {WIDTH} x {HEIGHT}, "
             f"{min(sizes) / 1e3:.0f} to {max(sizes) / 1e3:.0f} KB, "
@@ -314,7 +315,7 @@ def main() -> None:
         for key in ("global_views", "local_views"):
             normalized(views[key])
         conversion = (time.perf_counter() - start) / config.batch_size * 1000
-        rates |= on_two_cores(source, config, args.rounds, 8)
+        rates |= on_two_cores(source, config, args.rounds, 16)
     ratios = [ours / pillow for ours, pillow in zip(rates["ours"], rates["pillow"], strict=True)]
     pairs = list(zip(rates["two workers"], rates["one worker"], strict=True))
     core = statistics.median(rates["ours"])
