@@ -58,7 +58,7 @@ def paper() -> ml_collections.ConfigDict:
     )
     config.augment = ml_collections.ConfigDict(
         dict(
-            resample="opencv",  # opencv (area down, cubic up) | pillow (antialiased bicubic)
+            resample="opencv",  # opencv (low-pass, bicubic) | pillow (antialiased bicubic)
             global_size=224,
             local_size=96,
             local_crops=10,
