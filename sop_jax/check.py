@@ -1,10 +1,12 @@
 """Finds what is wrong with a config before the long work starts."""
 
+from typing import Any
+
 import ml_collections
 
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
-from sop_jax.models import SIZES, vit_size
+from sop_jax.models import FAMILIES, positions, size_of, token_side
 from sop_jax.models.vit import REMATS
 from sop_jax.optim import CLIPS
 from sop_jax.search import PRECISIONS
@@ -15,7 +17,8 @@ CHOICES = {
     "data.source": ("tfds", "folder", "packed", "digits"),
     "augment.resample": ("opencv", "pillow"),
     "mask.kind": ("block", "random"),
-    "model.size": (*SIZES, "custom"),
+    "model.family": tuple(FAMILIES),
+    "model.positions": positions.RULES,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMATS),
     "sop.cls.votes": VOTES,
@@ -68,6 +71,8 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "model.init_std",
     "model.position_std",
+    "model.registers",
+    "model.layer_scale",
     "sop.cls.weight",
     "sop.patch.weight",
     "augment.hue",
@@ -139,25 +144,33 @@ def check_length(config: ml_collections.ConfigDict) -> None:
 
 
 def check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Images are whole patches, heads are whole."""
-    patch = config.model.patch
+    """Images are whole tokens, heads are whole."""
+    size = size_of(config.model)
+    side = token_side(config.model)
+    key_of_side = {"vit": "model.patch"}.get(config.model.family, "the pixels a token stands for,")
     sizes = ["augment.global_size", "eval.crop"]
     if config.augment.local_crops:
         sizes.append("augment.local_size")
     for key in sizes:
-        size = flatten(config)[key]
-        if size % patch:
-            below, above = size // patch * patch, (size // patch + 1) * patch
+        pixels = flatten(config)[key]
+        if pixels % side:
+            below, above = pixels // side * side, (pixels // side + 1) * side
             raise UserError(
-                f"{key} {size} is not a multiple of model.patch {patch}; "
-                f"choose {f'{below} or ' if below else ''}{above}, or another patch"
+                f"{key} {pixels} is not a multiple of {key_of_side} {side}; "
+                f"choose {f'{below} or ' if below else ''}{above}"
+                + ", or another patch"
+                * (config.model.family == "vit")
             )
     if config.eval.resize < config.eval.crop:
         raise UserError(
             f"eval.resize {config.eval.resize} is smaller than eval.crop {config.eval.crop}; "
             "the crop is taken from the resized image"
         )
-    size = vit_size(config.model)
+    NETWORKS[config.model.family](size)
+
+
+def check_vit(size: Any) -> None:
+    """Heads are whole."""
     if min(size) <= 0:
         raise UserError(
             f"model.width, depth and heads are {size.width}, {size.depth} and {size.heads}; "
@@ -168,6 +181,9 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             f"model.width {size.width} cannot be split over model.heads {size.heads}; "
             "choose a width that the heads divide"
         )
+
+
+NETWORKS = {"vit": check_vit}
 
 
 def check_memory(name: str, config: ml_collections.ConfigDict) -> None:

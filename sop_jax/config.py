@@ -82,11 +82,18 @@ def paper() -> ml_collections.ConfigDict:
     )
     config.model = ml_collections.ConfigDict(
         dict(
-            size="s",  # ti | s | b | l | custom
-            width=384,  # custom alone, as the two below
-            depth=12,
+            family="vit",  # vit | swin
+            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; custom
+            width=384,  # custom alone, as the four below; of Swin's first stage
+            depth=12,  # vit
             heads=6,
-            patch=16,
+            stage_depths=(2, 2, 6, 2),  # swin
+            stage_heads=(3, 6, 12, 24),
+            patch=16,  # vit; Swin's is 4, and its tokens stand for 32 pixels
+            window=7,  # swin: patches a side within which it attends
+            registers=0,  # vit: tokens that stand for nothing
+            layer_scale=0.0,  # vit: what branches are scaled by at the start; 0 for no scales
+            positions="ibot",  # vit: ibot | size | antialiased, how positions are resized
             drop_path=0.1,
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start

@@ -78,15 +78,18 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         epoch=epoch,
         init=jax.jit(init, out_shardings=where),
         abstract=abstract,
-        batch=abstract_batch(config, mesh),
+        batch=abstract_batch(config, mesh, model.patch),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     )
 
 
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Shapes of what `data.pipeline.train_batches` makes on all hosts together, split by image."""
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, patch: int) -> dict[str, Any]:
+    """Shapes of what `data.pipeline.train_batches` makes on all hosts together, split by image.
+
+    A token stands for `patch` x `patch` pixels.
+    """
     augment = config.augment
-    side = augment.global_size // config.model.patch
+    side = augment.global_size // patch
     images = {
         "global_views": ((2, augment.global_size, augment.global_size, 3), jnp.uint8),
         "local_views": ((augment.local_crops, *(augment.local_size,) * 2, 3), jnp.uint8),

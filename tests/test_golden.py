@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from sop_jax import models, optim
+from sop_jax.config import paper
 from sop_jax.mesh import make_mesh
 from sop_jax.sop import assignment, losses, memory, prototypes
 
@@ -130,15 +130,10 @@ def vit_params(golden: dict[str, np.ndarray], depth: int) -> models.Params:
 def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """What the package makes of the inputs of backbone.npz."""
     image_size, patch, width, depth, heads = (int(x) for x in golden["vit/config"])
-    config = ml_collections.ConfigDict(
-        dict(
-            model=dict(size="custom", width=width, depth=depth, heads=heads, patch=patch),
-            head=dict(hidden=8, dim=8),
-        )
-    )
-    config.model.update(
-        dict(drop_path=0.0, remat="none", dtype="float32", init_std=0.02, position_std=0.02)
-    )
+    config = paper()
+    size = dict(size="custom", width=width, depth=depth, heads=heads, patch=patch)
+    config.model.update(size | dict(dtype="float32"))
+    config.head.update(dict(hidden=8, dim=8))
     model = models.build(config, image_size)
     backbone = jax.tree.map(jnp.asarray, vit_params(golden, depth))
     params = model.init(jax.random.key(0)) | {"backbone": backbone}
