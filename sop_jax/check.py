@@ -39,7 +39,6 @@ POSITIVE = (
     "head.hidden",
     "head.dim",
     "sop.cls.memory",
-    "sop.patch.memory",
     "sop.cls.tasks",
     "sop.student_temperature",
     "eval.resize",
@@ -63,6 +62,7 @@ NOT_NEGATIVE = (
     "sop.cls.supports",
     "sop.patch.supports",
     "sop.patch.tasks",
+    "sop.patch.memory",
     "optim.clip",
     "mesh.data",
     "seed",
@@ -124,6 +124,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_sizes(config)
     for name in ("cls", "patch"):
         check_memory(name, config)
+    if config.model.family == "resnet":
+        check_cls_alone(flat)
 
 
 def check_length(config: ml_collections.ConfigDict) -> None:
@@ -153,7 +155,10 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
         sizes.append("augment.local_size")
     for key in sizes:
         pixels = flatten(config)[key]
-        if pixels % side:
+        if config.model.family == "resnet":
+            if pixels < side and key == "augment.global_size":
+                raise UserError(f"{key} is {pixels}; a ResNet needs {side} pixels or more")
+        elif pixels % side:
             below, above = pixels // side * side, (pixels // side + 1) * side
             raise UserError(
                 f"{key} {pixels} is not a multiple of {key_of_side} {side}; "
@@ -167,6 +172,15 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             "the crop is taken from the resized image"
         )
     NETWORKS[config.model.family](size)
+
+
+def check_resnet(size: Any) -> None:
+    """Every stage has blocks."""
+    if min(size.width, *size.depths) <= 0:
+        raise UserError(
+            f"model.width is {size.width} and model.stage_depths {size.depths}; expected more "
+            "than 0"
+        )
 
 
 def check_vit(size: Any) -> None:
@@ -183,12 +197,29 @@ def check_vit(size: Any) -> None:
         )
 
 
-NETWORKS = {"vit": check_vit}
+NETWORKS = {"resnet": check_resnet, "vit": check_vit}
+
+
+# A ResNet has no patches to mask or to remember, and no drop path.
+CLS_ALONE = {"sop.patch.tasks": 0, "sop.patch.memory": 0, "mask.none": 1.0, "model.drop_path": 0.0}
+
+
+def check_cls_alone(flat: dict[str, Any]) -> None:
+    """What a ResNet has no use for is switched off, so that nobody believes it to be at work."""
+    others = {key: value for key, value in CLS_ALONE.items() if flat[key] != value}
+    if others:
+        raise UserError(
+            "model.family=resnet learns from [CLS] alone: it has no patches to mask and no drop "
+            f"path, but {', '.join(f'{key} is {flat[key]}' for key in others)}; set "
+            + " ".join(f"--config.{key}={value}" for key, value in others.items())
+        )
 
 
 def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
     """A memory holds a batch, the anchors of a draw, and their supports."""
     level, batch = config.sop[name], config.batch_size
+    if level.memory == 0 and level.tasks == 0:
+        return
     if batch > level.memory:
         raise UserError(
             f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "

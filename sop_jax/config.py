@@ -82,12 +82,12 @@ def paper() -> ml_collections.ConfigDict:
     )
     config.model = ml_collections.ConfigDict(
         dict(
-            family="vit",  # vit | swin
-            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; custom
-            width=384,  # custom alone, as the four below; of Swin's first stage
+            family="vit",  # vit | swin | resnet
+            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; resnet: 50; custom
+            width=384,  # custom alone, as the four below; of Swin's first stage, a ResNet's stem
             depth=12,  # vit
             heads=6,
-            stage_depths=(2, 2, 6, 2),  # swin
+            stage_depths=(2, 2, 6, 2),  # swin, resnet
             stage_heads=(3, 6, 12, 24),
             patch=16,  # vit; Swin's is 4, and its tokens stand for 32 pixels
             window=7,  # swin: patches a side within which it attends

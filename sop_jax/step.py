@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
 from sop_jax.optim import Schedule
@@ -23,17 +23,18 @@ def embed_views(
     mask: Bool[Array, "B V h w"] | None = None,
     keys: Key[Array, " B"] | None = None,
     patches: bool = True,
-) -> tuple[Float[Array, "V B d"], Float[Array, "V B L d"]]:
-    """Embeddings of views in one forward, views first in the result."""
+) -> tuple[Embeddings, Params]:
+    """Embeddings of views in one forward pass of training, and the running statistics it leaves."""
     batch, count = views.shape[:2]
     flat_mask = None if mask is None else mask.reshape(-1, *mask.shape[2:])
     flat_keys = None if keys is None else split_each(keys, count).reshape(-1)
     flat = views.reshape(-1, *views.shape[2:])
-    outputs = model.embed(params, flat, flat_mask, flat_keys, patches)
+    outputs, statistics = model.embed_training(params, flat, flat_mask, flat_keys, patches)
     # Images stay the leading axis inside the network, so that their sharding does.
-    return jax.tree.map(
+    embeddings = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0), outputs
     )
+    return Embeddings(*embeddings), statistics
 
 
 def make_train_step(
@@ -51,7 +52,9 @@ def make_train_step(
         tx: the optimizer.
         schedules: see `optim.schedules`.
         accumulate: microbatches of a batch, one after another, to save memory. Prototypes are
-            drawn once and memories written once; all results are those of one batch.
+            drawn once and memories written once; all results are those of one batch, unless the
+            network has batch norm. That norms each microbatch by itself, and a step moves its
+            running statistics once a pass, by the mean of what the microbatches have seen.
 
     Returns:
         A function of the state, a batch (as `data.pipeline.train_batches` gives it) and whether to
@@ -69,18 +72,19 @@ def make_train_step(
         with jax.named_scope("prototypes"):
             sops = objective.prototypes(state.memories, sop_key)
 
-        def loss_fn(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            """The loss of some images, and what is needed of them later."""
+        def loss_fn(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], Any, Any]]:
+            """The loss of some images, where they move running statistics, and what is kept."""
             views, local_views, mask = part["global_views"], part["local_views"], part["mask"]
             global_keys, local_keys, patch_keys = split_each(part["keys"], 3).T
 
             with jax.named_scope("teacher"):
-                teacher = Embeddings(*embed_views(model, state.teacher, views))
+                teacher, teacher_statistics = embed_views(model, state.teacher, views)
 
             with jax.named_scope("student"):
-                cls, patches = embed_views(model, params, views, mask, global_keys)
+                (cls, patches), statistics = embed_views(model, params, views, mask, global_keys)
                 if local_views.shape[1]:
-                    local_cls, _ = embed_views(
+                    params = with_statistics(params, statistics)
+                    (local_cls, _), statistics = embed_views(
                         model, params, local_views, None, local_keys, patches=False
                     )
                     cls = jnp.concatenate([cls, local_cls])
@@ -92,18 +96,18 @@ def make_train_step(
 
             kept = objective.keep(teacher, patch_keys)
             seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (student.cls, teacher.cls))
-            return loss, (terms, (kept, seen))
+            return loss, (terms, (statistics, teacher_statistics), (kept, seen))
 
         def gradient(part: Batch) -> tuple[Any, Any]:
-            (loss, (terms, outputs)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            (loss, (terms, moved, outputs)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.student, part
             )
-            return (loss, terms, grads), outputs
+            return (loss, terms, moved, grads), outputs
 
         # A key for each image: neither devices nor microbatches change what it draws.
         batch = batch | {"keys": jax.random.split(images_key, len(batch["index"]))}
         parts = jax.tree.map(lambda x: deal(x, accumulate), batch)
-        (loss, terms, grads), outputs = mean_over_parts(gradient, parts)
+        (loss, terms, moved, grads), outputs = mean_over_parts(gradient, parts)
         kept, (student_cls, teacher_cls) = jax.tree.map(collect, outputs)
 
         with jax.named_scope("update"):
@@ -111,6 +115,10 @@ def make_train_step(
             student_params = optax.apply_updates(state.student, updates)
             teacher_params = optax.incremental_update(
                 student_params, state.teacher, 1 - now["momentum"]
+            )
+            # Neither the optimizer nor the average moves running statistics: forward passes do.
+            student_params, teacher_params = map(
+                with_statistics, (student_params, teacher_params), moved
             )
 
         with jax.named_scope("memories"):
@@ -136,6 +144,14 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def with_statistics(params: Params, statistics: Params) -> Params:
+    """The parameters with these running statistics, a part of the same tree, in their places."""
+    return params | {
+        name: with_statistics(params[name], part) if isinstance(part, dict) else part
+        for name, part in statistics.items()
+    }
 
 
 def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
-from sop_jax.models import vit
+from sop_jax.models import resnet, vit
 from sop_jax.models.head import Head
 from sop_jax.models.vit import Start
 
@@ -42,7 +42,10 @@ class Family(NamedTuple):
     backbone: Callable[..., Any]
 
 
-FAMILIES = {"vit": Family(vit.SIZES, vit.custom, vit.token_side, vit.ViT)}
+FAMILIES = {
+    "vit": Family(vit.SIZES, vit.custom, vit.token_side, vit.ViT),
+    "resnet": Family(resnet.SIZES, resnet.custom, resnet.token_side, resnet.ResNet),
+}
 
 
 class Model(NamedTuple):
@@ -52,7 +55,11 @@ class Model(NamedTuple):
         init: key -> parameters.
         embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
             patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,h*w,d];
-            without `patches` those are [B,0,d], and the head does not see them.
+            without `patches` those are [B,0,d], and the head does not see them. A ResNet has
+            none, whatever is asked for, and takes no notice of masks and keys.
+        embed_training: (as embed) -> what embed gives, but by batch norm's statistics of these
+            images, and the running statistics that they leave behind, nested as the parameters
+            are; {} without batch norm.
         features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
             layers, normed.
         attention: (params, uint8 images) -> float32 weights [B,heads,T,T] of the last layer, of
@@ -63,6 +70,7 @@ class Model(NamedTuple):
 
     init: Callable[[Key[Array, ""]], Params]
     embed: Callable[..., tuple[Array, Array]]
+    embed_training: Callable[..., tuple[tuple[Array, Array], Params]]
     features: Callable[..., list[Array]]
     attention: Callable[..., Array]
     patch: int
@@ -82,11 +90,17 @@ class Network(nnx.Module):
         mask: Bool[Array, "B h w"] | None,
         keys: Key[Array, " B"] | None,
         patches: bool,
-    ) -> tuple[Float[Array, "B d"], Float[Array, "B L d"]]:
-        """Unit embeddings of [CLS], and of patches where asked for."""
-        (tokens,) = self.backbone(images, mask, keys)
+        training: bool,
+    ) -> tuple[tuple[Float[Array, "B d"], Float[Array, "B L d"]], Params]:
+        """Unit embeddings of [CLS], and of patches where asked for; running statistics."""
+        statistics: Params = {}
+        if isinstance(self.backbone, resnet.ResNet):
+            tokens, moved = self.backbone.forward(images, training)
+            tokens, statistics = tokens[:, :1], {"backbone": moved}
+        else:
+            (tokens,) = self.backbone(images, mask, keys)
         embeddings = self.head(tokens if patches else tokens[:, :1])
-        return embeddings[:, 0], embeddings[:, 1:]
+        return (embeddings[:, 0], embeddings[:, 1:]), statistics
 
 
 def size_of(config: ml_collections.ConfigDict) -> Any:
@@ -145,7 +159,12 @@ def build(
         return nnx.merge(graph, state)
 
     def embed(params, images, mask=None, keys=None, patches=True):
-        return network(params).embed(normalise(images, start.dtype), mask, keys, patches)
+        pixels = normalise(images, start.dtype)
+        return network(params).embed(pixels, mask, keys, patches, training=False)[0]
+
+    def embed_training(params, images, mask=None, keys=None, patches=True):
+        pixels = normalise(images, start.dtype)
+        return network(params).embed(pixels, mask, keys, patches, training=True)
 
     def features(params, images, mask=None, last=1):
         return network(params).backbone(normalise(images, start.dtype), mask, last=last)
@@ -153,7 +172,7 @@ def build(
     def attention(params, images):
         return network(params).backbone.attention(normalise(images, start.dtype))
 
-    return Model(init, embed, features, attention, patch, dim)
+    return Model(init, embed, embed_training, features, attention, patch, dim)
 
 
 def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Params:

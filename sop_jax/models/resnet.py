@@ -215,7 +215,8 @@ class ResNet(nnx.Module):
 
     Args:
         size: channels and depths.
-        remat: a key of REMATS.
+        config: `config.model`; of it, `remat`.
+        image_size: does not matter to it.
         gather: makes the parameters of a block whole where they lie split over devices.
         start: dtype of the convolutions.
     """
@@ -223,12 +224,13 @@ class ResNet(nnx.Module):
     def __init__(
         self,
         size: Size,
-        remat: str,
+        config: ml_collections.ConfigDict,
+        image_size: int,
         gather: Callable[[Any], Any],
         start: Start,
         rngs: nnx.Rngs,
     ):
-        self.dtype, self.remat, self.gather = start.dtype, remat, gather
+        self.remat, self.gather = config.remat, gather
         self.stem = Stem(size.width, start, rngs.params())
         stages = {}
         inputs = size.width
@@ -296,15 +298,3 @@ class ResNet(nnx.Module):
     def attention(self, images: Float[Array, "B H W 3"]) -> Array:
         """Raises UserError, as it has none."""
         raise UserError("a ResNet has no attention maps; take a network of model.family vit")
-
-
-def make(
-    size: Size,
-    config: ml_collections.ConfigDict,
-    image_size: int,
-    gather: Callable[[Any], Any],
-    start: Start,
-    rngs: nnx.Rngs,
-) -> ResNet:
-    """The backbone of `config.model`, for images of any size."""
-    return ResNet(size, config.remat, gather, start, rngs)

@@ -113,9 +113,10 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
     """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers.
 
     A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
+    Without rows for patches (`config.sop.patch.memory` 0) there is E_C alone.
     """
     config, lanes = run_config.sop, run_config.batch_size
-    levels = {"cls": config.cls, "patch": config.patch}
+    levels = {name: config[name] for name in ("cls", "patch") if config[name].memory}
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         """E_C and E_P full of random rows, and the anchors of runs that keep them fixed."""
@@ -183,13 +184,15 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
     def keep(teacher: Embeddings, keys: Key[Array, " B"]) -> dict[str, Float[Array, "B d"]]:
         """Of the second global view: its [CLS], and one random patch."""
         cls, patches = teacher.cls[1], teacher.patches[1]
+        if "patch" not in levels:
+            return {"cls": cls}
         pick = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches.shape[1]))(keys)
         return {"cls": cls, "patch": jnp.take_along_axis(patches, pick, axis=1)[:, 0]}
 
     def remember(
         memories: dict[str, Any], kept: dict[str, Float[Array, "B d"]], index: Int[Array, " B"]
     ) -> dict[str, Any]:
-        """Both memories with a row more of every image."""
+        """The memories with a row more of every image."""
         return memories | {name: push(memories[name], kept[name], index) for name in levels}
 
     def measure(
