@@ -238,7 +238,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
                 f"{workdir} belongs to a run with other settings:\n  "
                 + "\n  ".join(different)
                 + "\nUse those settings to go on with it, or another --workdir. Only "
-                f"{', '.join(config_lib.RESUMABLE)} may change."
+                f"{', '.join(config_lib.resumable(config))} may change."
             )
         if summary.exists():
             with contextlib.suppress(ValueError):  # damaged: the end of the run is made again

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import CHOICES, POSITIVE, check
+from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check
 from sop_jax.errors import UserError
 
 
@@ -31,10 +31,15 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
     assert all(choice in str(error.value) for choice in CHOICES[key])
 
 
+# What a choice needs beside itself.
+RESNET = {"model.family": "resnet", "model.size": "50"} | CLS_ALONE
+WITH = {"resnet": RESNET}
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_passes(key: str) -> None:
     for choice in CHOICES[key]:
-        check(changed({key: choice}))
+        check(changed({key: choice} | WITH.get(choice, {})))
 
 
 @pytest.mark.parametrize("key", POSITIVE)
@@ -94,6 +99,28 @@ BAD = {
         {"sop.teacher_temperature": (0.0, 0.07)},
         r"sop\.teacher_temperature is .*expected more than 0",
     ),
+    "a ResNet with all that a ViT has": (
+        {"model.family": "resnet", "model.size": "50"},
+        r"\[CLS\] alone.*sop\.patch\.tasks is 1, sop\.patch\.memory is 8192, mask\.none is 0\.0, "
+        r"model\.drop_path is 0\.1; set --config\.sop\.patch\.tasks=0 "
+        r"--config\.sop\.patch\.memory=0 --config\.mask\.none=1\.0 --config\.model\.drop_path=0\.0$",
+    ),
+    "a ResNet with masks": (
+        RESNET | {"mask.none": 0.5},
+        r"but mask\.none is 0\.5; set --config\.mask\.none=1\.0$",
+    ),
+    "views smaller than a feature": (
+        RESNET | {"augment.global_size": 30},
+        r"augment\.global_size is 30; a ResNet needs 32 pixels or more",
+    ),
+    "a stage without blocks": (
+        RESNET | {"model.size": "custom", "model.stage_depths": (3, 0, 1, 1)},
+        r"model\.stage_depths \(3, 0, 1, 1\); expected more than 0",
+    ),
+    "patches without a memory of them": (
+        {"sop.patch.memory": 0},
+        r"batch_size 1024 does not fit sop\.patch\.memory 0",
+    ),
     "heads that do not divide": (
         {"model.size": "custom", "model.width": 100, "model.heads": 3},
         r"model\.width 100 .*model\.heads 3; choose a width",
@@ -117,6 +144,8 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
         {"steps": 1, "epochs": 0.0},
         {"sop.patch.tasks": 0, "sop.patch.anchors": 9000},
         {"augment.local_crops": 0},
+        {"sop.patch.tasks": 0, "sop.patch.memory": 0},
+        RESNET | {"batch_size": 9000, "augment.local_size": 45},
         {"model.size": "custom", "model.width": 96, "model.heads": 3},
     ],
     ids=str,
