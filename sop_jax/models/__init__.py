@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
-from sop_jax.models import resnet, vit
+from sop_jax.models import resnet, swin, vit
 from sop_jax.models.head import Head
 from sop_jax.models.vit import Start
 
@@ -44,6 +44,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "vit": Family(vit.SIZES, vit.custom, vit.token_side, vit.ViT),
+    "swin": Family(swin.SIZES, swin.custom, swin.token_side, swin.Swin),
     "resnet": Family(resnet.SIZES, resnet.custom, resnet.token_side, resnet.ResNet),
 }
 

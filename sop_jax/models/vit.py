@@ -76,6 +76,27 @@ def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
     return Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
 
 
+def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Linear:
+    """A patch embedding by convolution, as the matrix product that it is."""
+    inputs = 3 * patch * patch
+
+    def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
+        # PyTorch's default start of a convolution, which iBOT leaves as it is.
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return Linear(
+        inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
+    )
+
+
+def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
+    """Pixels of each patch in the order (row, column, channel), patches row by row."""
+    batch, height, width, _ = images.shape
+    h, w = height // patch, width // patch
+    patches = images.reshape(batch, h, patch, w, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(batch, h * w, patch * patch * 3)
+
+
 def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32, gradients too; the layer after it takes what it gives as it likes."""
     return nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
@@ -183,15 +204,7 @@ class ViT(nnx.Module):
         self.width, self.patch, self.grid, self.dtype = width, patch, (side, side), start.dtype
         self.remat, self.gather, self.positions = config.remat, gather, config.positions
         self.rates = drop_rates(config.drop_path, depth)
-        inputs = 3 * patch * patch
-
-        def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
-            # PyTorch's default start of a convolution, which iBOT leaves as it is.
-            return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
-
-        self.patch_embed = Linear(
-            inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
-        )
+        self.patch_embed = patch_embedding(patch, width, start, rngs)
         normal = nnx.initializers.normal(start.position_std)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1 + side * side, width)))
@@ -217,10 +230,8 @@ class ViT(nnx.Module):
         Masked patches show the mask token alone.
         """
         batch, height, width, _ = images.shape
-        p, (h, w) = self.patch, (height // self.patch, width // self.patch)
-        # A patch embedding by convolution, written as the matrix product that it is.
-        patches = images.reshape(batch, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embed(patches.reshape(batch, h * w, p * p * 3)).astype(jnp.float32)
+        h, w = height // self.patch, width // self.patch
+        x = self.patch_embed(cut(images, self.patch)).astype(jnp.float32)
         if mask is not None:
             x = jnp.where(mask.reshape(batch, h * w, 1), self.mask_token[...], x)
         positions = self.pos_embed[...]
