@@ -33,6 +33,7 @@ def paper() -> ml_collections.ConfigDict:
     """The paper's recipe (appendix A; where it is silent, iBOT's) for ViT-S/16 on ImageNet."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.init_from = ""  # weights to start from: a file, or the folder of a run or of `convert`
     config.epochs = 800.0
     config.steps = config_dict.placeholder(int)  # wins over `epochs` when set
     config.batch_size = 1024  # images a step, over all devices

@@ -53,13 +53,13 @@ class Tensor(NamedTuple):
 class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    count: int  # of elements
+    length: int  # in elements
     read: Callable[["_Storage"], bytes]
 
     @property
     def size(self) -> int:
         """In bytes."""
-        return self.count * self.dtype.itemsize
+        return self.length * self.dtype.itemsize
 
 
 class _Gap:
@@ -86,7 +86,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError("an array is described wrongly")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if math.prod(shape) > storage.count or (math.prod(shape) and last >= storage.count):
+    if math.prod(shape) > storage.length or (math.prod(shape) and last >= storage.length):
         raise ValueError("an array reaches beyond its bytes")
 
     def load() -> np.ndarray:
@@ -204,7 +204,7 @@ def _load_legacy(file: IO[bytes]) -> Any:
     for key in keys:
         count = int.from_bytes(file.read(8), "little")
         storage = content.storages[key]
-        if count != storage.count:
+        if count != storage.length:
             raise ValueError("it ends too soon, or is damaged")
         places[key] = file.tell()
         if file.seek(storage.size, 1) > size:

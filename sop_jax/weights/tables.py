@@ -6,8 +6,8 @@ layers that lie stacked in one leaf, `{s}` the stages; `{s+1}` is the stage afte
 
 Sources: iBOT's `models/{vision_transformer,swin_transformer,head}.py`, whose names DINO, SOP and
 MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`; DINOv2's
-`vision_transformer.py`; torchvision's `resnet.py`; the ViT, DINOv2 and Swin of transformers 5 (`hf`)
-and of those before, which are also the names of the files on its hub (`hf4`).
+`vision_transformer.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers
+5 (`hf`) and of those before it, which are also the names of the files on its hub (`hf4`).
 """
 
 from collections.abc import Callable
@@ -83,11 +83,11 @@ class Layout(NamedTuple):
     write: Callable[[Arrays], Arrays] = dict
 
 
-def _linear(names: str, path: str, **kind: bool) -> tuple[Row, ...]:
+def _linear(names: str, path: str) -> tuple[Row, ...]:
     """A linear layer; names of several that are one here are separated by blanks."""
     return (
-        Row(tuple(f"{name}.weight" for name in names.split()), f"{path}/kernel", MATRIX, **kind),
-        Row(tuple(f"{name}.bias" for name in names.split()), f"{path}/bias", **kind),
+        Row(tuple(f"{name}.weight" for name in names.split()), f"{path}/kernel", MATRIX),
+        Row(tuple(f"{name}.bias" for name in names.split()), f"{path}/bias"),
     )
 
 
@@ -163,10 +163,10 @@ def _scales(before: str, last: str, optional: bool = False) -> tuple[Row, ...]:
 # ------------------------------------------------------------------------------------------- heads
 
 # iBOT's without its prototypes, which is how SOP's and MaSSL's are.
-_HEAD = (
-    *_linear("head.mlp.0", "head/fc1", optional=True, exported=False),
-    *_linear("head.mlp.2", "head/fc2", optional=True, exported=False),
-    *_linear("head.mlp.4", "head/fc3", optional=True, exported=False),
+_HEAD = tuple(
+    row._replace(optional=True, exported=False)
+    for layer, name in enumerate(("head.mlp.0", "head.mlp.2", "head.mlp.4"), 1)
+    for row in _linear(name, f"head/fc{layer}")
 )
 # Prototypes, and what is computed when a network is made.
 _MADE = (r".*\.(relative_position_index|attn_mask|num_batches_tracked)",)
@@ -178,7 +178,7 @@ _HF_IGNORED = (*_MADE, r"(classifier|cls_classifier|pooler|decoder|lm_head)\..*"
 
 
 def _with_class_position(arrays: Arrays) -> Arrays:
-    """timm's networks with registers have no position for [CLS]: it is zero."""
+    """Networks of timm with registers have no position for [CLS]: it is zero."""
     table = arrays.get("pos_embed")
     if table is None or table.ndim != 3 or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
         return arrays
@@ -331,4 +331,65 @@ _SWINS = (
     _hf_swin("hf4", _HF4._replace(qkv=_SELF), "attention.self"),
 )
 
-LAYOUTS = (*_VITS, *_SWINS)
+# ------------------------------------------------------------------------------------------- ResNet
+
+
+def _conv(name: str, path: str) -> tuple[Row, ...]:
+    return (Row((f"{name}.weight",), f"{path}/kernel", KERNEL),)
+
+
+def _batch_norm(name: str, path: str) -> tuple[Row, ...]:
+    return (
+        *_norm(name, path),
+        Row((f"{name}.running_mean",), f"{path}/mean"),
+        Row((f"{name}.running_var",), f"{path}/var"),
+    )
+
+
+def _bottleneck(before: str, conv: str, norm: str, path: str) -> tuple[Row, ...]:
+    """Three convolutions; `{}` in their names is their number."""
+    return tuple(
+        row
+        for n in (1, 2, 3)
+        for row in (
+            *_conv(f"{before}.{conv.format(n, n - 1)}", f"{path}/conv{n}"),
+            *_batch_norm(f"{before}.{norm.format(n, n - 1)}", f"{path}/bn{n}"),
+        )
+    )
+
+
+def _resnet(
+    stem: tuple[str, str], stage: str, block: tuple[str, str], shortcut: tuple[str, str]
+) -> tuple[Row, ...]:
+    """A ResNet, whose blocks of a stage are stacked but for the first."""
+    first, rest = f"{_STAGE}/first", f"{_STAGE}/blocks"
+    return (
+        *_conv(stem[0], "backbone/stem/conv"),
+        *_batch_norm(stem[1], "backbone/stem/bn"),
+        *_bottleneck(f"{stage}.0", *block, first),
+        *_conv(f"{stage}.0.{shortcut[0]}", f"{first}/shortcut/conv"),
+        *_batch_norm(f"{stage}.0.{shortcut[1]}", f"{first}/shortcut/bn"),
+        *(
+            row._replace(optional=True)  # a stage may have one block alone
+            for row in _bottleneck(f"{stage}.{{i+1}}", *block, rest)
+        ),
+    )
+
+
+_TORCHVISION = _resnet(
+    ("conv1", "bn1"), "layer{s+1}", ("conv{}", "bn{}"), ("downsample.0", "downsample.1")
+)
+_HF_RESNET = _resnet(
+    ("embedder.embedder.convolution", "embedder.embedder.normalization"),
+    "encoder.stages.{s}.layers",
+    ("layer.{1}.convolution", "layer.{1}.normalization"),
+    ("shortcut.convolution", "shortcut.normalization"),
+)
+_RESNETS = (
+    Layout("ibot", "resnet", (*_TORCHVISION, *_HEAD), "ibot", (*_IBOT_IGNORED, *_TIMM_IGNORED)),
+    Layout("timm", "resnet", _TORCHVISION, "ibot", _TIMM_IGNORED),
+    Layout("hf", "resnet", _HF_RESNET, "ibot", _HF_IGNORED),
+    Layout("hf4", "resnet", _HF_RESNET, "ibot", _HF_IGNORED),
+)
+
+LAYOUTS = (*_VITS, *_SWINS, *_RESNETS)
