@@ -36,6 +36,7 @@ POSITIVE = (
     "augment.global_size",
     "augment.local_size",
     "model.patch",
+    "model.window",
     "head.hidden",
     "head.dim",
     "sop.cls.memory",
@@ -130,7 +131,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def check_length(config: ml_collections.ConfigDict) -> None:
     """A run has steps, or epochs."""
-    for key in ("optim.warmup", "sop.temperature_warmup"):
+    for key in ("optim.warmup", "sop.temperature_warmup", "mask.start"):
         section, name = key.split(".")
         steps, epochs = config[section][f"{name}_steps"], config[section][f"{name}_epochs"]
         if (steps or 0) < 0 or epochs < 0:
@@ -149,7 +150,8 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
     """Images are whole tokens, heads are whole."""
     size = size_of(config.model)
     side = token_side(config.model)
-    key_of_side = {"vit": "model.patch"}.get(config.model.family, "the pixels a token stands for,")
+    of_patches = config.model.family == "vit"
+    unit = f"model.patch {side}" if of_patches else f"the {side} pixels of a token"
     sizes = ["augment.global_size", "eval.crop"]
     if config.augment.local_crops:
         sizes.append("augment.local_size")
@@ -161,10 +163,9 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
         elif pixels % side:
             below, above = pixels // side * side, (pixels // side + 1) * side
             raise UserError(
-                f"{key} {pixels} is not a multiple of {key_of_side} {side}; "
+                f"{key} {pixels} is not a multiple of {unit}; "
                 f"choose {f'{below} or ' if below else ''}{above}"
-                + ", or another patch"
-                * (config.model.family == "vit")
+                f"{', or another patch' if of_patches else ''}"
             )
     if config.eval.resize < config.eval.crop:
         raise UserError(
@@ -197,7 +198,27 @@ def check_vit(size: Any) -> None:
         )
 
 
-NETWORKS = {"resnet": check_resnet, "vit": check_vit}
+def check_swin(size: Any) -> None:
+    """Layers come in pairs, heads are whole."""
+    if min(size.width, *size.depths, *size.heads) <= 0:
+        raise UserError(
+            f"model.width, stage_depths and stage_heads are {size.width}, {size.depths} and "
+            f"{size.heads}; expected more than 0"
+        )
+    if any(depth % 2 for depth in size.depths):
+        raise UserError(
+            f"model.stage_depths is {size.depths}; expected even numbers, because every second "
+            "layer moves the windows of the one before"
+        )
+    for i, heads in enumerate(size.heads):
+        if size.width * 2**i % heads:
+            raise UserError(
+                f"model.width {size.width} makes stage {i + 1} {size.width * 2**i} wide, which "
+                f"cannot be split over its {heads} heads; choose other model.stage_heads"
+            )
+
+
+NETWORKS = {"vit": check_vit, "swin": check_swin, "resnet": check_resnet}
 
 
 # A ResNet has no patches to mask or to remember, and no drop path.

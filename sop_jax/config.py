@@ -79,6 +79,8 @@ def paper() -> ml_collections.ConfigDict:
             kind="block",  # block | random
             ratio=(0.3, 0.3),  # uniform in this range, a view
             none=0.0,  # probability that a view stays unmasked
+            start_epochs=0.0,  # nothing is masked before
+            start_steps=config_dict.placeholder(int),
         )
     )
     config.model = ml_collections.ConfigDict(

@@ -50,6 +50,8 @@ def test_nothing_that_must_be_positive_may_be_zero(key: str) -> None:
         check(changed({key: zero}))
 
 
+SWIN = {"model.family": "swin", "model.size": "t"}
+
 BAD = {
     "more anchors than rows": (
         {"sop.patch.anchors": 8193},
@@ -103,7 +105,8 @@ BAD = {
         {"model.family": "resnet", "model.size": "50"},
         r"\[CLS\] alone.*sop\.patch\.tasks is 1, sop\.patch\.memory is 8192, mask\.none is 0\.0, "
         r"model\.drop_path is 0\.1; set --config\.sop\.patch\.tasks=0 "
-        r"--config\.sop\.patch\.memory=0 --config\.mask\.none=1\.0 --config\.model\.drop_path=0\.0$",
+        r"--config\.sop\.patch\.memory=0 --config\.mask\.none=1\.0 "
+        r"--config\.model\.drop_path=0\.0$",
     ),
     "a ResNet with masks": (
         RESNET | {"mask.none": 0.5},
@@ -120,6 +123,30 @@ BAD = {
     "patches without a memory of them": (
         {"sop.patch.memory": 0},
         r"batch_size 1024 does not fit sop\.patch\.memory 0",
+    ),
+    "masks from before the start": (
+        {"mask.start_epochs": -1.0},
+        r"mask\.start_steps is None, mask\.start_epochs -1\.0; expected 0 or more",
+    ),
+    "a size of another family": (
+        {"model.family": "swin", "model.size": "l"},
+        r"model\.size is 'l'; expected one of t, s, b for model\.family=swin, or custom",
+    ),
+    "views of broken tokens": (
+        SWIN | {"augment.local_size": 98},
+        r"augment\.local_size 98 .*multiple of the 32 pixels of a token; choose 96 or 128$",
+    ),
+    "a Swin whose layers do not pair": (
+        SWIN | {"model.size": "custom", "model.stage_depths": (2, 2, 5, 2)},
+        r"model\.stage_depths is \(2, 2, 5, 2\); expected even numbers",
+    ),
+    "a Swin whose heads do not divide": (
+        SWIN | {"model.size": "custom", "model.width": 100},
+        r"model\.width 100 makes stage 1 100 wide.* its 3 heads; choose other model\.stage_heads",
+    ),
+    "a Swin of no layers": (
+        SWIN | {"model.size": "custom", "model.stage_depths": (2, 2, 0, 2)},
+        r"stage_depths and stage_heads are .*expected more than 0",
     ),
     "heads that do not divide": (
         {"model.size": "custom", "model.width": 100, "model.heads": 3},
@@ -147,6 +174,8 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
         {"sop.patch.tasks": 0, "sop.patch.memory": 0},
         RESNET | {"batch_size": 9000, "augment.local_size": 45},
         {"model.size": "custom", "model.width": 96, "model.heads": 3},
+        {"model.size": "h", "model.patch": 14, "augment.local_size": 98, "model.registers": 4},
+        SWIN | {"model.window": 14, "mask.start_steps": 0},
     ],
     ids=str,
 )

@@ -27,6 +27,12 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
     return {"block": block_mask, "random": random_mask}[mask_config.kind](grid, rng, ratio)
 
 
+def first_step(mask_config: Any, epoch: float) -> int:
+    """The first step with masks; there are `epoch` steps an epoch."""
+    steps = mask_config.start_steps
+    return round(mask_config.start_epochs * epoch) if steps is None else steps
+
+
 def random_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -> np.ndarray:
     """Masks exactly int(ratio * high * wide) positions; bool [high, wide]."""
     mask = np.zeros(grid[0] * grid[1], bool)
