@@ -35,9 +35,7 @@ def load(file: pathlib.Path, **changes: Any) -> ml_collections.ConfigDict:
 
 def test_the_recipes_are_there() -> None:
     assert {"digits", "cifar10", "imagenette"} <= {file.stem for file in FILES}
-    assert {file.stem for file in IMAGENET} == {
-        *("imagenet_vits16", "imagenet_vitb16", "imagenet_vitl16")
-    }
+    assert {file.stem for file in IMAGENET} == RECIPES.keys()
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -74,7 +72,7 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
             lambda params, views: model.embed(params, views, None, None, True), params, views
         )
         assert cls.shape == (2, config.head.dim)
-        assert patches.shape == (2, (size // config.model.patch) ** 2, config.head.dim)
+        assert patches.shape == (2, (size // model.patch) ** 2, config.head.dim)
     for name in ("cls", "patch"):
         lanes, slots, dim = memories[name].rows.shape
         assert (lanes, dim) == (config.batch_size, config.head.dim)
@@ -91,6 +89,9 @@ PAPER = {
     "mask.kind": "block",
     "mask.ratio": [0.3, 0.3],
     "mask.none": 0.0,
+    "mask.start_epochs": 0,
+    "model.family": "vit",
+    "model.size": "s",
     "model.patch": 16,
     "model.drop_path": 0.1,
     "head.hidden": 2048,
@@ -116,16 +117,29 @@ PAPER = {
     "eval.knn_temperature": 0.07,
 }
 
-# Of each size: epochs, batch, and the learning rate for 256 images.
-SIZES = {"s": (800, 1024, 5e-4), "b": (400, 512, 7.5e-4), "l": (250, 1024, 7.5e-4)}
+SWIN = {"model.family": "swin", "model.size": "t", "mask.start_epochs": 50}
+
+# Of each recipe: epochs, batch, the learning rate for 256 images, and what is not as in PAPER.
+RECIPES: dict[str, tuple[float, int, float, dict[str, Any]]] = {
+    "imagenet_vits16": (800, 1024, 5e-4, {}),
+    "imagenet_vitb16": (400, 512, 7.5e-4, {"model.size": "b"}),
+    "imagenet_vitl16": (250, 1024, 7.5e-4, {"model.size": "l"}),
+    "imagenet_vith14": (
+        *(250, 1024, 7.5e-4),
+        {"model.size": "h", "model.patch": 14, "augment.local_size": 98},
+    ),
+    "imagenet_swint14": (300, 1024, 5e-4, SWIN | {"model.window": 14}),
+    "imagenet_swint7": (300, 1024, 5e-4, SWIN | {"model.window": 7}),
+}
 
 
 @pytest.mark.parametrize("file", IMAGENET, ids=name)
 def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
     flat = flatten(load(file))
-    assert {key: flat[key] for key in PAPER} == PAPER
-    assert file.stem == f"imagenet_vit{flat['model.size']}16"
-    assert (flat["epochs"], flat["batch_size"], flat["optim.lr"]) == SIZES[flat["model.size"]]
+    *schedule, changes = RECIPES[file.stem]
+    expected = PAPER | changes
+    assert {key: flat[key] for key in expected} == expected
+    assert [flat["epochs"], flat["batch_size"], flat["optim.lr"]] == schedule
     assert flat["steps"] is None
 
 

@@ -177,7 +177,7 @@ def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("s", 21.665664), ("b", 85.798656), ("l", 303.301632)]
+    ("size", "millions"), [("s", 21.665664), ("b", 85.798656), ("l", 303.301632), ("h", 630.7648)]
 )
 def test_sizes_have_the_known_numbers_of_parameters(size: str, millions: float) -> None:
     config = config_lib.paper()
