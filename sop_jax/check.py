@@ -36,6 +36,7 @@ POSITIVE = (
     "augment.global_size",
     "augment.local_size",
     "model.patch",
+    "model.norm_eps",
     "model.window",
     "head.hidden",
     "head.dim",

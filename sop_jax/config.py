@@ -97,6 +97,7 @@ def paper() -> ml_collections.ConfigDict:
             registers=0,  # vit: tokens that stand for nothing
             layer_scale=0.0,  # vit: what branches are scaled by at the start; 0 for no scales
             positions="ibot",  # vit: ibot | size | antialiased, how positions are resized
+            norm_eps=1e-6,  # of LayerNorm, added to the variance; a ResNet has none
             drop_path=0.1,
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start

@@ -91,12 +91,13 @@ def read(
     """
     layout, arrays = mapping.recognise(files.read(path, key))
     config = settings(mapping.describe(layout, arrays), heads)
-    config.model.positions = positions or layout.positions
+    if positions:
+        config.model.positions = positions
     config.init_from = str(path)
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
     shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
-    start = pretrained.of_arrays(layout, arrays, shapes, config.model.positions)
+    start = pretrained.of_arrays(layout, arrays, shapes, config.model)
     return config, pretrained.replace(params, start.leaves), start.words
 
 

@@ -86,7 +86,7 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
             start = _of_run(source, config, shapes)
         else:
             layout, arrays = mapping.recognise(files.read(source))
-            start = of_arrays(layout, arrays, shapes, config.model.positions)
+            start = of_arrays(layout, arrays, shapes, config.model)
     except UserError as error:
         raise UserError(f"init_from={source}: {error}") from error
     if hosts.several():
@@ -98,7 +98,10 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
 
 
 def of_arrays(
-    layout: Layout, arrays: Arrays, shapes: dict[str, tuple[int, ...]], positions: str
+    layout: Layout,
+    arrays: Arrays,
+    shapes: dict[str, tuple[int, ...]],
+    settings: ml_collections.ConfigDict,
 ) -> Start:
     """The leaves of a network from the arrays of a file.
 
@@ -106,24 +109,25 @@ def of_arrays(
         layout: from `weights.mapping.recognise`, as the next.
         arrays: by their names.
         shapes: of the network's leaves by their paths.
-        positions: the rule by which it resizes positions.
+        settings: `config.model`.
 
     Raises:
         UserError: they are not of this network; lists what differs.
     """
     who = layout.project
     try:
-        loaded = mapping.load(layout, arrays, shapes, _resizer(positions))
+        loaded = mapping.load(layout, arrays, shapes, _resizer(settings.positions))
     except UserError as error:
         theirs = mapping.describe(layout, arrays)
         numbers = ", ".join(f"{name}={value}" for name, value in theirs.items())
         raise UserError(f"{error}\nIts names are {who}'s, its numbers: {numbers}") from error
     words = _words(loaded, f"by the names of {who}")
-    if layout.family == "vit" and layout.positions != positions:
-        words.append(
-            f"{who} resizes positions by the rule {layout.positions}, this network by "
-            f"model.positions={positions}: features of other image sizes will differ from {who}'s"
-        )
+    for name, value in layout.settings.items():
+        if settings[name] != value:
+            words.append(
+                f"{who} has model.{name}={value}, this network {settings[name]}: its features "
+                f"will differ a little from {who}'s"
+            )
     return Start(loaded.leaves, words)
 
 

@@ -142,7 +142,8 @@ def build(
     """
     size, patch, dim = size_of(config.model), token_side(config.model), config.head.dim
     family = FAMILIES[config.model.family]
-    start = Start(jnp.dtype(config.model.dtype), config.model.init_std, config.model.position_std)
+    dtype, numbers = jnp.dtype(config.model.dtype), config.model
+    start = Start(dtype, numbers.init_std, numbers.position_std, numbers.norm_eps)
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)

@@ -119,13 +119,13 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, window: Window, start: Start, rngs: nnx.Rngs):
         self.heads, self.window, self.dtype = heads, window, start.dtype
-        self.norm1 = layer_norm(width, rngs)
+        self.norm1 = layer_norm(width, start, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         places = (2 * window.side - 1) ** 2
         table = start.position_std * jax.random.normal(rngs.params(), (places, heads))
         self.relative_bias = nnx.Param(table)
         self.proj = dense(width, width, start, rngs)
-        self.norm2 = layer_norm(width, rngs)
+        self.norm2 = layer_norm(width, start, rngs)
         self.fc1 = dense(width, 4 * width, start, rngs)
         self.fc2 = dense(4 * width, width, start, rngs)
 
@@ -199,7 +199,7 @@ class Merging(nnx.Module):
 
     def __init__(self, width: int, start: Start, rngs: nnx.Rngs):
         init = nnx.initializers.normal(start.std)
-        self.norm = layer_norm(4 * width, rngs)
+        self.norm = layer_norm(4 * width, start, rngs)
         self.reduction = Linear(
             *(4 * width, 2 * width),
             kernel_init=init,
@@ -311,7 +311,7 @@ class Swin(nnx.Module):
         self.dtype, self.remat, self.gather = start.dtype, config.remat, gather
         self.depths, self.rates = size.depths, drop_rates(config.drop_path, sum(size.depths))
         self.patch_embed = patch_embedding(PATCH, size.width, start, rngs)
-        self.patch_norm = layer_norm(size.width, rngs)
+        self.patch_norm = layer_norm(size.width, start, rngs)
         self.mask_token = nnx.Param(jnp.zeros((size.width,)))
         stages = {}
         for i, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
@@ -319,7 +319,7 @@ class Swin(nnx.Module):
             merges = i < STAGES - 1
             stages[str(i)] = Stage(size.width * 2**i, depth, heads, window, merges, start, rngs)
         self.stages = nnx.Dict(stages)
-        self.norm = layer_norm(self.width, rngs)
+        self.norm = layer_norm(self.width, start, rngs)
 
     def embed(
         self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None

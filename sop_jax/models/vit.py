@@ -13,8 +13,6 @@ from sop_jax.mesh import is_gathered
 from sop_jax.models.linear import Linear
 from sop_jax.models.positions import resize_positions
 
-EPS = 1e-6  # of every LayerNorm
-
 # What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
 # gathered from other devices are always gathered again: stored, all would be whole at once.
 REMATS = {
@@ -57,12 +55,14 @@ class Start(NamedTuple):
     Linear layers start from N(0, std), positions from N(0, position_std), biases from zero. iBOT
     takes 0.02 for both. At widths far below 384 that leaves all images with nearly the same
     embedding, which SOP leaves slowly or never, and positions that a patch embedding of about
-    unit size drowns until they have grown: small networks and short runs want more.
+    unit size drowns until they have grown: small networks and short runs want more. `eps` is what
+    LayerNorm adds to the variance.
     """
 
     dtype: jnp.dtype
     std: float = 0.02
     position_std: float = 0.02
+    eps: float = 1e-6
 
 
 def drop_rates(last: float, depth: int) -> tuple[float, ...]:
@@ -97,9 +97,9 @@ def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
     return patches.reshape(batch, h * w, patch * patch * 3)
 
 
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32, gradients too; the layer after it takes what it gives as it likes."""
-    return nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=start.eps, dtype=jnp.float32, rngs=rngs)
 
 
 class LayerScale(nnx.Module):
@@ -120,10 +120,10 @@ class Block(nnx.Module):
         self.heads = heads
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
-        self.norm1 = layer_norm(width, rngs)
+        self.norm1 = layer_norm(width, start, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         self.proj = dense(width, width, start, rngs)
-        self.norm2 = layer_norm(width, rngs)
+        self.norm2 = layer_norm(width, start, rngs)
         self.fc1 = dense(width, 4 * width, start, rngs)
         self.fc2 = dense(4 * width, width, start, rngs)
 
@@ -213,7 +213,7 @@ class ViT(nnx.Module):
             tokens = 1e-6 * jax.random.normal(rngs.params(), (config.registers, width))
             self.register_tokens = nnx.Param(tokens)
         self.mask_token = nnx.Param(jnp.zeros((width,)))
-        self.norm = layer_norm(width, rngs)
+        self.norm = layer_norm(width, start, rngs)
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap

@@ -88,7 +88,7 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, Arrays]:
 def own(family: str, paths: Collection[str]) -> Layout:
     """The layout of this project, where leaves have their paths for names."""
     rows = tuple(Row((path,), path, optional=True) for path in sorted(paths))
-    return Layout("sop_jax", family, rows, "", ())
+    return Layout("sop_jax", family, rows, {}, ())
 
 
 def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
             found["head.dim"] = shapes["head/fc3/bias"][0]
     except KeyError as error:
         raise UserError(f"it has no array for {error.args[0]}") from None
-    return {"model.family": layout.family, "model.size": "custom"} | found
+    settings = {f"model.{name}": value for name, value in layout.settings.items()}
+    return {"model.family": layout.family, "model.size": "custom"} | settings | found
 
 
 def _vit(shapes: Shapes) -> dict[str, Any]:

@@ -10,8 +10,8 @@ MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`; DINOv
 5 (`hf`) and of those before it, which are also the names of the files on its hub (`hf4`).
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,8 @@ class Layout(NamedTuple):
         project: as `--export` says it.
         family: as `model.family`.
         rows: what makes the parameter tree.
-        positions: `model.positions`, the rule by which the project resizes positions.
+        settings: of `config.model`, without which the project's weights give other features: the
+            rule by which positions are resized, and what LayerNorm adds to the variance.
         ignored: regular expressions of names that have no place in the tree.
         read: what is done to a file's arrays before the rows apply.
         write: what is done to a tree's leaves, by their paths, before the rows apply.
@@ -77,7 +78,7 @@ class Layout(NamedTuple):
     project: str
     family: str
     rows: tuple[Row, ...]
-    positions: str
+    settings: Mapping[str, Any]
     ignored: tuple[str, ...]
     read: Callable[[Arrays], Arrays] = dict
     write: Callable[[Arrays], Arrays] = dict
@@ -225,14 +226,18 @@ _HF4_DINOV2_LAYER = _HF4._replace(norm1="norm1", norm2="norm2", fc1="mlp.fc1", f
 _HF_REGISTERS = Row(("embeddings.register_tokens",), "backbone/register_tokens", FIRST)
 
 
+_IBOT_RULE = {"positions": "ibot", "norm_eps": 1e-6}
+_ANTIALIASED = {"positions": "antialiased", "norm_eps": 1e-6}
+
+
 def _hf_vits(project: str, vit: tuple[str, Names], dinov2: Names) -> tuple[Layout, ...]:
     """ViT, DINOv2, and DINOv2 with registers, which is resized by another rule."""
     plain = (*_HF_VIT, _HF_VIT_MASK, *_layer(*vit, "backbone/blocks"))
     scaled = (*_HF_DINOV2, *_layer("encoder.layer.{i}", dinov2, "backbone/blocks"))
     return (
-        Layout(project, "vit", plain, "size", _HF_IGNORED),
-        Layout(project, "vit", scaled, "size", _HF_IGNORED),
-        Layout(project, "vit", (*scaled, _HF_REGISTERS), "antialiased", _HF_IGNORED),
+        Layout(project, "vit", plain, {"positions": "size", "norm_eps": 1e-12}, _HF_IGNORED),
+        Layout(project, "vit", scaled, {"positions": "size", "norm_eps": 1e-6}, _HF_IGNORED),
+        Layout(project, "vit", (*scaled, _HF_REGISTERS), _ANTIALIASED, _HF_IGNORED),
     )
 
 
@@ -241,7 +246,7 @@ _VITS = (
         "ibot",
         "vit",
         (*_VIT, Row(("masked_embed",), "backbone/mask_token", FIRST, optional=True), *_HEAD),
-        "ibot",
+        _IBOT_RULE,
         _IBOT_IGNORED,
     ),
     Layout(
@@ -252,17 +257,17 @@ _VITS = (
             *_scales("blocks.{i}", "ls{}.gamma", optional=True),
             Row(("reg_token",), "backbone/register_tokens", FIRST, optional=True),
         ),
-        "antialiased",
+        _ANTIALIASED,
         _TIMM_IGNORED,
         _with_class_position,
         _without_class_position,
     ),
-    Layout("dinov2", "vit", _DINOV2, "ibot", _IBOT_IGNORED),
+    Layout("dinov2", "vit", _DINOV2, _IBOT_RULE, _IBOT_IGNORED),
     Layout(
         "dinov2",
         "vit",
         (*_DINOV2, Row(("register_tokens",), "backbone/register_tokens", FIRST)),
-        "antialiased",
+        _ANTIALIASED,
         _IBOT_IGNORED,
     ),
     *_hf_vits("hf", ("layers.{i}", _HF), _HF_DINOV2_LAYER),
@@ -306,14 +311,18 @@ def _hf_swin(project: str, names: Names, bias: str) -> Layout:
         *_norm("layernorm", "backbone/norm"),
         _HF_VIT_MASK,
     )
-    return Layout(project, "swin", rows, "ibot", _HF_IGNORED)
+    return Layout(project, "swin", rows, {"norm_eps": 1e-5}, _HF_IGNORED)
 
 
 _SWINS = (
     # timm merges patches at the start of a stage, the others at the end of the one before. First,
     # for where both fit the first does: the others have names that this one has not.
     Layout(
-        "timm", "swin", (*_SWIN, *_downsample("layers.{s+1}.downsample")), "ibot", _TIMM_IGNORED
+        "timm",
+        "swin",
+        (*_SWIN, *_downsample("layers.{s+1}.downsample")),
+        {"norm_eps": 1e-5},
+        _TIMM_IGNORED,
     ),
     Layout(
         "ibot",
@@ -324,7 +333,7 @@ _SWINS = (
             Row(("masked_embed",), "backbone/mask_token", FIRST, optional=True),
             *_HEAD,
         ),
-        "ibot",
+        {"norm_eps": 1e-6},
         (*_IBOT_IGNORED, r"head\.(weight|bias)"),
     ),
     _hf_swin("hf", _HF, "attention.relative_position_bias"),
@@ -386,10 +395,10 @@ _HF_RESNET = _resnet(
     ("shortcut.convolution", "shortcut.normalization"),
 )
 _RESNETS = (
-    Layout("ibot", "resnet", (*_TORCHVISION, *_HEAD), "ibot", (*_IBOT_IGNORED, *_TIMM_IGNORED)),
-    Layout("timm", "resnet", _TORCHVISION, "ibot", _TIMM_IGNORED),
-    Layout("hf", "resnet", _HF_RESNET, "ibot", _HF_IGNORED),
-    Layout("hf4", "resnet", _HF_RESNET, "ibot", _HF_IGNORED),
+    Layout("ibot", "resnet", (*_TORCHVISION, *_HEAD), {}, (*_IBOT_IGNORED, *_TIMM_IGNORED)),
+    Layout("timm", "resnet", _TORCHVISION, {}, _TIMM_IGNORED),
+    Layout("hf", "resnet", _HF_RESNET, {}, _HF_IGNORED),
+    Layout("hf4", "resnet", _HF_RESNET, {}, _HF_IGNORED),
 )
 
 LAYOUTS = (*_VITS, *_SWINS, *_RESNETS)
