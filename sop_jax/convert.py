@@ -89,16 +89,22 @@ def read(
     Raises:
         UserError: as `convert`.
     """
-    layout, arrays = mapping.recognise(files.read(path, key))
-    config = settings(mapping.describe(layout, arrays), heads)
+    file = pretrained.read_file(path, key)
+    config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
         config.model.positions = positions
     config.init_from = str(path)
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
     shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
-    start = pretrained.of_arrays(layout, arrays, shapes, config.model)
-    return config, pretrained.replace(params, start.leaves), start.words
+    start = pretrained.of_arrays(file, shapes, config.model)
+    words = [
+        f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
+        f"--positions={other.settings['positions']}"
+        for other in file.alike
+        if not positions and "positions" in other.settings
+    ]
+    return config, pretrained.replace(params, start.leaves), start.words + words
 
 
 def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:

@@ -16,7 +16,7 @@ from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import Model, Params, build, size_of
 from sop_jax.models.positions import resize_positions
 from sop_jax.weights import files, mapping
-from sop_jax.weights.tables import Arrays, Layout
+from sop_jax.weights.tables import Arrays
 
 
 class Start(NamedTuple):
@@ -85,8 +85,7 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
         if source.is_dir():
             start = _of_run(source, config, shapes)
         else:
-            layout, arrays = mapping.recognise(files.read(source))
-            start = of_arrays(layout, arrays, shapes, config.model)
+            start = of_arrays(read_file(source), shapes, config.model)
     except UserError as error:
         raise UserError(f"init_from={source}: {error}") from error
     if hosts.several():
@@ -97,28 +96,41 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
     return start
 
 
+def read_file(path: epath.PathLike, network: str | None = None) -> mapping.Recognised:
+    """The weights of one network of a file, and by which project's names.
+
+    Raises:
+        UserError: it cannot be read, or its names are unknown.
+    """
+    # Of projects with the same names timm has its files so, and DINO in PyTorch's own format.
+    likely = "timm" if epath.Path(path).suffix in (".safetensors", ".npz") else "ibot"
+    arrays = files.read(path, network)
+    try:
+        return mapping.recognise(arrays, likely)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def of_arrays(
-    layout: Layout,
-    arrays: Arrays,
+    file: mapping.Recognised,
     shapes: dict[str, tuple[int, ...]],
     settings: ml_collections.ConfigDict,
 ) -> Start:
     """The leaves of a network from the arrays of a file.
 
     Args:
-        layout: from `weights.mapping.recognise`, as the next.
-        arrays: by their names.
+        file: from `read_file`.
         shapes: of the network's leaves by their paths.
         settings: `config.model`.
 
     Raises:
         UserError: they are not of this network; lists what differs.
     """
-    who = layout.project
+    layout, who = file.layout, file.layout.project
     try:
-        loaded = mapping.load(layout, arrays, shapes, _resizer(settings.positions))
+        loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
-        theirs = mapping.describe(layout, arrays)
+        theirs = mapping.describe(layout, file.arrays)
         numbers = ", ".join(f"{name}={value}" for name, value in theirs.items())
         raise UserError(f"{error}\nIts names are {who}'s, its numbers: {numbers}") from error
     words = _words(loaded, f"by the names of {who}")

@@ -35,6 +35,20 @@ class Entry(NamedTuple):
     row: Row
 
 
+class Recognised(NamedTuple):
+    """What a file is by its names.
+
+    Attributes:
+        layout: that of its names.
+        arrays: by names without what wrappers of networks put before them.
+        alike: layouts with the same names and other settings.
+    """
+
+    layout: Layout
+    arrays: Arrays
+    alike: list[Layout]
+
+
 class Loaded(NamedTuple):
     """What a file gives a network.
 
@@ -51,11 +65,13 @@ class Loaded(NamedTuple):
     resized: list[str]
 
 
-def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, Arrays]:
+def recognise(arrays: Mapping[str, np.ndarray], likely: str) -> Recognised:
     """The layout that fits the names of a file best.
 
-    Returns:
-        The layout, and the arrays by names without what wrappers of networks put before them.
+    Args:
+        arrays: of one network, by their names.
+        likely: the project to take where names of several are alike and nothing was put before
+            them: DINO's backbones and timm's ViTs without classifier are.
 
     Raises:
         UserError: none fits, or there is more than one network.
@@ -63,26 +79,27 @@ def recognise(arrays: Mapping[str, np.ndarray]) -> tuple[Layout, Arrays]:
     bare = {_PREFIX.sub("", name, count=1): array for name, array in arrays.items()}
     if len(bare) < len(arrays):
         raise UserError("it holds several networks without saying which is which; save one alone")
+    if bare.keys() != arrays.keys():
+        likely = "ibot"
 
     def fit(layout: Layout) -> int:
-        rows = [(_regex(name), row) for row in layout.rows for name in row.names]
-        placed = [name for name in bare if any(regex.fullmatch(name) for regex, _ in rows)]
+        rows = [(name, row) for row in layout.rows for name in row.names]
+        placed = [name for name in bare if any(_regex(known).fullmatch(name) for known, _ in rows)]
         ignored = [name for name in bare if _is_ignored(layout, name)]
-        lacking = [
-            regex
-            for regex, row in rows
-            if not row.optional and not any(map(regex.fullmatch, placed))
-        ]
+        lacking = [name for name, row in rows if not row.optional and _fill(name, 0, 0) not in bare]
         return 2 * len(placed) + len(ignored) - 2 * len(lacking)
 
-    layout = max(LAYOUTS, key=fit)  # the first of equals
-    if not bare or fit(layout) <= 0:
+    fits = [fit(layout) for layout in LAYOUTS]
+    best = [layout for layout, how_well in zip(LAYOUTS, fits, strict=True) if how_well == max(fits)]
+    if not bare or max(fits) <= 0:
         names = ", ".join([*arrays][:_SHOWN]) or "none at all"
         raise UserError(
             "its names are of no backbone that is known (ViT, Swin or ResNet by iBOT, DINO, "
             f"DINOv2, timm, torchvision or transformers): {names}"
         )
-    return layout, layout.read(bare)
+    layout = next((layout for layout in best if layout.project == likely), best[0])
+    alike = [other for other in best if other.settings != layout.settings]
+    return Recognised(layout, layout.read(bare), alike)
 
 
 def own(family: str, paths: Collection[str]) -> Layout:
@@ -320,7 +337,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _fill(pattern: str, stage: str | None, layer: int | None) -> str:
+def _fill(pattern: str, stage: int | str | None, layer: int | None) -> str:
     for place, number in (("s", stage), ("i", layer)):
         if number is not None:
             pattern = pattern.replace(f"{{{place}}}", str(number))
