@@ -219,7 +219,7 @@ class Merging(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Layers of one width, stacked and scanned in pairs, of which the second moves its windows.
+    """Layers of one width, stacked and scanned; every second one moves its windows.
 
     Args:
         width: of its tokens.
@@ -240,7 +240,7 @@ class Stage(nnx.Module):
         start: Start,
         rngs: nnx.Rngs,
     ):
-        self.window, self.depth = window, depth
+        self.window = window
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
@@ -262,14 +262,16 @@ class Stage(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "layers B T D"] | None]:
         """What the last layer gives, and where asked for what every layer gives."""
         graph, layers = nnx.split(self.blocks)
+        # Those of a pair are programs of their own, unless windows are never moved.
+        shifts = (0, self.window.shift) if self.window.shift else (0,)
 
         def layer(shift: int, x: Array, inputs: tuple) -> Array:
             params, rate, layer_draws = inputs
             return nnx.merge(graph, gather(params))(x, grid, shift, rate, layer_draws)
 
-        def pair(x: Array, inputs: tuple) -> tuple[Array, Array | None]:
+        def group(x: Array, inputs: tuple) -> tuple[Array, Array | None]:
             states = []
-            for i, shift in enumerate((0, self.window.shift)):
+            for i, shift in enumerate(shifts):
                 one = jax.checkpoint(
                     functools.partial(layer, shift), prevent_cse=False, policy=REMATS[remat]
                 )
@@ -277,10 +279,10 @@ class Stage(nnx.Module):
                 states.append(x)
             return x, jnp.stack(states) if keep else None
 
-        pairs = jax.tree.map(
-            lambda leaf: leaf.reshape(self.depth // 2, 2, *leaf.shape[1:]), (layers, rates, draws)
+        groups = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, len(shifts), *leaf.shape[1:]), (layers, rates, draws)
         )
-        x, states = jax.lax.scan(pair, x, pairs)
+        x, states = jax.lax.scan(group, x, groups)
         return x, None if states is None else states.reshape(-1, *x.shape)
 
 
@@ -312,7 +314,10 @@ class Swin(nnx.Module):
         self.depths, self.rates = size.depths, drop_rates(config.drop_path, sum(size.depths))
         self.patch_embed = patch_embedding(PATCH, size.width, start, rngs)
         self.patch_norm = layer_norm(size.width, start, rngs)
-        self.mask_token = nnx.Param(jnp.zeros((size.width,)))
+        # iBOT starts from zero, and masks from epoch 50 on. Masked patches, which have no positions
+        # here, are zero then through all layers while biases are, and LayerNorm is 1000 times
+        # as steep: gradients of 1e11 at the start of a Swin-T.
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.width,)))
         stages = {}
         for i, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
             window = window_of(config.window, image_size // PATCH // 2**i)
