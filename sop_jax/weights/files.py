@@ -1,7 +1,7 @@
 """Files of weights: PyTorch's (`.pth` and its other endings), `.safetensors` and `.npz`."""
 
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -85,7 +85,7 @@ def write(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"cannot write {path}: {error}; choose another --to") from error
 
 
-def _content(path: epath.Path, file: IO[bytes]) -> Any:
+def _content(path: epath.Path, file: Any) -> Any:
     """What a file holds: containers with `Tensor`s in them."""
     if path.suffix == ".safetensors":
         return {

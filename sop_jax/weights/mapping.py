@@ -153,11 +153,11 @@ def _swin(shapes: Shapes) -> dict[str, Any]:
 
 
 def _resnet(shapes: Shapes) -> dict[str, Any]:
-    rest = {stage: shape[0] for stage, shape in enumerate(_stages(shapes, "blocks/conv1/kernel"))}
-    count = len(_stages(shapes, "first/conv1/kernel"))
+    first = _stages(shapes, "first/conv1/kernel")
+    rest = [shapes.get(f"backbone/stages/{s}/blocks/conv1/kernel", (0,)) for s in range(len(first))]
     return {
         "model.width": shapes["backbone/stem/conv/kernel"][-1],
-        "model.stage_depths": tuple(1 + rest.get(stage, 0) for stage in range(count)),
+        "model.stage_depths": tuple(1 + blocks for blocks, *_ in rest),
     }
 
 
@@ -188,14 +188,15 @@ def load(
     Raises:
         UserError: the file is not of this network; lists the differences.
     """
-    heads = [name for name in arrays if name.startswith("head.")]
-    with_head = {name for name in heads if not _is_ignored(layout, name)}
-    other_head = with_head if not all(map(_HEAD.fullmatch, with_head)) else set()
+    head = [x for x in arrays if x.startswith("head.") and not _is_ignored(layout, x)]
+    known_head = all(map(_HEAD.fullmatch, head))
+    other_head = [] if known_head else head
     arrays = {name: array for name, array in arrays.items() if name not in other_head}
-    with_head -= other_head
 
     def needed(path: str) -> bool:
-        return bool(with_head) if path.startswith("head/") else path != "backbone/mask_token"
+        if path.startswith("head/"):
+            return bool(head) and known_head
+        return path != "backbone/mask_token"
 
     entries = list(_entries(layout, shapes))
     parts: dict[str, list[np.ndarray]] = {}

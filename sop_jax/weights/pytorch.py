@@ -11,7 +11,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -119,7 +119,7 @@ _NAMES: dict[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Builds containers and `Tensor`s, and refuses to so much as import anything."""
 
-    def __init__(self, file: IO[bytes], read: Callable[[_Storage], bytes]):
+    def __init__(self, file: Any, read: Callable[[_Storage], bytes]):
         super().__init__(file, encoding="utf-8")
         self._read = read
         self.storages: dict[str, _Storage] = {}
@@ -143,7 +143,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault(storage.key, storage)
 
 
-def load(file: IO[bytes]) -> Any:
+def load(file: Any) -> Any:
     """Reads what a `.pth` holds, arrays as `Tensor`s, which need the file to stay open.
 
     Args:
@@ -181,7 +181,7 @@ def _load_zip(archive: zipfile.ZipFile) -> Any:
         return _Unpickler(file, read).load()
 
 
-def _load_legacy(file: IO[bytes]) -> Any:
+def _load_legacy(file: Any) -> Any:
     def read(storage: _Storage) -> bytes:
         file.seek(places[storage.key])
         if len(data := file.read(storage.size)) != storage.size:
