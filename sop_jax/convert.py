@@ -72,11 +72,16 @@ def convert(
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
-        arrays, left = mapping.export(project, config.model.family, leaves)
-        files.write(to, arrays)
-        if left:
-            words.append(f"left out: {', '.join(left)}")
-        return [*words, f"{to}: {len(arrays)} arrays by {project}'s names"]
+        exported = mapping.export(project, config.model.family, leaves)
+        files.write(to, exported.arrays)
+        if exported.left:
+            words.append(f"left out: {', '.join(exported.left)}")
+        words += [
+            f"this network has model.{name}={config.model[name]}, and {project}'s own is {value}"
+            for name, value in exported.settings.items()
+            if config.model[name] != value
+        ]
+        return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
     save(config, params, step, to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]
 

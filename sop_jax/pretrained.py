@@ -149,19 +149,19 @@ def _of_run(
     """The leaves of a network from the teacher of another run."""
     theirs, _, params, step = load(workdir)
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
-    layout = mapping.own(theirs.model.family, {*shapes, *arrays})
-    loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
-    if size_of(theirs.model) != size_of(config.model):  # which shapes do not tell all of
+    if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
         raise UserError(
             f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
             "choose the same model.size, or the same numbers"
         )
+    layout = mapping.own(theirs.model.family, {*shapes, *arrays})
+    loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
     return Start(loaded.leaves, _words(loaded, f"of the teacher of step {step}"))
 
 
 def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
     count = sum(leaf.size for leaf in loaded.leaves.values())
-    words = [f"loaded: {count / 1e6:.1f} M parameters in {len(loaded.leaves)} leaves, {whence}"]
+    words = [f"loaded: {count / 1e6:.3g} M parameters in {len(loaded.leaves)} leaves, {whence}"]
     words += [f"resized: {what}" for what in loaded.resized]
     if loaded.lacking:
         words.append(f"not there, so left at their start: {', '.join(loaded.lacking)}")

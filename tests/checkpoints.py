@@ -154,12 +154,11 @@ def head(width: int = 32, hidden: int = 24, dim: int = 16) -> dict[str, np.ndarr
     }
 
 
-def ibot(seed_scale: float = 1.0, wrapper: str = "") -> dict[str, np.ndarray]:
+def ibot(wrapper: str = "", depth: int = 2, rows: int = 17, hidden: int = 24) -> Any:
     """Backbone and head as iBOT's checkpoints name those of a network."""
-    backbone = vit() | {"masked_embed": numbers(1, 32, seed=99)}
-    named = {f"backbone.{name}": array for name, array in backbone.items()}
-    named |= {f"head.{name}": array for name, array in head().items()}
-    return {wrapper + name: np.float32(seed_scale) * array for name, array in named.items()}
+    backbone = vit(depth=depth, rows=rows) | {"masked_embed": numbers(1, 32, seed=99)}
+    named = {f"{wrapper}backbone.{name}": array for name, array in backbone.items()}
+    return named | {f"{wrapper}head.{name}": array for name, array in head(hidden=hidden).items()}
 
 
 def bfloat16(array: np.ndarray) -> np.ndarray:

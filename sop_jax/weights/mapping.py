@@ -49,6 +49,20 @@ class Recognised(NamedTuple):
     alike: list[Layout]
 
 
+class Exported(NamedTuple):
+    """What a network is in another project.
+
+    Attributes:
+        arrays: by the project's names.
+        left: paths of leaves that have no place there: the head, perhaps the mask token.
+        settings: which the network has there where nobody says otherwise.
+    """
+
+    arrays: Arrays
+    left: list[str]
+    settings: Mapping[str, Any]
+
+
 class Loaded(NamedTuple):
     """What a file gives a network.
 
@@ -239,17 +253,13 @@ def load(
     )
 
 
-def export(project: str, family: str, leaves: Arrays) -> tuple[Arrays, list[str]]:
+def export(project: str, family: str, leaves: Arrays) -> Exported:
     """Arrays by the names of a project, for `load_state_dict(..., strict=True)` there.
 
     Args:
         project: such as `timm`.
         family: as `model.family`.
         leaves: of a network, by their paths.
-
-    Returns:
-        The arrays, and the paths of leaves that have no place there: the head, perhaps the mask
-        token.
 
     Raises:
         UserError: the project has no such network.
@@ -277,7 +287,7 @@ def export(project: str, family: str, leaves: Arrays) -> tuple[Arrays, list[str]
     raise UserError(f"{project} has no network like this one: {kinds}. Export to another")
 
 
-def _export(layout: Layout, leaves: Arrays) -> tuple[Arrays, list[str]]:
+def _export(layout: Layout, leaves: Arrays) -> Exported:
     changed = layout.write(leaves)
     arrays: Arrays = {}
     exported = set()
@@ -287,7 +297,8 @@ def _export(layout: Layout, leaves: Arrays) -> tuple[Arrays, list[str]]:
             leaf = changed[entry.path]
             parts = _write(entry.row, leaf if entry.layer is None else leaf[entry.layer])
             arrays |= dict(zip(entry.names, parts, strict=True))
-    return arrays, [path for path in leaves if path not in exported]
+    left = [path for path in leaves if path not in exported]
+    return Exported(arrays, left, layout.settings)
 
 
 def _is_spare(path: str) -> bool:
