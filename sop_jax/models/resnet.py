@@ -205,10 +205,11 @@ class Stage(nnx.Module):
 class ResNet(nnx.Module):
     """ResNet version 1.5 as torchvision has it, over NHWC images; its [CLS] is the mean feature.
 
-    In training every batch norm normalises by its batch and moves its running statistics, the
-    student's and the teacher's alike, each by its own forward passes: DINO's teacher is never in
-    evaluation mode either. Nothing averages running statistics over steps but these moves; DINO's
-    moving average is of parameters too, which leaves its teacher's buffers alone.
+    In training every batch norm normalises by its batch, the teacher's too, as in DINO, whose
+    teacher is never in evaluation mode. Each network's own forward passes move its running
+    statistics, and nothing else does: as in DINO, the moving average that makes the teacher leaves
+    them out. A step passes the global views in one batch and then, for the student alone, the local
+    ones in another, and each pass moves them. Evaluations go by them.
 
     It starts as DINO's, which is torchvision's default: the last batch norm of a block has a scale
     of one, not of zero.
