@@ -150,8 +150,9 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
     return config
 
 
-def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath.Path) -> None:
+def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath.PathLike) -> None:
     """Writes a folder that `pretrained.load` reads."""
+    to = epath.Path(to)
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command that brings weights in and takes them out, and agreement with the projects it knows."""
+"""The command that brings weights in and takes them out; agreement with other projects."""
 
 import json
 import pathlib
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import checkpoints
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import numbers, save_pth
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from sop_jax import config as config_lib
 from sop_jax import pretrained
-from sop_jax.convert import convert
+from sop_jax.convert import convert, save
 from sop_jax.errors import UserError
 from sop_jax.extract import export
 from sop_jax.models import MEAN, STD, build
@@ -30,7 +31,7 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
 
 
-# --------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def run_command(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +76,7 @@ def test_converted_folder_is_read_by_the_commands(tmp_path: pathlib.Path) -> Non
     (tmp_path / "net" / "config.json").write_text(json.dumps(config.to_dict()))
     export(tmp_path / "net", str(tmp_path / "images"), tmp_path / "f.npz")
     with np.load(tmp_path / "f.npz") as arrays:
-        (tokens,) = model.features(params, pixels[None])
+        (tokens,) = model.features(params, jnp.asarray(pixels[None]))
         np.testing.assert_allclose(arrays["features"], tokens[:, 0], atol=1e-5)
         assert arrays["step"] == 0
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
     assert not net.exists()
 
 
-# ------------------------------------------------------------------------------------ other projects
+# ----------------------------------------------------------------------------------- other projects
 
 
 class Peer(NamedTuple):
@@ -238,13 +239,13 @@ def agree(
 
     config, model, params, _ = pretrained.load(folder)
     for height, width in sizes:
-        pixels = images(2, height, width)
+        pixels = images(1, height, width)
         given = ((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(
             0, 3, 1, 2
         )
         with torch.no_grad():
             expected = peer.tokens(network, torch.tensor(given)).numpy()
-        (tokens,) = model.features(params, pixels)
+        (tokens,) = model.features(params, jnp.asarray(pixels))
         found = np.asarray(tokens)[:, 1 - (config.model.family == "vit") :]
         scale = max(1.0, np.abs(expected).mean())  # a ResNet's features have no unit scale
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale)
@@ -284,8 +285,6 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     config = pretrained.load(tmp_path / "net")[0]
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(7))
-    from sop_jax.convert import save
-
     save(config, params, 0, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "ours.safetensors", project)
     arrays = load_file(tmp_path / "ours.safetensors")
