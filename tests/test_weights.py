@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+import test_golden
 from checkpoints import Call, Named, bfloat16, numbers, save_pth
 from safetensors.numpy import save_file
 
@@ -31,7 +32,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model.width": 12,
         "model.stage_depths": (1, 2, 2, 1),
         "model.stage_heads": (1, 2, 3, 6),
-        "augment.global_size": 64,
+        "augment.global_size": 224,
     },
     "resnet": {"model.family": "resnet", "model.width": 4, "model.stage_depths": (2, 1, 3, 1)},
 }
@@ -297,6 +298,22 @@ def test_layout_is_recognised_by_names() -> None:
     assert mapping.recognise(checkpoints.ibot(), "timm").layout.project == "ibot"
 
 
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_table_gives_what_golden_numbers_were_computed_with(family: str) -> None:
+    golden = test_golden.load("backbone.npz")
+    before = f"{family}/weights/"
+    arrays = {name.removeprefix(before): x for name, x in golden.items() if before in name}
+    if family == "vit":
+        expected = test_golden.vit_params(golden, int(golden["vit/config"][3]))
+    else:
+        expected = test_golden.swin_params(golden, (2, 2, 2, 2))
+    leaves = pretrained.flatten({"backbone": expected})
+    loaded = load(arrays, shapes_of(leaves))
+    assert loaded.leaves.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(loaded.leaves[path], leaf)
+
+
 def test_ibot_checkpoint_gives_backbone_and_head() -> None:
     arrays = checkpoints.ibot(wrapper="module.")
     loaded = load(arrays, ibot_shapes())
@@ -383,5 +400,8 @@ def test_export_says_which_networks_a_project_lacks() -> None:
     leaves = random_leaves(tiny_config(**{"model.registers": 2}))
     with pytest.raises(UserError, match="has no place for backbone/register_tokens"):
         mapping.export("hf", "vit", leaves)
+    windows = random_leaves(tiny_config(**NETWORKS["swin"] | {"model.window": 14}))
+    with pytest.raises(UserError, match="transformers has no Swin whose window is smaller"):
+        mapping.export("hf", "swin", windows)
     with pytest.raises(UserError, match="dinov2 has no .*: it has no swin"):
         mapping.export("dinov2", "swin", random_leaves(tiny_config(**NETWORKS["swin"])))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sop_jax.errors import UserError
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -300,6 +302,17 @@ _SWIN = (
 )
 
 
+def _with_one_window(leaves: Arrays) -> Arrays:
+    """Transformers has the same window in all stages; iBOT's and timm's shrink to small grids."""
+    sizes = {leaf.shape[1] for path, leaf in leaves.items() if path.endswith("relative_bias")}
+    if len(sizes) > 1:
+        raise UserError(
+            "transformers has no Swin whose window is smaller in some stages, as a window of 14 is "
+            "in the last one; export with timm or ibot"
+        )
+    return leaves
+
+
 def _hf_swin(project: str, names: Names, bias: str) -> Layout:
     layer = "encoder.layers.{s}.blocks.{i}"
     rows = (
@@ -311,7 +324,7 @@ def _hf_swin(project: str, names: Names, bias: str) -> Layout:
         *_norm("layernorm", "backbone/norm"),
         _HF_VIT_MASK,
     )
-    return Layout(project, "swin", rows, {"norm_eps": 1e-5}, _HF_IGNORED)
+    return Layout(project, "swin", rows, {"norm_eps": 1e-5}, _HF_IGNORED, dict, _with_one_window)
 
 
 _SWINS = (
