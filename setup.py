@@ -25,6 +25,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.3",
         "pillow>=11.0",
+        "safetensors>=0.5",
         "scikit-learn>=1.6",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
@@ -48,6 +49,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
+        # What tests compare features with; timm wants torchvision beside it.
+        "parity": ["timm>=1.0", "torch>=2.6", "torchvision>=0.21", "transformers>=5.0"],
         "plot": ["matplotlib>=3.9"],
     },
 )

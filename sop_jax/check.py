@@ -1,10 +1,12 @@
 """Finds what is wrong with a config before the long work starts."""
 
+from typing import Any
+
 import ml_collections
 
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
-from sop_jax.models import SIZES, vit_size
+from sop_jax.models import FAMILIES, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.vit import REMATS
 from sop_jax.optim import CLIPS
@@ -16,7 +18,8 @@ CHOICES = {
     "data.source": ("tfds", "folder", "packed", "digits"),
     "augment.resample": ("opencv", "pillow"),
     "mask.kind": ("block", "random"),
-    "model.size": (*SIZES, "custom"),
+    "model.family": tuple(FAMILIES),
+    "model.positions": positions.RULES,
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMATS),
     "model.attention": IMPLEMENTATIONS,
@@ -35,10 +38,11 @@ POSITIVE = (
     "augment.global_size",
     "augment.local_size",
     "model.patch",
+    "model.norm_eps",
+    "model.window",
     "head.hidden",
     "head.dim",
     "sop.cls.memory",
-    "sop.patch.memory",
     "sop.cls.tasks",
     "sop.student_temperature",
     "eval.resize",
@@ -62,6 +66,7 @@ NOT_NEGATIVE = (
     "sop.cls.supports",
     "sop.patch.supports",
     "sop.patch.tasks",
+    "sop.patch.memory",
     "optim.clip",
     "mesh.data",
     "seed",
@@ -70,6 +75,8 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "model.init_std",
     "model.position_std",
+    "model.registers",
+    "model.layer_scale",
     "sop.cls.weight",
     "sop.patch.weight",
     "augment.hue",
@@ -121,6 +128,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_sizes(config)
     for name in ("cls", "patch"):
         check_memory(name, config)
+    if config.model.family == "resnet":
+        check_cls_alone(flat)
 
 
 def check_length(config: ml_collections.ConfigDict) -> None:
@@ -131,7 +140,7 @@ def check_length(config: ml_collections.ConfigDict) -> None:
             f"profile_steps is {first},{last}; expected the first and the last step to trace, "
             "counted from 1, such as --config.profile_steps=20,25, or 0,0 for none"
         )
-    for key in ("optim.warmup", "sop.temperature_warmup"):
+    for key in ("optim.warmup", "sop.temperature_warmup", "mask.start"):
         section, name = key.split(".")
         steps, epochs = config[section][f"{name}_steps"], config[section][f"{name}_epochs"]
         if (steps or 0) < 0 or epochs < 0:
@@ -147,25 +156,50 @@ def check_length(config: ml_collections.ConfigDict) -> None:
 
 
 def check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Images are whole patches, heads are whole."""
-    patch = config.model.patch
+    """Images are whole tokens, heads are whole."""
+    size = size_of(config.model)
+    side = token_side(config.model)
+    of_patches = config.model.family == "vit"
+    unit = f"model.patch {side}" if of_patches else f"the {side} pixels of a token"
     sizes = ["augment.global_size", "eval.crop"]
     if config.augment.local_crops:
         sizes.append("augment.local_size")
     for key in sizes:
-        size = flatten(config)[key]
-        if size % patch:
-            below, above = size // patch * patch, (size // patch + 1) * patch
+        pixels = flatten(config)[key]
+        if config.model.family == "resnet":
+            if pixels < side and key == "augment.global_size":
+                raise UserError(f"{key} is {pixels}; a ResNet needs {side} pixels or more")
+        elif pixels % side:
+            below, above = pixels // side * side, (pixels // side + 1) * side
             raise UserError(
-                f"{key} {size} is not a multiple of model.patch {patch}; "
-                f"choose {f'{below} or ' if below else ''}{above}, or another patch"
+                f"{key} {pixels} is not a multiple of {unit}; "
+                f"choose {f'{below} or ' if below else ''}{above}"
+                f"{', or another patch' if of_patches else ''}"
             )
     if config.eval.resize < config.eval.crop:
         raise UserError(
             f"eval.resize {config.eval.resize} is smaller than eval.crop {config.eval.crop}; "
             "the crop is taken from the resized image"
         )
-    size = vit_size(config.model)
+    NETWORKS[config.model.family](size)
+    if config.model.attention == "cudnn" and config.model.family != "vit":
+        raise UserError(
+            f"model.attention is cudnn, which model.family={config.model.family} has no use for; "
+            "choose auto"
+        )
+
+
+def check_resnet(size: Any) -> None:
+    """Every stage has blocks."""
+    if min(size.width, *size.depths) <= 0:
+        raise UserError(
+            f"model.width is {size.width} and model.stage_depths {size.depths}; expected more "
+            "than 0"
+        )
+
+
+def check_vit(size: Any) -> None:
+    """Heads are whole."""
     if min(size) <= 0:
         raise UserError(
             f"model.width, depth and heads are {size.width}, {size.depth} and {size.heads}; "
@@ -178,9 +212,49 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def check_swin(size: Any) -> None:
+    """Layers come in pairs, heads are whole."""
+    if min(size.width, *size.depths, *size.heads) <= 0:
+        raise UserError(
+            f"model.width, stage_depths and stage_heads are {size.width}, {size.depths} and "
+            f"{size.heads}; expected more than 0"
+        )
+    if any(depth % 2 for depth in size.depths):
+        raise UserError(
+            f"model.stage_depths is {size.depths}; expected even numbers, because every second "
+            "layer moves the windows of the one before"
+        )
+    for i, heads in enumerate(size.heads):
+        if size.width * 2**i % heads:
+            raise UserError(
+                f"model.width {size.width} makes stage {i + 1} {size.width * 2**i} wide, which "
+                f"cannot be split over its {heads} heads; choose other model.stage_heads"
+            )
+
+
+NETWORKS = {"vit": check_vit, "swin": check_swin, "resnet": check_resnet}
+
+
+# A ResNet has no patches to mask or to remember, and no drop path.
+CLS_ALONE = {"sop.patch.tasks": 0, "sop.patch.memory": 0, "mask.none": 1.0, "model.drop_path": 0.0}
+
+
+def check_cls_alone(flat: dict[str, Any]) -> None:
+    """What a ResNet has no use for is switched off, so that nobody believes it to be at work."""
+    others = {key: value for key, value in CLS_ALONE.items() if flat[key] != value}
+    if others:
+        raise UserError(
+            "model.family=resnet learns from [CLS] alone: it has no patches to mask and no drop "
+            f"path, but {', '.join(f'{key} is {flat[key]}' for key in others)}; set "
+            + " ".join(f"--config.{key}={value}" for key, value in others.items())
+        )
+
+
 def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
     """A memory holds a batch, the anchors of a draw, and their supports."""
     level, batch = config.sop[name], config.batch_size
+    if level.memory == 0 and level.tasks == 0:
+        return
     if batch > level.memory:
         raise UserError(
             f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "

@@ -35,6 +35,7 @@ def paper() -> ml_collections.ConfigDict:
     """The paper's recipe (appendix A; where it is silent, iBOT's) for ViT-S/16 on ImageNet."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.init_from = ""  # weights to start from: a file, or the folder of a run or of `convert`
     config.epochs = 800.0
     config.steps = config_dict.placeholder(int)  # wins over `epochs` when set
     config.batch_size = 1024  # images a step, over all devices
@@ -81,15 +82,25 @@ def paper() -> ml_collections.ConfigDict:
             kind="block",  # block | random
             ratio=(0.3, 0.3),  # uniform in this range, a view
             none=0.0,  # probability that a view stays unmasked
+            start_epochs=0.0,  # nothing is masked before
+            start_steps=config_dict.placeholder(int),
         )
     )
     config.model = ml_collections.ConfigDict(
         dict(
-            size="s",  # ti | s | b | l | custom
-            width=384,  # custom alone, as the two below
-            depth=12,
+            family="vit",  # vit | swin | resnet
+            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; resnet: 50; custom
+            width=384,  # custom alone, as the four below; of Swin's first stage, a ResNet's stem
+            depth=12,  # vit
             heads=6,
-            patch=16,
+            stage_depths=(2, 2, 6, 2),  # swin, resnet
+            stage_heads=(3, 6, 12, 24),
+            patch=16,  # vit; Swin's is 4, and its tokens stand for 32 pixels
+            window=7,  # swin: patches a side within which it attends
+            registers=0,  # vit: tokens that stand for nothing
+            layer_scale=0.0,  # vit: what branches are scaled by at the start; 0 for no scales
+            positions="ibot",  # vit: ibot | size | antialiased, how positions are resized
+            norm_eps=1e-6,  # of LayerNorm, added to the variance; a ResNet has none
             drop_path=0.1,
             init_std=0.02,  # of linear layers
             position_std=0.02,  # of positional embeddings at the start
@@ -185,11 +196,20 @@ def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
+def resumable(config: ml_collections.ConfigDict) -> list[str]:
+    """What a resumed run of this config may change.
+
+    Not the microbatches of a ResNet, of which each is normed by itself.
+    """
+    fixed = ("accumulate",) if config.model.family == "resnet" else ()
+    return [key for key in RESUMABLE if key not in fixed]
+
+
 def changes(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
     """What differs between two configs and may not differ in one run, a line each."""
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
         for key in sorted(before.keys() | after.keys())
-        if key not in RESUMABLE and before.get(key) != after.get(key)
+        if key not in resumable(new) and before.get(key) != after.get(key)
     ]

@@ -22,7 +22,7 @@ class Features:
     """Features of the images of a source that could be read, in the source's order.
 
     Attributes:
-        vectors: [CLS] after the final norm.
+        vectors: [CLS] after the final norm; a Swin's is the mean of its tokens.
         patches: tokens of the patches, row by row, where asked for.
         index: which record each row belongs to.
         corrupt: records that could not be read; they have no row.

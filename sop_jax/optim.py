@@ -60,13 +60,15 @@ def schedules(config: ml_collections.ConfigDict, steps: int, epoch: float) -> di
 
 
 def decays(params: Any) -> Any:
-    """True for what weight decay applies to: all but biases and the 1-D scales of norms.
+    """True for what weight decay applies to: not biases, the scales of norms, running statistics.
+
+    The last have no gradient either, so that AdamW leaves them as they are.
 
     By name, since the layers are stacked and their biases therefore not 1-D. [CLS], mask token and
     positions decay too, as in iBOT, where they have leading axes of length one.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("bias", "scale"), params
+        lambda path, _: path[-1].key not in ("bias", "scale", "mean", "var"), params
     )
 
 

@@ -172,7 +172,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         kind=device.device_kind,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
-        bound=min((config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")),
+        bound=min(memory_sizes(config)),
         memory=memory,
         wanted=wanted,
         limit=limit,
@@ -213,7 +213,7 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         best = found if found.fits else best
         return bool(found.fits)
 
-    no = min(config.sop[name].memory for name in ("cls", "patch")) // unit + 1
+    no = min(memory_sizes(config))[0] // unit + 1
     yes = no - 1
     while yes and not fits(yes):
         no, yes = yes, yes // 2
@@ -221,6 +221,12 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         middle = (yes + no) // 2
         yes, no = (middle, no) if fits(middle) else (yes, middle)
     return best
+
+
+def memory_sizes(config: ml_collections.ConfigDict) -> list[tuple[int, str]]:
+    """Rows of the memories that there are, and the settings that say so."""
+    rows = [(config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")]
+    return [row for row in rows if row[0]]
 
 
 def bytes_limit(device: Any) -> float | None:

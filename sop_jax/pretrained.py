@@ -1,27 +1,49 @@
-"""The network that a run has trained, for whatever comes after the training."""
+"""Trained networks, for whatever comes after a training: of a run, or of a file of weights."""
+
+import hashlib
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
 
 from sop_jax import checkpoint, hosts
 from sop_jax import config as config_lib
+from sop_jax.errors import UserError
 from sop_jax.mesh import make_mesh, replicated
-from sop_jax.models import Model, Params, build
+from sop_jax.models import Model, Params, build, size_of
+from sop_jax.models.positions import resize_positions
+from sop_jax.weights import files, mapping
+from sop_jax.weights.tables import Arrays
+
+
+class Start(NamedTuple):
+    """What a network starts from.
+
+    Attributes:
+        leaves: by their paths; the network's own start stays where there is none.
+        words: for a person, a line each: what was loaded, what was not, what was resized.
+    """
+
+    leaves: Arrays
+    words: list[str]
 
 
 def load(
-    workdir: epath.PathLike, step: int | None = None
+    workdir: epath.PathLike, step: int | None = None, network: str = "teacher"
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
-    """Reads the teacher of a run.
+    """Reads a network of a run, or the one of a folder that `sop_jax.convert` has made.
 
     Args:
         workdir: of the run, local or remote (`gs://`).
         step: of which checkpoint; the newest by default.
+        network: `teacher` or `student`.
 
     Returns:
-        The run's config, the network, the teacher's parameters on every device there is, and the
-        step that they are of.
+        The run's config, the network, its parameters on every device there is, and the step that
+        they are of.
 
     Raises:
         UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
@@ -35,7 +57,144 @@ def load(
     )
     if step is None:
         # Of all processes the first decides: to another a newer one may be there already.
-        step = hosts.agree(checkpoint.latest_step(workdir) or 0) or None
-    teacher = checkpoint.restore_part(workdir, abstract, "teacher", step)
+        newest = checkpoint.latest_step(workdir)
+        agreed = hosts.agree(-1 if newest is None else newest)
+        step = None if agreed < 0 else agreed
+    params = checkpoint.restore_part(workdir, abstract, network, step)
     assert step is not None  # without a checkpoint the line above has raised
-    return config, model, teacher, step
+    return config, model, params, step
+
+
+def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
+    """Reads `config.init_from` for the network of a run; all processes call it.
+
+    Args:
+        config: of the run.
+        model: its network.
+
+    Raises:
+        UserError: the file or folder cannot be read, or is not of this network; lists what
+            differs.
+    """
+    source = epath.Path(config.init_from)
+    shapes = {
+        path: leaf.shape
+        for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()
+    }
+    try:
+        if source.is_dir():
+            start = _of_run(source, config, shapes)
+        else:
+            start = of_arrays(read_file(source), shapes, config.model)
+    except UserError as error:
+        raise UserError(f"init_from={source}: {error}") from error
+    if hosts.several():
+        digest = hashlib.sha256()
+        for path in sorted(start.leaves):
+            digest.update(path.encode() + np.ascontiguousarray(start.leaves[path]).data)
+        hosts.check_agreement({f"what is in {source}": digest.hexdigest()[:12]})
+    return start
+
+
+def read_file(path: epath.PathLike, network: str | None = None) -> mapping.Recognised:
+    """The weights of one network of a file, and by which project's names.
+
+    Raises:
+        UserError: it cannot be read, or its names are unknown.
+    """
+    # Of projects with the same names timm has its files so, and DINO in PyTorch's own format.
+    likely = "timm" if epath.Path(path).suffix in (".safetensors", ".npz") else "ibot"
+    arrays = files.read(path, network)
+    try:
+        return mapping.recognise(arrays, likely)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def of_arrays(
+    file: mapping.Recognised,
+    shapes: dict[str, tuple[int, ...]],
+    settings: ml_collections.ConfigDict,
+) -> Start:
+    """The leaves of a network from the arrays of a file.
+
+    Args:
+        file: from `read_file`.
+        shapes: of the network's leaves by their paths.
+        settings: `config.model`.
+
+    Raises:
+        UserError: they are not of this network; lists what differs.
+    """
+    layout, who = file.layout, file.layout.project
+    try:
+        loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
+    except UserError as error:
+        theirs = mapping.describe(layout, file.arrays)
+        numbers = ", ".join(f"{name}={value}" for name, value in theirs.items())
+        raise UserError(f"{error}\nIts names are {who}'s, its numbers: {numbers}") from error
+    words = _words(loaded, f"by the names of {who}")
+    for name, value in layout.settings.items():
+        if settings[name] != value:
+            words.append(
+                f"{who} has model.{name}={value}, this network {settings[name]}: its features "
+                f"will differ a little from {who}'s"
+            )
+    return Start(loaded.leaves, words)
+
+
+def _of_run(
+    workdir: epath.Path, config: ml_collections.ConfigDict, shapes: dict[str, tuple[int, ...]]
+) -> Start:
+    """The leaves of a network from the teacher of another run."""
+    theirs, _, params, step = load(workdir)
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
+        raise UserError(
+            f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
+            "choose the same model.size, or the same numbers"
+        )
+    layout = mapping.own(theirs.model.family, {*shapes, *arrays})
+    loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
+    return Start(loaded.leaves, _words(loaded, f"of the teacher of step {step}"))
+
+
+def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
+    count = sum(leaf.size for leaf in loaded.leaves.values())
+    words = [f"loaded: {count / 1e6:.3g} M parameters in {len(loaded.leaves)} leaves, {whence}"]
+    words += [f"resized: {what}" for what in loaded.resized]
+    if loaded.lacking:
+        words.append(f"not there, so left at their start: {', '.join(loaded.lacking)}")
+    if loaded.ignored:
+        words.append(f"there and not needed: {', '.join(loaded.ignored)}")
+    return words
+
+
+def _resizer(rule: str) -> Any:
+    """A function of positions [1+n, D], [CLS] first, and the rows to have."""
+
+    def resize(table: np.ndarray, rows: int) -> np.ndarray:
+        old, new = (round((count - 1) ** 0.5) for count in (len(table), rows))
+        grid = jnp.asarray(table[1:]).reshape(old, old, -1)
+        resized = resize_positions(grid, (new, new), rule).reshape(new * new, -1)
+        return np.concatenate([table[:1], np.asarray(resized)])
+
+    return resize
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Leaves by their paths, such as `backbone/blocks/qkv/kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def replace(params: Params, leaves: Arrays) -> Params:
+    """Parameters with other values for some, which lie where those did."""
+
+    def value(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in leaves:
+            return leaf
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[name].__getitem__)
+
+    return jax.tree_util.tree_map_with_path(value, params)

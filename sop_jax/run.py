@@ -12,8 +12,8 @@ from jaxtyping import Array, Key
 from sop_jax import optim
 from sop_jax.data.masks import most_masked
 from sop_jax.mesh import check_split, gatherer, placed, replicated, shardings, split
-from sop_jax.models import Model, build, vit_size
-from sop_jax.models.attention import choose
+from sop_jax.models import Model, build, size_of
+from sop_jax.models.attention import Implementation, choose
 from sop_jax.sop.objective import Objective, sop
 from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
@@ -62,9 +62,11 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     steps, epoch = optim.run_length(config, images)
     schedules = optim.schedules(config, steps, epoch)
     tx = optim.optimizer(config.optim, schedules)
-    width, _, heads = vit_size(config.model)
-    attention = choose(config.model, width // heads, mesh.devices.flat[0])
-    model = build(config, config.augment.global_size, gatherer(mesh), attention)
+    implementation: Implementation = "xla"
+    if config.model.family == "vit":
+        width, _, heads = size_of(config.model)
+        implementation = choose(config.model, width // heads, mesh.devices.flat[0])
+    model = build(config, config.augment.global_size, gatherer(mesh), implementation)
     objective = sop(config, model.dim, mesh)
 
     def init(key: Key[Array, ""]) -> TrainState:
@@ -72,7 +74,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
     abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    side = config.augment.global_size // config.model.patch
+    side = config.augment.global_size // model.patch
     most = most_masked((side, side), config.mask)
     step = make_train_step(model, objective, tx, schedules, config.accumulate, most)
     return Run(
@@ -84,7 +86,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         epoch=epoch,
         init=jax.jit(init, out_shardings=where),
         abstract=abstract,
-        batch=abstract_batch(config, mesh),
+        batch=abstract_batch(config, mesh, model.patch),
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     )
 
@@ -96,10 +98,13 @@ def compiled_step(run: Run) -> Callable[..., Any]:
     return step.lower(run.abstract, run.batch, measure).compile()
 
 
-def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    """Shapes of what `data.pipeline.train_batches` makes on all hosts together, split by image."""
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, patch: int) -> dict[str, Any]:
+    """Shapes of what `data.pipeline.train_batches` makes on all hosts together, split by image.
+
+    A token stands for `patch` x `patch` pixels.
+    """
     augment = config.augment
-    side = augment.global_size // config.model.patch
+    side = augment.global_size // patch
     images = {
         "global_views": ((2, augment.global_size, augment.global_size, 3), jnp.uint8),
         "local_views": ((augment.local_crops, *(augment.local_size,) * 2, 3), jnp.uint8),

@@ -16,8 +16,8 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: steps done, which is also the position in the data.
-        student: parameters that learn.
-        teacher: their moving average.
+        student: parameters that learn, and running statistics of its forward passes.
+        teacher: their moving average, and running statistics of its own.
         opt_state: of the optimizer.
         memories: of the objective.
         key: never changes; a step's randomness is `fold_in(key, step)`.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Int, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
 from sop_jax.optim import Schedule
@@ -23,18 +23,22 @@ def embed_views(
     mask: Bool[Array, "B V h w"] | None = None,
     keys: Key[Array, " B"] | None = None,
     patches: Int[Array, "B V M"] | None = None,
-) -> tuple[Float[Array, "V B d"], Float[Array, "V B M d"]]:
-    """Embeddings of views in one forward, of [CLS] and some patches, views first in the result."""
+) -> tuple[Embeddings, Params]:
+    """Embeddings of views in one forward pass of training, and the running statistics it leaves.
+
+    Of patches, those at the given places alone.
+    """
     batch, count = views.shape[:2]
     flat_mask = None if mask is None else mask.reshape(-1, *mask.shape[2:])
-    flat_patches = False if patches is None else patches.reshape(-1, patches.shape[-1])
     flat_keys = None if keys is None else split_each(keys, count).reshape(-1)
     flat = views.reshape(-1, *views.shape[2:])
-    outputs = model.embed(params, flat, flat_mask, flat_keys, flat_patches)
+    flat_patches = False if patches is None else patches.reshape(len(flat), patches.shape[-1])
+    outputs, statistics = model.embed_training(params, flat, flat_mask, flat_keys, flat_patches)
     # Images stay the leading axis inside the network, so that their sharding does.
-    return jax.tree.map(
+    embeddings = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0), outputs
     )
+    return Embeddings(*embeddings), statistics
 
 
 def make_train_step(
@@ -53,7 +57,9 @@ def make_train_step(
         tx: the optimizer.
         schedules: see `optim.schedules`.
         accumulate: microbatches of a batch, one after another, to save memory. Prototypes are
-            drawn once and memories written once; all results are those of one batch.
+            drawn once and memories written once; all results are those of one batch, unless the
+            network has batch norm. That norms each microbatch by itself, and a step moves its
+            running statistics once a pass, by the mean of what the microbatches have seen.
         most_masked: patches of a view, at most, as masks are drawn; the head sees so many. By
             default all.
 
@@ -73,27 +79,35 @@ def make_train_step(
         with jax.named_scope("prototypes"):
             sops = objective.prototypes(state.memories, sop_key)
 
-        def loss_fn(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], Any]]:
-            """The loss of some images, and what is needed of them later."""
+        def loss_fn(params: Params, part: Batch) -> tuple[Array, tuple[dict[str, Array], Any, Any]]:
+            """The loss of some images, where they move running statistics, and what is kept."""
             views, local_views, mask = part["global_views"], part["local_views"], part["mask"]
             global_keys, local_keys, patch_keys = split_each(part["keys"], 3).T
 
             # The head sees the patches that a loss or a memory takes: masked ones, and the
-            # teacher's one more, drawn for each image.
-            masked, is_masked = masked_first(mask, most_masked)
-            drawn = draw_patches(patch_keys, views.shape[1], mask[0, 0].size)
+            # teacher's one more, drawn for each image, which comes last.
+            masked, is_masked = masked_first(mask, most_masked if objective.patches else 0)
+            taken = masked
+            if objective.patches:
+                drawn = draw_patches(patch_keys, views.shape[1], mask[0, 0].size)
+                taken = jnp.concatenate([masked, drawn], axis=-1)
 
             with jax.named_scope("teacher"):
-                cls, patches = embed_views(
-                    model, state.teacher, views, patches=jnp.concatenate([masked, drawn], axis=-1)
+                teacher, teacher_statistics = embed_views(
+                    model, state.teacher, views, patches=taken
                 )
-                teacher = Embeddings(cls, patches[:, :, :-1])
-                kept = objective.keep(cls, patches[:, :, -1])
+                kept = objective.keep(teacher)
+                teacher = Embeddings(teacher.cls, teacher.patches[:, :, : masked.shape[-1]])
 
             with jax.named_scope("student"):
-                cls, patches = embed_views(model, params, views, mask, global_keys, masked)
+                (cls, patches), statistics = embed_views(
+                    model, params, views, mask, global_keys, masked
+                )
                 if local_views.shape[1]:
-                    local_cls, _ = embed_views(model, params, local_views, None, local_keys)
+                    params = with_statistics(params, statistics)
+                    (local_cls, _), statistics = embed_views(
+                        model, params, local_views, None, local_keys
+                    )
                     cls = jnp.concatenate([cls, local_cls])
                 student = Embeddings(cls, patches)
 
@@ -102,18 +116,18 @@ def make_train_step(
                 loss, terms = objective.loss(sops, student, teacher, views_first, temperatures)
 
             seen = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (student.cls, teacher.cls))
-            return loss, (terms, (kept, seen))
+            return loss, (terms, (statistics, teacher_statistics), (kept, seen))
 
         def gradient(part: Batch) -> tuple[Any, Any]:
-            (loss, (terms, outputs)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            (loss, (terms, moved, outputs)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.student, part
             )
-            return (loss, terms, grads), outputs
+            return (loss, terms, moved, grads), outputs
 
         # A key for each image: neither devices nor microbatches change what it draws.
         batch = batch | {"keys": jax.random.split(images_key, len(batch["index"]))}
         parts = jax.tree.map(lambda x: deal(x, accumulate), batch)
-        (loss, terms, grads), outputs = mean_over_parts(gradient, parts)
+        (loss, terms, moved, grads), outputs = mean_over_parts(gradient, parts)
         kept, (student_cls, teacher_cls) = jax.tree.map(collect, outputs)
 
         with jax.named_scope("update"):
@@ -121,6 +135,10 @@ def make_train_step(
             student_params = optax.apply_updates(state.student, updates)
             teacher_params = optax.incremental_update(
                 student_params, state.teacher, 1 - now["momentum"]
+            )
+            # Neither the optimizer nor the average moves running statistics: forward passes do.
+            student_params, teacher_params = map(
+                with_statistics, (student_params, teacher_params), moved
             )
 
         with jax.named_scope("memories"):
@@ -161,6 +179,14 @@ def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array,
     """The place of one random patch of each image, the same for all of its views."""
     drawn = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches))(keys)
     return jnp.broadcast_to(drawn, (len(keys), views, 1))
+
+
+def with_statistics(params: Params, statistics: Params) -> Params:
+    """The parameters with these running statistics, a part of the same tree, in their places."""
+    return params | {
+        name: with_statistics(params[name], part) if isinstance(part, dict) else part
+        for name, part in statistics.items()
+    }
 
 
 def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, hosts
+from sop_jax import checkpoint, hosts, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
@@ -105,10 +105,12 @@ def train_until(
     to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
     checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
     start = saved = hosts.agree(max(there, default=0))
+    notes: list[str] = []
     if start:
         state = checkpoint.restore(workdir, run.abstract, start)
     else:
         state = run.init(jax.random.key(config.seed))
+        state, notes = start_from(config, run, state)
     rows = [row for row in read_metrics(workdir) if row["step"] <= start > 0]
     # An evaluation that was interrupted is owed, and its step's row is written again.
     due_now = start > 0 and judged(config, start, steps)
@@ -116,7 +118,8 @@ def train_until(
     unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
 
     progress = Progress(start, steps, shown=chief)
-    progress.note(describe(config, run, train_source, test_source, start))
+    for note in (describe(config, run, train_source, test_source, start), *notes):
+        progress.note(note)
     clock = time.monotonic()
     train_step = compiled_step(run)
     compile_s = time.monotonic() - clock
@@ -260,7 +263,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
                 f"{workdir} belongs to a run with other settings:\n  "
                 + "\n  ".join(different)
                 + "\nUse those settings to go on with it, or another --workdir. Only "
-                f"{', '.join(config_lib.RESUMABLE)} may change."
+                f"{', '.join(config_lib.resumable(config))} may change."
             )
         if summary.exists():
             with contextlib.suppress(ValueError):  # damaged: the end of the run is made again
@@ -270,6 +273,27 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
             f"{workdir} has checkpoints but no config.json that says of what; use another --workdir"
         )
     return None
+
+
+def start_from(
+    config: ml_collections.ConfigDict, run: Run, state: TrainState
+) -> tuple[TrainState, list[str]]:
+    """The first state, with student and teacher as `config.init_from` has them, if it says so.
+
+    Returns:
+        The state, and what was loaded, what was not and what was resized, for a person.
+
+    Raises:
+        UserError: these weights cannot be read or are not of this network.
+    """
+    if not config.init_from:
+        return state, []
+    start = pretrained.read_start(config, run.model)
+    networks = [
+        pretrained.replace(params, start.leaves) for params in (state.student, state.teacher)
+    ]
+    state = state._replace(student=networks[0], teacher=networks[1])
+    return state, [f"starts from {config.init_from}", *(f"  {line}" for line in start.words)]
 
 
 def judged(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:

@@ -20,7 +20,11 @@ STEPS = 3
 
 
 def small_config(
-    data: int = 1, fsdp: int = 1, accumulate: int = 1, remat: str = "products"
+    data: int = 1,
+    fsdp: int = 1,
+    accumulate: int = 1,
+    remat: str = "products",
+    family: str = "vit",
 ) -> ml_collections.ConfigDict:
     """With drop path, local crops, and memories that a batch does not divide."""
     config = config_lib.paper()
@@ -29,6 +33,13 @@ def small_config(
     config.augment.update(dict(global_size=8, local_size=4, local_crops=2))
     model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype="float32", init_std=0.2)
     config.model.update(model | dict(drop_path=0.3, remat=remat))
+    config.optim.lr = 0.5
+    if family == "swin":  # whose first stage of four moves its windows
+        config.augment.update(dict(global_size=64, local_size=32))
+        stages = dict(stage_depths=(2, 2, 2, 2), stage_heads=(1, 2, 2, 2), window=8)
+        config.model.update(stages | dict(family=family))
+        # Eight layers, and LayerNorm of small masked patches, would magnify what is rounded.
+        config.model.init_std, config.model.norm_eps, config.optim.lr = 0.05, 0.1, 0.05
     config.head.update(dict(hidden=16, dim=8))
     config.sop.cls.update(dict(memory=40, anchors=6, supports=2, tasks=2))
     config.sop.patch.update(dict(memory=24, anchors=5))
@@ -57,7 +68,7 @@ def keep_gradients(config: Any, schedules: Any) -> optax.GradientTransformation:
     """Plain gradient descent, in whose state the last gradients stay: no division by tiny sums."""
 
     def update(gradients: Any, state: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda g: -0.5 * g, gradients), gradients
+        return jax.tree.map(lambda g: -config.lr * g, gradients), gradients
 
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 

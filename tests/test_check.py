@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import CHOICES, POSITIVE, check
+from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check
 from sop_jax.errors import UserError
 
 
@@ -31,10 +31,15 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
     assert all(choice in str(error.value) for choice in CHOICES[key])
 
 
+# What a choice needs beside itself.
+RESNET = {"model.family": "resnet", "model.size": "50"} | CLS_ALONE
+WITH = {"resnet": RESNET}
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_passes(key: str) -> None:
     for choice in CHOICES[key]:
-        check(changed({key: choice}))
+        check(changed({key: choice} | WITH.get(choice, {})))
 
 
 @pytest.mark.parametrize("key", POSITIVE)
@@ -45,10 +50,16 @@ def test_nothing_that_must_be_positive_may_be_zero(key: str) -> None:
         check(changed({key: zero}))
 
 
+SWIN = {"model.family": "swin", "model.size": "t"}
+
 BAD = {
     "more anchors than rows": (
         {"sop.patch.anchors": 8193},
         r"sop\.patch\.anchors 8193 .*sop\.patch\.memory 8192; expected 2 to 8192",
+    ),
+    "cuDNN for a Swin": (
+        {"model.family": "swin", "model.size": "t", "model.attention": "cudnn"},
+        r"model\.attention is cudnn, which model\.family=swin has no use for; choose auto",
     ),
     "a trace that ends before it starts": (
         {"profile_steps": (5, 3)},
@@ -99,6 +110,53 @@ BAD = {
         {"sop.teacher_temperature": (0.0, 0.07)},
         r"sop\.teacher_temperature is .*expected more than 0",
     ),
+    "a ResNet with all that a ViT has": (
+        {"model.family": "resnet", "model.size": "50"},
+        r"\[CLS\] alone.*sop\.patch\.tasks is 1, sop\.patch\.memory is 8192, mask\.none is 0\.0, "
+        r"model\.drop_path is 0\.1; set --config\.sop\.patch\.tasks=0 "
+        r"--config\.sop\.patch\.memory=0 --config\.mask\.none=1\.0 "
+        r"--config\.model\.drop_path=0\.0$",
+    ),
+    "a ResNet with masks": (
+        RESNET | {"mask.none": 0.5},
+        r"but mask\.none is 0\.5; set --config\.mask\.none=1\.0$",
+    ),
+    "views smaller than a feature": (
+        RESNET | {"augment.global_size": 30},
+        r"augment\.global_size is 30; a ResNet needs 32 pixels or more",
+    ),
+    "a stage without blocks": (
+        RESNET | {"model.size": "custom", "model.stage_depths": (3, 0, 1, 1)},
+        r"model\.stage_depths \(3, 0, 1, 1\); expected more than 0",
+    ),
+    "patches without a memory of them": (
+        {"sop.patch.memory": 0},
+        r"batch_size 1024 does not fit sop\.patch\.memory 0",
+    ),
+    "masks from before the start": (
+        {"mask.start_epochs": -1.0},
+        r"mask\.start_steps is None, mask\.start_epochs -1\.0; expected 0 or more",
+    ),
+    "a size of another family": (
+        {"model.family": "swin", "model.size": "l"},
+        r"model\.size is 'l'; expected one of t, s, b for model\.family=swin, or custom",
+    ),
+    "views of broken tokens": (
+        SWIN | {"augment.local_size": 98},
+        r"augment\.local_size 98 .*multiple of the 32 pixels of a token; choose 96 or 128$",
+    ),
+    "a Swin whose layers do not pair": (
+        SWIN | {"model.size": "custom", "model.stage_depths": (2, 2, 5, 2)},
+        r"model\.stage_depths is \(2, 2, 5, 2\); expected even numbers",
+    ),
+    "a Swin whose heads do not divide": (
+        SWIN | {"model.size": "custom", "model.width": 100},
+        r"model\.width 100 makes stage 1 100 wide.* its 3 heads; choose other model\.stage_heads",
+    ),
+    "a Swin of no layers": (
+        SWIN | {"model.size": "custom", "model.stage_depths": (2, 2, 0, 2)},
+        r"stage_depths and stage_heads are .*expected more than 0",
+    ),
     "heads that do not divide": (
         {"model.size": "custom", "model.width": 100, "model.heads": 3},
         r"model\.width 100 .*model\.heads 3; choose a width",
@@ -122,7 +180,11 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
         {"steps": 1, "epochs": 0.0},
         {"sop.patch.tasks": 0, "sop.patch.anchors": 9000},
         {"augment.local_crops": 0},
+        {"sop.patch.tasks": 0, "sop.patch.memory": 0},
+        RESNET | {"batch_size": 9000, "augment.local_size": 45},
         {"model.size": "custom", "model.width": 96, "model.heads": 3},
+        {"model.size": "h", "model.patch": 14, "augment.local_size": 98, "model.registers": 4},
+        SWIN | {"model.window": 14, "mask.start_steps": 0},
     ],
     ids=str,
 )

@@ -91,6 +91,19 @@ def test_patches_come_row_by_row_where_asked_for() -> None:
     np.testing.assert_allclose(found.patches, tokens[:, 1:], atol=2e-2)
 
 
+def test_a_swin_gives_the_mean_of_its_tokens_and_all_of_them() -> None:
+    settings = {"model.family": "swin", "model.width": 8, "model.stage_depths": (2, 2, 2, 2)}
+    settings |= {"model.stage_heads": (1, 1, 2, 2), "augment.global_size": 64}
+    config = small_config(**settings | {"eval.crop": 64, "eval.resize": 64})
+    model = build(config, 64)
+    params = jax.jit(model.init)(jax.random.key(0))
+    found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
+    assert found.patches is not None and found.patches.shape == (20, 4, 64)
+    assert found.vectors.shape == (20, 64)
+    np.testing.assert_allclose(found.patches.astype(np.float32).mean(1), found.vectors, atol=1e-2)
+    assert np.abs(found.vectors[0] - found.vectors[1]).max() > 1e-2
+
+
 def test_corrupt_images_have_no_row_and_are_named() -> None:
     config, (model, params) = small_config(), network("float32")
     broken = (0, 17, 36)

@@ -3,16 +3,19 @@
 SOP_GOLDEN_DIR names a folder with other seeds and sizes; all sizes come from the arrays.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
 from sop_jax import models, optim
+from sop_jax.config import paper
 from sop_jax.mesh import make_mesh
 from sop_jax.sop import assignment, losses, memory, prototypes
 
@@ -28,7 +31,10 @@ METHOD_INPUTS = (
 )
 # Numbers of methods that are not in the package.
 OTHER_METHODS = ("collapse_", "koleo_", "sk_", "pc_")
-BACKBONE_INPUTS = ("vit/config", "vit/image", "vit/mask", "vit/local_image", "vit/wide_image")
+BACKBONE_INPUTS = (
+    *("vit/config", "vit/image", "vit/mask", "vit/local_image", "vit/wide_image"),
+    *("swin/config", "swin/image", "swin/mask", "swin/local_image"),
+)
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -90,76 +96,128 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return computed
 
 
-def vit_params(golden: dict[str, np.ndarray], depth: int) -> models.Params:
-    """The weights of backbone.npz under the names and layouts of the package."""
+class Torch:
+    """Weights of backbone.npz under the names and layouts of the package."""
 
-    def weight(name: str) -> np.ndarray:
-        return golden[f"vit/weights/{name}"]
+    def __init__(self, golden: dict[str, np.ndarray], family: str):
+        self.golden, self.family = golden, family
 
-    def linear(name: str) -> models.Params:
-        return {"kernel": weight(f"{name}.weight").T, "bias": weight(f"{name}.bias")}
+    def __call__(self, name: str) -> np.ndarray:
+        return self.golden[f"{self.family}/weights/{name}"]
 
-    def norm(name: str) -> models.Params:
-        return {"scale": weight(f"{name}.weight"), "bias": weight(f"{name}.bias")}
+    def linear(self, name: str) -> models.Params:
+        return {"kernel": self(f"{name}.weight").T, "bias": self(f"{name}.bias")}
 
-    def block(i: int) -> models.Params:
-        part = f"blocks.{i}"
+    def norm(self, name: str) -> models.Params:
+        return {"scale": self(f"{name}.weight"), "bias": self(f"{name}.bias")}
+
+    def patches(self) -> models.Params:
+        kernel = self("patch_embed.proj.weight")  # [D, 3, p, p]
         return {
-            "norm1": norm(f"{part}.norm1"),
-            "qkv": linear(f"{part}.attn.qkv"),
-            "proj": linear(f"{part}.attn.proj"),
-            "norm2": norm(f"{part}.norm2"),
-            "fc1": linear(f"{part}.mlp.fc1"),
-            "fc2": linear(f"{part}.mlp.fc2"),
+            "kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)),
+            "bias": self("patch_embed.proj.bias"),
         }
 
-    patches = weight("patch_embed.proj.weight")  # [D, 3, p, p]
+    def block(self, name: str) -> models.Params:
+        return {
+            "norm1": self.norm(f"{name}.norm1"),
+            "qkv": self.linear(f"{name}.attn.qkv"),
+            "proj": self.linear(f"{name}.attn.proj"),
+            "norm2": self.norm(f"{name}.norm2"),
+            "fc1": self.linear(f"{name}.mlp.fc1"),
+            "fc2": self.linear(f"{name}.mlp.fc2"),
+        }
+
+
+def stack(layers: list[models.Params]) -> models.Params:
+    return jax.tree.map(lambda *x: np.stack(x), *layers)
+
+
+def vit_params(golden: dict[str, np.ndarray], depth: int) -> models.Params:
+    weight = Torch(golden, "vit")
     return {
         "cls_token": weight("cls_token")[0, 0],
         "pos_embed": weight("pos_embed")[0],
         "mask_token": weight("masked_embed")[0],
-        "patch_embed": {
-            "kernel": patches.transpose(2, 3, 1, 0).reshape(-1, len(patches)),
-            "bias": weight("patch_embed.proj.bias"),
-        },
-        "blocks": jax.tree.map(lambda *x: np.stack(x), *[block(i) for i in range(depth)]),
-        "norm": norm("norm"),
+        "patch_embed": weight.patches(),
+        "blocks": stack([weight.block(f"blocks.{i}") for i in range(depth)]),
+        "norm": weight.norm("norm"),
     }
+
+
+def swin_params(golden: dict[str, np.ndarray], depths: tuple[int, ...]) -> models.Params:
+    weight = Torch(golden, "swin")
+
+    def block(name: str) -> models.Params:
+        table = weight(f"{name}.attn.relative_position_bias_table")
+        return weight.block(name) | {"relative_bias": table}
+
+    def stage(i: int, depth: int) -> models.Params:
+        name = f"layers.{i}"
+        blocks = {"blocks": stack([block(f"{name}.blocks.{j}") for j in range(depth)])}
+        if i == len(depths) - 1:
+            return blocks
+        reduction = {"kernel": weight(f"{name}.downsample.reduction.weight").T}
+        norm = weight.norm(f"{name}.downsample.norm")
+        return blocks | {"downsample": {"norm": norm, "reduction": reduction}}
+
+    return {
+        "patch_embed": weight.patches(),
+        "patch_norm": weight.norm("patch_embed.norm"),
+        "mask_token": weight("masked_embed")[0],
+        "stages": {str(i): stage(i, depth) for i, depth in enumerate(depths)},
+        "norm": weight.norm("norm"),
+    }
+
+
+def features(
+    golden: dict[str, np.ndarray],
+    family: str,
+    settings: dict[str, Any],
+    image_size: int,
+    backbone: models.Params,
+) -> Callable[..., list[jax.Array]]:
+    """A function of the name of an image in the file."""
+    config = paper()
+    config.model.update(settings | dict(family=family, size="custom", dtype="float32"))
+    config.head.update(dict(hidden=8, dim=8))
+    model = models.build(config, image_size)
+    params = model.init(jax.random.key(0)) | {"backbone": jax.tree.map(jnp.asarray, backbone)}
+
+    def tokens(image: str, **options: Any) -> list[jax.Array]:
+        # The images of the file are normalised already: undo what the package does to pixels.
+        pixels = golden[f"{family}/{image}"].transpose(0, 2, 3, 1)
+        pixels = (pixels * np.array(models.STD) + np.array(models.MEAN)) * 255
+        return model.features(params, single(pixels), **options)
+
+    return tokens
 
 
 def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """What the package makes of the inputs of backbone.npz."""
     image_size, patch, width, depth, heads = (int(x) for x in golden["vit/config"])
-    config = ml_collections.ConfigDict(
-        dict(
-            model=dict(size="custom", width=width, depth=depth, heads=heads, patch=patch),
-            head=dict(hidden=8, dim=8),
-        )
-    )
-    config.model.update(
-        dict(drop_path=0.0, remat="none", dtype="float32", init_std=0.02, position_std=0.02)
-    )
-    model = models.build(config, image_size)
-    backbone = jax.tree.map(jnp.asarray, vit_params(golden, depth))
-    params = model.init(jax.random.key(0)) | {"backbone": backbone}
+    size = dict(width=width, depth=depth, heads=heads, patch=patch)
+    vit = features(golden, "vit", size, image_size, vit_params(golden, depth))
+    last = vit("image", last=2)
 
-    def tokens(image: str, **options) -> list[jax.Array]:
-        # The images of the file are normalised already: undo what the package does to pixels.
-        pixels = golden[f"vit/{image}"].transpose(0, 2, 3, 1)
-        pixels = (pixels * np.array(models.STD) + np.array(models.MEAN)) * 255
-        return model.features(params, single(pixels), **options)
+    image_size, patch, width, window = (int(x) for x in golden["swin/config"])
+    assert patch == 4
+    size = dict(width=width, window=window, stage_depths=(2, 2, 2, 2), stage_heads=(1, 2, 3, 6))
+    swin = features(golden, "swin", size, image_size, swin_params(golden, (2, 2, 2, 2)))
 
-    last = tokens("image", last=2)
     steps = len(golden["schedule/lr"])
     lr = optim.learning_rate(5e-4, 1e-6, steps // 3, steps)
     step = jnp.arange(steps)
     return {
-        "vit/tokens": tokens("image")[0],
-        "vit/tokens_masked": tokens("image", mask=jnp.asarray(golden["vit/mask"]))[0],
-        "vit/local_tokens": tokens("local_image")[0],
-        "vit/wide_tokens": tokens("wide_image")[0],
+        "vit/tokens": vit("image")[0],
+        "vit/tokens_masked": vit("image", mask=jnp.asarray(golden["vit/mask"]))[0],
+        "vit/local_tokens": vit("local_image")[0],
+        "vit/wide_tokens": vit("wide_image")[0],
         "vit/last2_0": last[0],
         "vit/last2_1": last[1],
+        "swin/tokens": swin("image")[0],
+        "swin/tokens_masked": swin("image", mask=jnp.asarray(golden["swin/mask"]))[0],
+        "swin/local_tokens": swin("local_image")[0],
         "schedule/lr": lr(step),
         "schedule/wd": optim.cosine((0.04, 0.4), steps)(step),
         "schedule/momentum": optim.cosine((0.994, 1.0), steps)(step),
@@ -174,18 +232,16 @@ def difference(key: str, expected: np.ndarray, got: jax.Array) -> str | None:
         return None if np.array_equal(expected, got) else f"{key}: indices differ"
     error = float(np.abs(np.asarray(got, np.float64) - expected).max())
     tolerance = BACKBONE_TOLERANCE
-    if not key.startswith("vit/"):
+    if not key.startswith(("vit/", "swin/")):
         tolerance = METHOD_TOLERANCE * float(np.abs(expected).max())
     return None if error <= tolerance else f"{key}: off by {error:.2e}, allowed {tolerance:.2e}"
 
 
-def differences(
-    golden: dict[str, np.ndarray], computed: dict[str, jax.Array], skip: tuple[str, ...] = ()
-) -> list[str]:
+def differences(golden: dict[str, np.ndarray], computed: dict[str, jax.Array]) -> list[str]:
     """Every expected array that has no computed one, or another; inputs are left out."""
     found = []
     for key, expected in golden.items():
-        if method_inputs(key) or key in BACKBONE_INPUTS or key.startswith(("vit/weights/", *skip)):
+        if method_inputs(key) or key in BACKBONE_INPUTS or "/weights/" in key:
             continue
         if key not in computed:
             found.append(f"{key}: not computed")
@@ -194,27 +250,28 @@ def differences(
     return found
 
 
-def test_method():
-    golden = load("method.npz")
-    assert differences(golden, method_numbers(golden)) == []
+@functools.cache
+def computed_numbers(name: str) -> dict[str, jax.Array]:
+    return NUMBERS[name](load(name))
 
 
-def test_backbone_and_schedules():
-    golden = load("backbone.npz")
-    assert differences(golden, backbone_numbers(golden), skip=("swin/",)) == []
+NUMBERS = {"method.npz": method_numbers, "backbone.npz": backbone_numbers}
 
 
-@pytest.mark.parametrize("name", ["method.npz", "backbone.npz"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number(name):
+    assert differences(load(name), computed_numbers(name)) == []
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 def test_any_changed_number_fails(name):
     """Changes each expected number array in turn: none may pass unnoticed."""
-    golden = load(name)
-    numbers = method_numbers if name == "method.npz" else backbone_numbers
-    computed = numbers(golden)
+    golden, computed = load(name), computed_numbers(name)
     for key in computed:
         changed = np.array(golden[key])
         if np.issubdtype(changed.dtype, np.integer):
             changed.flat[-1] += 1
         else:
             changed.flat[-1] += 1e-3 * max(1.0, np.abs(changed).max())
-        found = differences(golden | {key: changed}, computed, skip=("swin/",))
+        found = differences(golden | {key: changed}, computed)
         assert [line.split(":")[0] for line in found] == [key]

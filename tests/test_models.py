@@ -15,6 +15,7 @@ from sop_jax.errors import UserError
 from sop_jax.flops import flops
 from sop_jax.models import Model, Params, build
 from sop_jax.models.head import unit
+from sop_jax.models.positions import RULES
 from sop_jax.models.vit import drop_path
 
 BATCH, SIDE, PATCH, WIDTH, DIM = 3, 16, 4, 16, 8
@@ -147,6 +148,78 @@ def test_drop_path_keeps_or_drops_whole_branches_and_their_mean() -> None:
     assert per_sample.mean() == pytest.approx(1, abs=0.03)
 
 
+# Attention, registers, scales, positions
+
+
+def test_attention_is_what_the_last_layer_takes(model: Model, params: Params) -> None:
+    weights = jax.jit(model.attention)(params, images())
+    assert weights.shape == (BATCH, 2, 17, 17) and weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    before, _ = model.features(params, images(), last=2)  # normed by a norm of no effect
+    last = jax.tree.map(lambda leaf: leaf[-1], params["backbone"]["blocks"])
+    qkv = before @ last["qkv"]["kernel"] + last["qkv"]["bias"]
+    q, k, _ = jnp.moveaxis(qkv.reshape(BATCH, 17, 3, 2, WIDTH // 2), 2, 0)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(WIDTH // 2)
+    np.testing.assert_allclose(weights, jax.nn.softmax(logits), atol=1e-5)
+
+
+def test_registers_take_part_and_are_not_given_back(params: Params) -> None:
+    model = small_model(registers=3)
+    start = jax.jit(model.init)(jax.random.key(0))
+    assert start["backbone"]["register_tokens"].shape == (3, WIDTH)
+    assert 0 < jnp.abs(start["backbone"]["register_tokens"]).max() < 1e-4
+    features = jax.jit(model.features)
+    tokens = []
+    for scale in (1.0, 2.0):
+        more = {"register_tokens": scale * jnp.ones((3, WIDTH)).at[:, ::2].set(-1)}
+        (found,) = features(params | {"backbone": params["backbone"] | more}, images())
+        assert found.shape == (BATCH, 17, WIDTH)
+        tokens.append(found)
+    assert jnp.abs(tokens[0] - tokens[1]).min(axis=2).max() > 1e-3
+    assert jax.jit(model.attention)(start, images()).shape == (BATCH, 2, 20, 20)
+    cls, patches = jax.jit(model.embed)(start, images(8, 8))
+    assert cls.shape == (BATCH, DIM) and patches.shape == (BATCH, 4, DIM)
+
+
+def test_scales_multiply_the_branches_of_their_layer(params: Params) -> None:
+    model = small_model(layer_scale=0.25)
+    start = jax.jit(model.init)(jax.random.key(0))["backbone"]["blocks"]
+    for name in ("ls1", "ls2"):
+        assert (start[name]["scale"] == 0.25).all() and start[name]["scale"].shape == (3, WIDTH)
+    # The same as branches whose last linear layers are a quarter.
+    blocks = dict(params["backbone"]["blocks"])
+    scaled = blocks | {name: start[name] for name in ("ls1", "ls2")}
+    for name in ("proj", "fc2"):
+        blocks[name] = jax.tree.map(lambda leaf: leaf / 4, blocks[name])
+    plain = small_model()
+    (expected,) = plain.features(
+        params | {"backbone": params["backbone"] | {"blocks": blocks}}, images()
+    )
+    (found,) = model.features(
+        params | {"backbone": params["backbone"] | {"blocks": scaled}}, images()
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_rule_for_positions_is_a_setting(params: Params) -> None:
+    small = {rule: small_model(positions=rule).features(params, images(8, 8))[0] for rule in RULES}
+    whole = {rule: small_model(positions=rule).features(params, images())[0] for rule in RULES}
+    for rule in RULES[1:]:
+        assert jnp.abs(small[rule] - small["ibot"]).max() > 1e-4
+        np.testing.assert_array_equal(whole[rule], whole["ibot"])
+
+
+def test_patches_of_14_pixels_take_views_of_224_and_98() -> None:
+    config = config_lib.paper()
+    config.model.update(dict(size="h", patch=14))
+    model = build(config, 224)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    for side, tokens in ((224, 256), (98, 49)):
+        views = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+        _, patches = jax.eval_shape(lambda params, views: model.embed(params, views), params, views)
+        assert patches.shape == (1, tokens, 256)
+
+
 def test_half_precision_gives_float32_unit_embeddings_near_those_of_float32(
     embed: Any, params: Params
 ) -> None:
@@ -177,11 +250,12 @@ def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "millions"), [("s", 21.665664), ("b", 85.798656), ("l", 303.301632)]
+    ("size", "patch", "millions"),
+    [("s", 16, 21.665664), ("b", 16, 85.798656), ("l", 16, 303.301632), ("h", 14, 630.7648)],
 )
-def test_sizes_have_the_known_numbers_of_parameters(size: str, millions: float) -> None:
+def test_sizes_have_the_known_numbers_of_parameters(size: str, patch: int, millions: float) -> None:
     config = config_lib.paper()
-    config.model.size = size
+    config.model.size, config.model.patch = size, patch
     shapes = jax.eval_shape(build(config, 224).init, jax.random.key(0))
     backbone = shapes["backbone"]
     count = sum(leaf.size for leaf in jax.tree.leaves(backbone)) - backbone["mask_token"].size

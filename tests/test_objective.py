@@ -47,7 +47,7 @@ def turned_over(method: Objective, memories: dict, seed: int = 100) -> dict:
     """The memories after enough batches to replace every row."""
     remember = jax.jit(method.remember)
     for i in range(seed, seed + 6):
-        kept = method.keep(embeddings(i).cls, embeddings(i).patches[:, :, 0])
+        kept = method.keep(embeddings(i))
         memories = remember(memories, kept, jnp.arange(BATCH, dtype=jnp.int32))
     return memories
 
@@ -140,10 +140,10 @@ def test_targets_are_assignments_of_both_global_views_for_each_task(method: Obje
 def test_remembers_the_second_view_with_the_images_indices(method: Objective) -> None:
     teacher, index = embeddings(0), jnp.arange(50, 50 + BATCH, dtype=jnp.int32)
     before = method.init(jax.random.key(0))
-    kept = method.keep(teacher.cls, teacher.patches[:, :, 3])
+    kept = method.keep(teacher)
     memories = method.remember(before, kept, index)
     np.testing.assert_array_equal(memories["cls"].rows[:, 0], teacher.cls[1])
-    np.testing.assert_array_equal(memories["patch"].rows[:, 0], teacher.patches[1, :, 3])
+    np.testing.assert_array_equal(memories["patch"].rows[:, 0], teacher.patches[1, :, -1])
     np.testing.assert_array_equal(memories["cls"].rows[:, 1:], before["cls"].rows[:, 1:])
     for name in ("cls", "patch"):
         assert memories[name].image[:, 0].tolist() == index.tolist()

@@ -162,6 +162,20 @@ def test_settings_reach_the_views():
     assert not batch["mask"].any()
 
 
+@pytest.mark.parametrize("start", [{"mask.start_steps": 3}, {"mask.start_epochs": 1.5}], ids=str)
+def test_masks_start_at_a_step_and_nothing_else_changes(tmp_path, start):
+    source = folder(tmp_path, 16)  # two steps an epoch
+    always = take(source, small_config(), 5)
+    expected = [dict(batch) for batch in always]
+    for batch in expected[:3]:
+        assert batch["mask"].any()
+        batch["mask"] = np.zeros_like(batch["mask"])
+    config = small_config(**start)
+    assert_same(take(source, config, 5), expected)
+    assert_same(take(source, config, 4, start_step=1), expected[1:])
+    assert_same(take(source, config, 2, start_step=3), always[3:])
+
+
 def test_broken_records_are_replaced_and_flagged(tmp_path):
     good = io.BytesIO()
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(good, "JPEG")

@@ -59,6 +59,24 @@ def test_every_layout_computes_what_one_device_does(
     layouts.assert_same(layouts.trajectory(monkeypatch, **layout), one_device)
 
 
+@pytest.fixture(scope="module")
+def swin_on_one_device() -> dict[str, np.ndarray]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return layouts.trajectory(monkeypatch, family="swin")
+
+
+@pytest.mark.parametrize(
+    "layout", [dict(data=2, fsdp=2, remat="dots"), dict(fsdp=2, accumulate=2)], ids=str
+)
+def test_every_layout_computes_what_one_device_does_for_a_swin(
+    layout: dict[str, Any],
+    swin_on_one_device: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout = layout | {"family": "swin"}
+    layouts.assert_same(layouts.trajectory(monkeypatch, **layout), swin_on_one_device)
+
+
 def test_the_comparison_can_fail(one_device: dict[str, np.ndarray]) -> None:
     assert one_device["0/metrics/loss"] != pytest.approx(float(one_device["2/metrics/loss"]))
     for name in ("0/gradients/head/fc1/kernel", "memories/cls/rows", "1/metrics/effective_rank"):

@@ -11,11 +11,11 @@ PACKAGE = ROOT / "sop_jax"
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
     {"errors", "flops", "collectives", "compilation", "pace", "profiling"},
-    {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data"},
+    {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data", "weights"},
     {"cli", "interruption", "models", "search", "corrupt"},
     {"sop", "knn", "features"},
     {"check", "pretrained", "state"},
-    {"step", "evaluate", "extract"},
+    {"step", "evaluate", "extract", "convert"},
     {"run"},
     {"train", "plan"},
 ]

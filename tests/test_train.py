@@ -362,6 +362,46 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(tmp_path: pathlib
     assert json.loads(again.stdout) == json.loads((killed / "summary.json").read_text())
 
 
+BACKBONES: dict[str, dict[str, Any]] = {
+    "swin": {
+        "augment.global_size": 64,
+        "augment.local_size": 32,
+        "model.family": "swin",
+        "model.width": 8,
+        "model.stage_depths": (2, 2, 2, 2),
+        "model.stage_heads": (1, 2, 2, 2),
+        "model.window": 8,
+        "eval.resize": 32,
+        "eval.crop": 32,
+    },
+    "vit": {"model.registers": 2, "model.layer_scale": 0.5, "model.positions": "antialiased"},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
+    backbone: str, dtype: str, tmp_path: pathlib.Path
+) -> None:
+    changes = {"steps": 6, "log_every": 1, "eval_every": 0, "model.drop_path": 0.2}
+    changes |= {"mask.ratio": (0.5, 0.5), "mask.start_steps": 4, "model.dtype": dtype}
+    config = small_config(**changes | BACKBONES[backbone])
+    train.train(config, tmp_path / "whole")
+    logged = rows(tmp_path / "whole")
+    assert [row["mim"] > 0 for row in logged if "mim" in row] == [False] * 4 + [True] * 2
+    assert all(row["cls"] > 0 for row in logged if "cls" in row)
+    early, late = saved_state(tmp_path / "whole", 3), saved_state(tmp_path / "whole")
+    still = [name for name in late if np.array_equal(early[name], late[name])]
+    # The memories were full at step 4, and nothing else may stay.
+    assert still == [".key"], still
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    train.train(config, tmp_path / "cut")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     tmp_path: pathlib.Path, finished: pathlib.Path, number: signal.Signals, workers: int

@@ -32,6 +32,12 @@ def most_masked(grid: tuple[int, int], mask_config: Any) -> int:
     return max(1, int(max(mask_config.ratio) * grid[0] * grid[1] + 1e-6))
 
 
+def first_step(mask_config: Any, epoch: float) -> int:
+    """The first step with masks; there are `epoch` steps an epoch."""
+    steps = mask_config.start_steps
+    return round(mask_config.start_epochs * epoch) if steps is None else steps
+
+
 def random_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -> np.ndarray:
     """Masks exactly int(ratio * high * wide) positions; bool [high, wide]."""
     mask = np.zeros(grid[0] * grid[1], bool)

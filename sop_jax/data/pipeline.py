@@ -19,7 +19,7 @@ from absl import flags
 
 from sop_jax.data.augment import eval_image, multi_crop
 from sop_jax.data.decode import decode, decode_or_substitute
-from sop_jax.data.masks import view_mask
+from sop_jax.data.masks import first_step, view_mask
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
@@ -70,6 +70,17 @@ class MakeViews(grain.transforms.RandomMap):
             "index": np.int32(used),
             "corrupt": np.int32(corrupt),
         }
+
+
+class MaskFrom(grain.transforms.MapWithIndex):
+    """Empties the masks of a stream before its image number `first`; what was drawn stays drawn."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def map_with_index(self, index: int, element: dict[str, Any]) -> dict[str, Any]:
+        """The element, with its masks or with empty ones."""
+        return element | {"mask": element["mask"] & (index >= self.first)}
 
 
 class Share(grain.MapDataset):
@@ -123,6 +134,8 @@ def train_batches(
     # before the share: after it, all hosts would draw the same.
     images = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     images = images.random_map(views)
+    first = first_step(config.mask, len(source) / config.batch_size)
+    images = images.map_with_index(MaskFrom(first * config.batch_size))
     images = Share(images, config.batch_size, start_step, places)
     threads = config.data.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

@@ -1,9 +1,21 @@
-"""Resize of learnt positional embeddings to other grids."""
+"""Resize of learnt positional embeddings to other grids.
+
+There are three rules, and features of trained weights agree only under the one that they were
+trained with:
+
+- `ibot`: cubic samples a scale of size / (new_size + 0.1) apart, not size / new_size (iBOT, DINO);
+- `size`: cubic samples size / new_size apart (Hugging Face);
+- `antialiased`: the same places, but averaged over all that a sample stands for, by a kernel that
+  is a little softer and ends at the border (timm, and DINOv2 with registers).
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+OFFSETS = {"ibot": 0.1, "size": 0.0}  # added to the new size
+RULES = (*OFFSETS, "antialiased")
 
 
 def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
@@ -14,14 +26,18 @@ def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-def resize_matrix(size: int, new_size: int) -> np.ndarray:
-    """Interpolation weights [new_size, size] of iBOT's and DINO's positional resize.
+def resize_matrix(size: int, new_size: int, rule: str) -> np.ndarray:
+    """Interpolation weights [new_size, size] of a rule.
 
-    They ask for a scale of (new_size + 0.1) / size and sample with that scale, not with
-    new_size / size, so features of weights trained there agree only under this rule.
-    No antialiasing; positions outside the grid repeat its border.
+    Positions outside the grid repeat its border, but for `antialiased`, where they do not count.
     """
-    centre = (np.arange(new_size) + 0.5) * size / (new_size + 0.1) - 0.5
+    if rule == "antialiased":
+        scale = size / new_size
+        centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
+        # PyTorch and Pillow take this kernel where they antialias.
+        matrix = cubic((np.arange(size) - centre) / max(scale, 1.0), a=-0.5)
+        return matrix / matrix.sum(1, keepdims=True)
+    centre = (np.arange(new_size) + 0.5) * size / (new_size + OFFSETS[rule]) - 0.5
     taps = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)  # [new_size, 4]
     weights = cubic(centre[:, None] - taps)
     matrix = np.zeros((new_size, size))
@@ -31,13 +47,13 @@ def resize_matrix(size: int, new_size: int) -> np.ndarray:
 
 
 def resize_positions(
-    positions: Float[Array, "h w D"], grid: tuple[int, int]
+    positions: Float[Array, "h w D"], grid: tuple[int, int], rule: str
 ) -> Float[Array, "new_h new_w D"]:
-    """The positional embeddings of another grid (iBOT, `interpolate_pos_encoding`)."""
+    """The positional embeddings of another grid, by one of RULES."""
     if positions.shape[:2] == grid:
         return positions
-    down = resize_matrix(positions.shape[0], grid[0]).astype(np.float32)
-    across = resize_matrix(positions.shape[1], grid[1]).astype(np.float32)
+    down = resize_matrix(positions.shape[0], grid[0], rule).astype(np.float32)
+    across = resize_matrix(positions.shape[1], grid[1], rule).astype(np.float32)
     return jnp.einsum(
         "ih,jw,hwd->ijd", down, across, positions, precision=jax.lax.Precision.HIGHEST
     )

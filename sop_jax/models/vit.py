@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
@@ -12,8 +13,6 @@ from sop_jax.mesh import is_gathered
 from sop_jax.models.attention import Implementation, attend
 from sop_jax.models.linear import Linear
 from sop_jax.models.positions import resize_positions
-
-EPS = 1e-6  # of every LayerNorm
 
 # What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
 # gathered from other devices are always gathered again: stored, all would be whole at once.
@@ -38,7 +37,18 @@ SIZES = {
     "s": Size(384, 12, 6),
     "b": Size(768, 12, 12),
     "l": Size(1024, 24, 16),
+    "h": Size(1280, 32, 16),
 }
+
+
+def custom(config: ml_collections.ConfigDict) -> Size:
+    """The size that `config.model` describes."""
+    return Size(config.width, config.depth, config.heads)
+
+
+def token_side(config: ml_collections.ConfigDict) -> int:
+    """Pixels a side that a token of `config.model` stands for."""
+    return config.patch
 
 
 class Start(NamedTuple):
@@ -47,12 +57,20 @@ class Start(NamedTuple):
     Linear layers start from N(0, std), positions from N(0, position_std), biases from zero. iBOT
     takes 0.02 for both. At widths far below 384 that leaves all images with nearly the same
     embedding, which SOP leaves slowly or never, and positions that a patch embedding of about
-    unit size drowns until they have grown: small networks and short runs want more.
+    unit size drowns until they have grown: small networks and short runs want more. `eps` is what
+    LayerNorm adds to the variance, `attention` xla or cudnn, see `models.attention`.
     """
 
     dtype: jnp.dtype
     std: float = 0.02
     position_std: float = 0.02
+    eps: float = 1e-6
+    attention: Implementation = "xla"
+
+
+def drop_rates(last: float, depth: int) -> tuple[float, ...]:
+    """Drop path of each of so many layers, which grows linearly from 0 to that of the last."""
+    return tuple(last * i / max(depth - 1, 1) for i in range(depth))
 
 
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
@@ -61,22 +79,54 @@ def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
     return Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
 
 
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Linear:
+    """A patch embedding by convolution, as the matrix product that it is."""
+    inputs = 3 * patch * patch
+
+    def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
+        # PyTorch's default start of a convolution, which iBOT leaves as it is.
+        return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
+
+    return Linear(
+        inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
+    )
+
+
+def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
+    """Pixels of each patch in the order (row, column, channel), patches row by row."""
+    batch, height, width, _ = images.shape
+    h, w = height // patch, width // patch
+    patches = images.reshape(batch, h, patch, w, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(batch, h * w, patch * patch * 3)
+
+
+def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm in float32, gradients too; the layer after it takes what it gives as it likes."""
-    return nnx.LayerNorm(width, epsilon=EPS, dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=start.eps, dtype=jnp.float32, rngs=rngs)
+
+
+class LayerScale(nnx.Module):
+    """A learnt factor for each channel of a branch, all equal at the start (DINOv2)."""
+
+    def __init__(self, width: int, value: float):
+        self.scale = nnx.Param(jnp.full((width,), value))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The scaled branch, multiplied in float32."""
+        return (x * self.scale[...]).astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer; `layer_scale` 0 leaves its branches as they are."""
 
-    def __init__(
-        self, width: int, heads: int, attention: Implementation, start: Start, rngs: nnx.Rngs
-    ):
-        self.heads, self.implementation = heads, attention
-        self.norm1 = layer_norm(width, rngs)
+    def __init__(self, width: int, heads: int, layer_scale: float, start: Start, rngs: nnx.Rngs):
+        self.heads, self.implementation = heads, start.attention
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
+        self.norm1 = layer_norm(width, start, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         self.proj = dense(width, width, start, rngs)
-        self.norm2 = layer_norm(width, rngs)
+        self.norm2 = layer_norm(width, start, rngs)
         self.fc1 = dense(width, 4 * width, start, rngs)
         self.fc2 = dense(4 * width, width, start, rngs)
 
@@ -88,6 +138,15 @@ class Block(nnx.Module):
         )
         mixed = attend(q, k, v, self.implementation)
         return self.proj(mixed.reshape(batch, tokens, width))
+
+    def attention_weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B h T T"]:
+        """What each token of a head takes of each other: rows of the attention's softmax."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1)
+        logits = jnp.einsum(
+            *("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1]), preferred_element_type=jnp.float32
+        )
+        return jax.nn.softmax(logits * (width // self.heads) ** -0.5)
 
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Two layers with exact GELU."""
@@ -101,8 +160,13 @@ class Block(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Both residual branches, each dropped per sample where its draw is below `rate`."""
         attention, mlp = (None, None) if draws is None else draws.T
-        x = x + drop_path(self.attention(self.norm1(x)), rate, attention)
-        return x + drop_path(self.mlp(self.norm2(x)), rate, mlp)
+        x = x + drop_path(scaled(self.attention(self.norm1(x)), self.ls1), rate, attention)
+        return x + drop_path(scaled(self.mlp(self.norm2(x)), self.ls2), rate, mlp)
+
+
+def scaled(x: Float[Array, "B T D"], scale: LayerScale | None) -> Float[Array, "B T D"]:
+    """A branch, scaled where its layer has scales."""
+    return x if scale is None else scale(x)
 
 
 def drop_path(
@@ -123,70 +187,66 @@ class ViT(nnx.Module):
 
     Args:
         size: width, depth and heads.
-        patch: patch side in pixels.
-        grid: rows and columns of patches that the positional embeddings are made for.
-        drop_rate: drop path of the last layer; it grows linearly from 0 at the first.
-        remat: a key of REMATS.
+        config: of the model; `drop_path` is that of the last layer and grows from 0 at the first.
+        image_size: pixels a side of the square images that the positional embeddings are made for.
         gather: makes the parameters of a layer whole where they lie split over devices.
-        attention: xla or cudnn, see `models.attention`.
         start: dtype and start of the parameters.
     """
 
     def __init__(
         self,
         size: Size,
-        patch: int,
-        grid: tuple[int, int],
-        drop_rate: float,
-        remat: str,
+        config: ml_collections.ConfigDict,
+        image_size: int,
         gather: Callable[[Any], Any],
-        attention: Implementation,
         start: Start,
         rngs: nnx.Rngs,
     ):
         width, depth, heads = size
-        self.patch, self.grid, self.dtype = patch, grid, start.dtype
-        self.remat, self.gather = remat, gather
-        self.rates = tuple(drop_rate * i / max(depth - 1, 1) for i in range(depth))
-        inputs = 3 * patch * patch
-
-        def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
-            # PyTorch's default start of a convolution, which iBOT leaves as it is.
-            return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
-
-        self.patch_embed = Linear(
-            inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
-        )
+        patch, side = config.patch, image_size // config.patch
+        self.width, self.patch, self.grid, self.dtype = width, patch, (side, side), start.dtype
+        self.remat, self.gather, self.positions = config.remat, gather, config.positions
+        self.rates = drop_rates(config.drop_path, depth)
+        self.patch_embed = patch_embedding(patch, width, start, rngs)
         normal = nnx.initializers.normal(start.position_std)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
-        self.pos_embed = nnx.Param(normal(rngs.params(), (1 + grid[0] * grid[1], width)))
+        self.pos_embed = nnx.Param(normal(rngs.params(), (1 + side * side, width)))
+        self.registers = config.registers
+        if config.registers:  # DINOv2's start
+            tokens = 1e-6 * jax.random.normal(rngs.params(), (config.registers, width))
+            self.register_tokens = nnx.Param(tokens)
         self.mask_token = nnx.Param(jnp.zeros((width,)))
-        self.norm = layer_norm(width, rngs)
+        self.norm = layer_norm(width, start, rngs)
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
         def layers(rngs: nnx.Rngs) -> Block:
-            return Block(width, heads, attention, start, rngs)
+            return Block(width, heads, config.layer_scale, start, rngs)
 
         self.blocks = layers(rngs)
 
     def embed(
         self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None
     ) -> Float[Array, "B T D"]:
-        """[CLS] and patch embeddings plus positions; masked patches show the mask token alone."""
+        """[CLS] and patch embeddings plus positions, and registers, which have none, between.
+
+        Masked patches show the mask token alone.
+        """
         batch, height, width, _ = images.shape
-        p, (h, w) = self.patch, (height // self.patch, width // self.patch)
-        # A patch embedding by convolution, written as the matrix product that it is.
-        patches = images.reshape(batch, h, p, w, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embed(patches.reshape(batch, h * w, p * p * 3)).astype(jnp.float32)
+        h, w = height // self.patch, width // self.patch
+        x = self.patch_embed(cut(images, self.patch)).astype(jnp.float32)
         if mask is not None:
             x = jnp.where(mask.reshape(batch, h * w, 1), self.mask_token[...], x)
         positions = self.pos_embed[...]
         table = positions[1:].reshape(*self.grid, -1)
-        table = resize_positions(table, (h, w)).reshape(h * w, -1)
+        table = resize_positions(table, (h, w), self.positions).reshape(h * w, -1)
         cls = jnp.broadcast_to(self.cls_token[...] + positions[0], (batch, 1, table.shape[-1]))
         # Added in float32, in which the gradients of these parameters are then summed.
-        return jnp.concatenate([cls, x + table], axis=1).astype(self.dtype)
+        parts = [cls, x + table]
+        if self.registers:
+            tokens = self.register_tokens[...]
+            parts.insert(1, jnp.broadcast_to(tokens, (batch, *tokens.shape)))
+        return jnp.concatenate(parts, axis=1).astype(self.dtype)
 
     def __call__(
         self,
@@ -219,5 +279,24 @@ class ViT(nnx.Module):
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[self.remat])
         x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
         if last == 1:
-            return [self.norm(x)]
-        return [self.norm(states[i]) for i in range(depth - last, depth)]
+            return [self.tokens(x)]
+        return [self.tokens(states[i]) for i in range(depth - last, depth)]
+
+    def tokens(self, x: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
+        """[CLS] and patches after the final norm."""
+        x = self.norm(x)
+        if self.registers:
+            x = jnp.concatenate([x[:, :1], x[:, 1 + self.registers :]], axis=1)
+        return x
+
+    def attention(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h S S"]:
+        """Attention weights of the last layer among [CLS], registers and patches, in this order."""
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x: Array, params: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, self.gather(params))(x, jnp.zeros(()), None), None
+
+        before = jax.tree.map(lambda leaf: leaf[:-1], layers)
+        last = jax.tree.map(lambda leaf: leaf[-1], layers)
+        x, _ = jax.lax.scan(layer, self.embed(images, None), before)
+        return nnx.merge(graph, self.gather(last)).attention_weights(x)

@@ -47,8 +47,9 @@ class Objective(NamedTuple):
         prototypes: (memories, key) -> the prototypes of this step.
         loss: (prototypes, student, teacher, mask, temperatures) -> loss and its terms, each a mean
             over images.
-        keep: (teacher's [CLS] [Q,B,d], one drawn patch of each view [Q,B,d]) -> what the memories
-            take of each image, leading axis B.
+        patches: whether it takes patches at all; the head does not see them otherwise.
+        keep: teacher, the last of whose patches is drawn at random -> what the memories take of
+            each image, leading axis B.
         remember: (memories, kept, index) -> memories.
         measure: (memories, prototypes, student [CLS], teacher [CLS], temperatures) -> signs of
             health.
@@ -58,6 +59,7 @@ class Objective(NamedTuple):
     init: Callable[..., Any]
     prototypes: Callable[..., Any]
     loss: Callable[..., tuple[Array, dict[str, Array]]]
+    patches: bool
     keep: Callable[..., Any]
     remember: Callable[..., Any]
     measure: Callable[..., dict[str, Array]]
@@ -123,9 +125,11 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
     """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers.
 
     A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
+    Without rows for patches (`config.sop.patch.memory` 0) there is E_C alone.
     """
     config, lanes = run_config.sop, run_config.batch_size
-    levels = {"cls": config.cls, "patch": config.patch}
+    levels = {name: config[name] for name in ("cls", "patch") if config[name].memory}
+    takes_patches = "patch" in levels
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         """E_C and E_P full of random rows, and the anchors of runs that keep them fixed."""
@@ -192,16 +196,15 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
             total += config.patch.weight * terms["mim"]
         return total, terms
 
-    def keep(
-        cls: Float[Array, "Q B d"], patch: Float[Array, "Q B d"]
-    ) -> dict[str, Float[Array, "B d"]]:
+    def keep(teacher: Embeddings) -> dict[str, Float[Array, "B d"]]:
         """Of the second global view: its [CLS], and the random patch."""
-        return {"cls": cls[1], "patch": patch[1]}
+        kept = {"cls": teacher.cls[1]}
+        return kept | ({"patch": teacher.patches[1, :, -1]} if takes_patches else {})
 
     def remember(
         memories: dict[str, Any], kept: dict[str, Float[Array, "B d"]], index: Int[Array, " B"]
     ) -> dict[str, Any]:
-        """Both memories with a row more of every image."""
+        """The memories with a row more of every image."""
         return memories | {name: push(memories[name], kept[name], index) for name in levels}
 
     def measure(
@@ -215,4 +218,4 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
         targets = assign_views(sops["cls"], teacher_cls, temperatures.teacher)
         return health.measure(student_cls, teacher_cls, targets, sops["cls"], filled)
 
-    return Objective(init, prototypes, loss, keep, remember, measure, health.verdict)
+    return Objective(init, prototypes, loss, takes_patches, keep, remember, measure, health.verdict)

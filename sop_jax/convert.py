@@ -1,0 +1,192 @@
+"""Brings weights in from other projects, and takes them there.
+
+    python -m sop_jax.convert --from=FILE --to=DIR [--key=teacher|student] [--heads=N]
+    python -m sop_jax.convert --from=FILE|DIR --export=timm|hf|hf4|ibot --to=FILE.safetensors
+
+FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, timm,
+torchvision or transformers; nothing in it is executed. DIR is what `sop_jax.evaluate`,
+`sop_jax.extract` and `--config.init_from` take: the workdir of a run (for --from, --workdir says
+the same), or the folder that this command makes, with config.json and the network as step 0.
+An export has the backbone alone and loads with `strict=True`; `hf` has the names of transformers 5,
+`hf4` those of the versions before.
+"""
+
+import jax
+import ml_collections
+from absl import flags
+from etils import epath
+
+from sop_jax import checkpoint, pretrained
+from sop_jax import config as config_lib
+from sop_jax.errors import UserError
+from sop_jax.models import FAMILIES, Params, build
+from sop_jax.models.positions import RULES
+from sop_jax.weights import files, mapping
+
+PROJECTS = ("timm", "hf", "hf4", "ibot")
+
+
+def convert(
+    source: epath.PathLike,
+    to: epath.PathLike,
+    project: str | None = None,
+    key: str | None = None,
+    step: int | None = None,
+    heads: int | None = None,
+    positions: str | None = None,
+) -> list[str]:
+    """Makes a folder of a network, or a file for another project.
+
+    Args:
+        source: a file of weights, or the folder of a run or of an earlier conversion.
+        to: the folder, which is new; with `project` the .safetensors.
+        project: one of PROJECTS, to export.
+        key: which network of several; the teacher by default.
+        step: of which checkpoint of a folder; the newest by default.
+        heads: of a ViT whose width and depth are of no known size: weights do not tell.
+        positions: the rule for positions of other grids, one of `RULES`; of the project that the
+            weights are from by default.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        UserError: `source` cannot be read or `to` not written, or the weights are of no network
+            that is known here, or there.
+    """
+    source, to = epath.Path(source), epath.Path(to)
+    if project:
+        if project not in PROJECTS:
+            raise UserError(f"unknown --export={project}; expected one of: {', '.join(PROJECTS)}")
+        if to.suffix != ".safetensors":
+            raise UserError(f"an export is a file: --to={to} must end in .safetensors")
+    elif to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to={to} is there already; name a new folder")
+    if source.is_dir():
+        config, _, params, step = pretrained.load(source, step, key or "teacher")
+        words = [f"the {key or 'teacher'} of {source}, step {step}"]
+    else:
+        if project and heads is None:
+            heads = 1  # makes no difference to an export
+        config, params, words = read(source, key, heads, positions)
+        step = 0
+    if project:
+        leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
+        exported = mapping.export(project, config.model.family, leaves)
+        files.write(to, exported.arrays)
+        if exported.left:
+            words.append(f"left out: {', '.join(exported.left)}")
+        words += [
+            f"this network has model.{name}={config.model[name]}, and {project}'s own is {value}"
+            for name, value in exported.settings.items()
+            if config.model[name] != value
+        ]
+        return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
+    save(config, params, step, to)
+    return [*words, f"{to}: the network, for evaluate, extract and init_from"]
+
+
+def read(
+    path: epath.Path, key: str | None, heads: int | None, positions: str | None
+) -> tuple[ml_collections.ConfigDict, Params, list[str]]:
+    """The network of a file: the settings that describe it, its parameters, and what was done.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    file = pretrained.read_file(path, key)
+    config = settings(mapping.describe(file.layout, file.arrays), heads)
+    if positions:
+        config.model.positions = positions
+    config.init_from = str(path)
+    model = build(config, config.augment.global_size)
+    params = model.init(jax.random.key(config.seed))
+    shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
+    start = pretrained.of_arrays(file, shapes, config.model)
+    words = [
+        f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
+        f"--positions={other.settings['positions']}"
+        for other in file.alike
+        if not positions and "positions" in other.settings
+    ]
+    return config, pretrained.replace(params, start.leaves), start.words + words
+
+
+def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:
+    """The config of a network that is described by its numbers: its size by name if it has one.
+
+    Args:
+        found: settings by their dotted names, as `weights.mapping.describe` gives them.
+        heads: of a ViT that has no name.
+
+    Raises:
+        UserError: these are missing.
+    """
+    config = config_lib.paper()
+    config.update_from_flattened_dict(found)
+    config.model.dtype = "float32"
+    config.data.source = "folder"  # for which evaluate's --data_path is all that it takes
+    crop = min(224, config.augment.global_size)
+    if crop % config.model.patch:
+        crop = config.augment.global_size
+    config.eval.crop, config.eval.resize = crop, crop * 256 // 224
+    patch = config.model.patch
+    config.augment.local_size = -(-config.augment.local_size // patch) * patch
+    family = FAMILIES[config.model.family]
+    if heads is not None:
+        config.model.heads = heads
+    for name, size in family.sizes.items():
+        custom = family.custom(config.model)
+        if config.model.family == "vit" and heads is None:
+            custom = custom._replace(heads=size.heads)
+        if custom == size:
+            config.model.size = name
+            return config
+    if config.model.family == "vit" and heads is None:
+        raise UserError(
+            f"a ViT of width {config.model.width} and depth {config.model.depth} has no name, and "
+            "weights do not tell its heads; give --heads=N"
+        )
+    return config
+
+
+def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath.PathLike) -> None:
+    """Writes a folder that `pretrained.load` reads."""
+    to = epath.Path(to)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {to}: {error}; choose another --to") from error
+    checkpoints = checkpoint.Checkpoints(to)
+    try:
+        checkpoints.save(step, {"teacher": params})
+    finally:
+        checkpoints.close()
+    config_lib.save(config, to)
+
+
+def main(argv: list[str]) -> None:
+    """Converts what the flags name."""
+    del argv
+    args = flags.FLAGS
+    source = args["from"].value or args.workdir
+    if not source or (args["from"].value and args.workdir):
+        raise UserError("say what to convert: either --from=FILE (or a folder) or --workdir=DIR")
+    told = convert(source, args.to, args.export, args.key, args.step, args.heads, args.positions)
+    print("\n".join(told))
+
+
+if __name__ == "__main__":
+    from sop_jax import cli
+
+    flags.DEFINE_string("from", None, "The file of weights, or a folder as --workdir.")
+    flags.DEFINE_string("workdir", None, "The folder of a run, or of an earlier conversion.")
+    flags.DEFINE_string("to", None, "The folder to make; for --export the file.", required=True)
+    flags.DEFINE_string("export", None, f"For which project: {', '.join(PROJECTS)}.")
+    flags.DEFINE_string(
+        "key", None, "Which network: teacher (the default where both are), student."
+    )
+    flags.DEFINE_integer("step", None, "Of which checkpoint of a folder; the newest by default.")
+    flags.DEFINE_integer("heads", None, "Of a ViT of no known size.", lower_bound=1)
+    flags.DEFINE_enum("positions", None, list(RULES), "The rule for positions of other grids.")
+    cli.run(main, devices=False)

@@ -1,0 +1,301 @@
+"""ResNet-50 with its batch norm's running statistics among the parameters, which training moves."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from sop_jax.errors import UserError
+from sop_jax.models.vit import REMATS as VIT_REMATS
+from sop_jax.models.vit import Start
+
+EPS = 1e-5  # of every batch norm
+MOMENTUM = 0.1  # the share of a batch in the running statistics after it
+STRIDE = 32  # pixels that a spatial feature stands for
+GROWTH = 4  # channels that leave a block for one inside it
+
+# As those of a ViT; the products that `dots` stores are convolutions here.
+REMATS = VIT_REMATS | {"dots": lambda operation, *_, **__: operation.name == "conv_general_dilated"}
+
+Statistics = dict[str, Any]  # of the layers below, nested as their parameters: {"mean", "var"}
+
+
+class Size(NamedTuple):
+    """Channels of the stem, and blocks of each stage."""
+
+    width: int
+    depths: tuple[int, ...]
+
+
+SIZES = {"50": Size(64, (3, 4, 6, 3))}
+
+
+def custom(config: ml_collections.ConfigDict) -> Size:
+    """The size that `config.model` describes."""
+    return Size(config.width, tuple(config.stage_depths))
+
+
+def token_side(config: ml_collections.ConfigDict) -> int:
+    """Pixels a side that a token of `config.model` stands for."""
+    return STRIDE
+
+
+class Convolution(nnx.Module):
+    """A convolution without bias, padded as PyTorch does: by half the kernel on every side."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, stride: int, start: Start, key: Array):
+        self.stride, self.dtype = stride, start.dtype
+        # torchvision's start: He's normal for ReLU, by the fan of the outputs.
+        std = (2 / (side * side * outputs)) ** 0.5
+        self.kernel = nnx.Param(std * jax.random.normal(key, (side, side, inputs, outputs)))
+
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
+        """The convolution in the layer's dtype."""
+        return convolve(x.astype(self.dtype), self.kernel[...], self.stride)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "k k I O"], stride: int
+) -> Float[Array, "B h w O"]:
+    """A convolution in the dtype of x, whose kernel's gradient is summed in float32.
+
+    As in `linear`, that gradient is never rounded before the devices add theirs up. Its factors
+    are widened first, which changes none of the products.
+    """
+    return _convolve(x, kernel, stride)
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    pad = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve(x, kernel, stride), (x, kernel)  # in the open, for rematerialisation
+
+
+def _backward(stride: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)
+    wide, wide_gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
+    to_kernel = jax.linear_transpose(lambda kernel: _convolve(wide, kernel, stride), kernel)
+    return to_x(gradient)[0], to_kernel(wide_gradient)[0]
+
+
+convolve.defvjp(_forward, _backward)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm in float32, over all images of the batch on whatever devices they lie."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], training: bool
+    ) -> tuple[Float[Array, "B H W C"], Statistics]:
+        """Normed by the batch in training and by the running statistics otherwise.
+
+        Returns:
+            What is normed, in the dtype of x, and the running statistics after it: in training a
+            tenth of the way to the batch's mean and unbiased variance, as PyTorch moves them.
+        """
+        wide = x.astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        moved = {"mean": mean, "var": var}
+        if training:
+            mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
+            count = x.size // x.shape[-1]
+            seen = {"mean": mean, "var": var * count / max(count - 1, 1)}
+            moved = jax.tree.map(lambda old, new: old + MOMENTUM * (new - old), moved, seen)
+        normed = (wide - mean) * (jax.lax.rsqrt(var + EPS) * self.scale[...]) + self.bias[...]
+        return normed.astype(x.dtype), jax.lax.stop_gradient(moved)
+
+
+class Stem(nnx.Module):
+    """The first convolution, its batch norm, and the maximum of every other 3 x 3 pixels."""
+
+    def __init__(self, width: int, start: Start, key: Array):
+        self.conv = Convolution(3, width, 7, 2, start, key)
+        self.bn = BatchNorm(width)
+
+    def __call__(
+        self, x: Float[Array, "B H W 3"], training: bool
+    ) -> tuple[Float[Array, "B h w C"], Statistics]:
+        """A quarter of the pixels a side, rounded up."""
+        x, moved = self.bn(self.conv(x), training)
+        x = nnx.max_pool(jax.nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return x, {"bn": moved}
+
+
+class Shortcut(nnx.Module):
+    """The input of a block, brought to the shape of its output."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, start: Start, key: Array):
+        self.conv = Convolution(inputs, outputs, 1, stride, start, key)
+        self.bn = BatchNorm(outputs)
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], training: bool
+    ) -> tuple[Float[Array, "B h w O"], Statistics]:
+        """A convolution by 1 x 1 and its batch norm."""
+        x, moved = self.bn(self.conv(x), training)
+        return x, {"bn": moved}
+
+
+class Bottleneck(nnx.Module):
+    """A residual block of 1 x 1, 3 x 3 and 1 x 1; the stride is the 3 x 3's (version 1.5)."""
+
+    def __init__(self, inputs: int, width: int, stride: int, start: Start, rngs: nnx.Rngs):
+        outputs = GROWTH * width
+        self.conv1 = Convolution(inputs, width, 1, 1, start, rngs.params())
+        self.bn1 = BatchNorm(width)
+        self.conv2 = Convolution(width, width, 3, stride, start, rngs.params())
+        self.bn2 = BatchNorm(width)
+        self.conv3 = Convolution(width, outputs, 1, 1, start, rngs.params())
+        self.bn3 = BatchNorm(outputs)
+        if inputs != outputs or stride > 1:
+            self.shortcut = Shortcut(inputs, outputs, stride, start, rngs.params())
+
+    def __call__(
+        self, x: Float[Array, "B H W I"], training: bool
+    ) -> tuple[Float[Array, "B h w O"], Statistics]:
+        """The block's output, and the running statistics after it."""
+        moved = {}
+        y, moved["bn1"] = self.bn1(self.conv1(x), training)
+        y, moved["bn2"] = self.bn2(self.conv2(jax.nn.relu(y)), training)
+        y, moved["bn3"] = self.bn3(self.conv3(jax.nn.relu(y)), training)
+        if hasattr(self, "shortcut"):
+            x, moved["shortcut"] = self.shortcut(x, training)
+        return jax.nn.relu(y + x), moved
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution: the first, which makes it, and the equal rest, stacked."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, stride: int, start: Start, rngs: nnx.Rngs
+    ):
+        self.first = Bottleneck(inputs, width, stride, start, rngs)
+
+        @nnx.split_rngs(splits=depth - 1)
+        @nnx.vmap
+        def rest(rngs: nnx.Rngs) -> Bottleneck:
+            return Bottleneck(GROWTH * width, width, 1, start, rngs)
+
+        if depth > 1:
+            self.blocks = rest(rngs)
+
+
+class ResNet(nnx.Module):
+    """ResNet version 1.5 as torchvision has it, over NHWC images; its [CLS] is the mean feature.
+
+    In training every batch norm normalises by its batch, the teacher's too, as in DINO, whose
+    teacher is never in evaluation mode. Each network's own forward passes move its running
+    statistics, and nothing else does: as in DINO, the moving average that makes the teacher leaves
+    them out. A step passes the global views in one batch and then, for the student alone, the local
+    ones in another, and each pass moves them. Evaluations go by them.
+
+    It starts as DINO's, which is torchvision's default: the last batch norm of a block has a scale
+    of one, not of zero.
+
+    Args:
+        size: channels and depths.
+        config: `config.model`; of it, `remat`.
+        image_size: does not matter to it.
+        gather: makes the parameters of a block whole where they lie split over devices.
+        start: dtype of the convolutions.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        config: ml_collections.ConfigDict,
+        image_size: int,
+        gather: Callable[[Any], Any],
+        start: Start,
+        rngs: nnx.Rngs,
+    ):
+        self.remat, self.gather = config.remat, gather
+        self.stem = Stem(size.width, start, rngs.params())
+        stages = {}
+        inputs = size.width
+        for i, depth in enumerate(size.depths):
+            width = size.width * 2**i
+            stages[str(i)] = Stage(inputs, width, depth, 2 if i else 1, start, rngs)
+            inputs = GROWTH * width
+        self.stages = nnx.Dict(stages)
+        self.width = inputs
+
+    def forward(
+        self, images: Float[Array, "B H W 3"], training: bool
+    ) -> tuple[Float[Array, "B T D"], Statistics]:
+        """Tokens in float32, and the running statistics that the pass leaves behind.
+
+        Args:
+            images: normalised pixels of any size.
+            training: normalise by the batch.
+
+        Returns:
+            The mean feature and then the features row by row, of which each stands for a square
+            of STRIDE pixels; the statistics, nested as the parameters are.
+        """
+        remat = functools.partial(jax.checkpoint, policy=REMATS[self.remat])
+        x, stem = self.stem(images, training)
+        moved: Statistics = {"stem": stem, "stages": {}}
+        for name, stage in self.stages.items():
+            graph, first = nnx.split(stage.first)
+            apply = remat(lambda x, params, graph=graph: nnx.merge(graph, params)(x, training))
+            x, statistics = apply(x, first)
+            moved["stages"][name] = {"first": statistics}
+            if not hasattr(stage, "blocks"):
+                continue
+            graph, blocks = nnx.split(stage.blocks)
+            apply = remat(
+                lambda x, params, graph=graph: nnx.merge(graph, self.gather(params))(x, training),
+                prevent_cse=False,  # a scan does
+            )
+            x, moved["stages"][name]["blocks"] = jax.lax.scan(apply, x, blocks)
+        features = x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1])
+        return jnp.concatenate([features.mean(1, keepdims=True), features], axis=1), moved
+
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None = None,
+        keys: Key[Array, " B"] | None = None,
+        last: int = 1,
+    ) -> list[Float[Array, "B T D"]]:
+        """The tokens of `forward` in evaluation, in a list of one.
+
+        Raises:
+            UserError: for masks, which no token takes the place of, and for layers before the
+                last, whose features have other sizes.
+        """
+        if mask is not None:
+            raise UserError("a ResNet has no patches to mask; give it whole images")
+        if last != 1:
+            raise UserError(
+                f"{last} last layers of a ResNet are asked for, and those before the last have "
+                "features of other sizes; ask for 1"
+            )
+        return [self.forward(images, training=False)[0]]
+
+    def attention(self, images: Float[Array, "B H W 3"]) -> Array:
+        """Raises UserError, as it has none."""
+        raise UserError("a ResNet has no attention maps; take a network of model.family vit")

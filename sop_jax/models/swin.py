@@ -1,0 +1,403 @@
+"""The Swin transformer as iBOT trains it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key, Shaped
+
+from sop_jax.models.linear import Linear
+from sop_jax.models.vit import (
+    REMATS,
+    Start,
+    cut,
+    dense,
+    drop_path,
+    drop_rates,
+    layer_norm,
+    patch_embedding,
+)
+
+PATCH = 4  # pixels
+STAGES = 4
+
+Grid = tuple[int, int]  # rows and columns of tokens
+
+
+class Size(NamedTuple):
+    """Width of the first stage, which doubles from stage to stage; layers and heads of each."""
+
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+
+
+SIZES = {
+    "t": Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "s": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "b": Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+
+def custom(config: ml_collections.ConfigDict) -> Size:
+    """The size that `config.model` describes."""
+    return Size(config.width, tuple(config.stage_depths), tuple(config.stage_heads))
+
+
+def token_side(config: ml_collections.ConfigDict) -> int:
+    """Pixels a side that a token of the last stage stands for."""
+    del config
+    return PATCH * 2 ** (STAGES - 1)
+
+
+class Window(NamedTuple):
+    """Patches a side that attend to each other; how far every second layer's windows are moved."""
+
+    side: int
+    shift: int
+
+
+def window_of(side: int, tokens: int) -> Window:
+    """The window of a stage that has so many tokens a side: no larger, and then never moved."""
+    return Window(tokens, 0) if tokens <= side else Window(side, side // 2)
+
+
+def split(x: Shaped[Any, "B H W *C"], side: int) -> Shaped[Any, "B N n *C"]:
+    """The N windows of grids that they divide, with their n = side * side tokens row by row."""
+    batch, high, wide, *rest = x.shape
+    x = x.reshape(batch, high // side, side, wide // side, side, *rest)
+    return x.swapaxes(2, 3).reshape(batch, -1, side * side, *rest)
+
+
+def join(windows: Float[Array, "B N n D"], grid: Grid) -> Float[Array, "B H W D"]:
+    """The grid that was split."""
+    batch, _, tokens, width = windows.shape
+    side = round(tokens**0.5)
+    x = windows.reshape(batch, grid[0] // side, grid[1] // side, side, side, width)
+    return x.swapaxes(2, 3).reshape(batch, *grid, width)
+
+
+def padded(grid: Grid, side: int) -> Grid:
+    """The smallest grid around another that windows, or pairs, divide."""
+    high, wide = (-(-tokens // side) * side for tokens in grid)
+    return high, wide
+
+
+def pad(x: Float[Array, "B H W D"], grid: Grid) -> Float[Array, "B h w D"]:
+    """Zeros below and to the right."""
+    _, high, wide, _ = x.shape
+    return jnp.pad(x, ((0, 0), (0, grid[0] - high), (0, grid[1] - wide), (0, 0)))
+
+
+def relative_places(side: int) -> np.ndarray:
+    """For each query and key of a window [n, n], the row of the table of relative positions."""
+    row, column = np.divmod(np.arange(side * side), side)
+    down, across = (x[:, None] - x[None, :] + side - 1 for x in (row, column))
+    return down * (2 * side - 1) + across
+
+
+def apart(grid: Grid, window: Window) -> np.ndarray:
+    """-100 for each query and key [N, n, n] that only the moving of the windows brought together.
+
+    Tokens that leave the moved grid on one side come back on the other.
+    """
+    rows, columns = (
+        (np.arange(n) >= n - window.side).astype(int) + (np.arange(n) >= n - window.shift)
+        for n in grid
+    )
+    region = split((3 * rows[:, None] + columns)[None], window.side)[0]
+    return np.where(region[:, :, None] == region[:, None, :], 0, -100).astype(np.float32)
+
+
+class Block(nnx.Module):
+    """One pre-norm layer that attends within windows."""
+
+    def __init__(self, width: int, heads: int, window: Window, start: Start, rngs: nnx.Rngs):
+        self.heads, self.window, self.dtype = heads, window, start.dtype
+        self.norm1 = layer_norm(width, start, rngs)
+        self.qkv = dense(width, 3 * width, start, rngs)
+        places = (2 * window.side - 1) ** 2
+        table = start.position_std * jax.random.normal(rngs.params(), (places, heads))
+        self.relative_bias = nnx.Param(table)
+        self.proj = dense(width, width, start, rngs)
+        self.norm2 = layer_norm(width, start, rngs)
+        self.fc1 = dense(width, 4 * width, start, rngs)
+        self.fc2 = dense(4 * width, width, start, rngs)
+
+    def windows(
+        self, x: Float[Array, "B T D"], grid: Grid, shift: int
+    ) -> tuple[Float[Array, "3 B N n h d"], Float[Array, "N h n n"]]:
+        """Queries, keys and values in windows, and what is added to the products of each.
+
+        Grids that the windows do not divide are padded with zeros, which are attended to as well.
+        """
+        batch, _, width = x.shape
+        side, whole = self.window.side, padded(grid, self.window.side)
+        x = pad(self.norm1(x).astype(self.dtype).reshape(batch, *grid, width), whole)
+        bias = jnp.moveaxis(self.relative_bias[...][relative_places(side)], -1, 0)[None]
+        if shift:
+            x = jnp.roll(x, (-shift, -shift), (1, 2))
+            bias = bias + apart(whole, self.window)[:, None]
+        qkv = self.qkv(split(x, side))
+        qkv = qkv.reshape(*qkv.shape[:3], 3, self.heads, width // self.heads)
+        count = qkv.shape[1]
+        return jnp.moveaxis(qkv, 3, 0), jnp.broadcast_to(bias, (count, *bias.shape[1:]))
+
+    def attention(self, x: Float[Array, "B T D"], grid: Grid, shift: int) -> Float[Array, "B T D"]:
+        """Multi-head self-attention in each window; JAX's own, with its softmax in float32."""
+        batch, _, width = x.shape
+        (q, k, v), bias = self.windows(x, grid, shift)
+        attend = jax.vmap(jax.nn.dot_product_attention, (1, 1, 1, 0), 1)
+        mixed = self.proj(attend(q, k, v, bias[:, None]).reshape(*q.shape[:3], width))
+        x = jnp.roll(join(mixed, padded(grid, self.window.side)), (shift, shift), (1, 2))
+        return x[:, : grid[0], : grid[1]].reshape(batch, -1, width)
+
+    def attention_weights(
+        self, x: Float[Array, "B T D"], grid: Grid, shift: int
+    ) -> Float[Array, "B h T T"]:
+        """What each token of a head takes of each other, 0 in other windows.
+
+        Rows sum to less than 1 where zeros that a grid was padded with were attended to.
+        """
+        (q, k, _), bias = self.windows(x, grid, shift)
+        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + bias)
+        high, wide = padded(grid, self.window.side)
+        places = np.roll(np.arange(high * wide).reshape(1, high, wide), (-shift, -shift), (1, 2))
+        places = split(places, self.window.side)[0]  # [N, n]
+        inside = np.arange(high * wide).reshape(high, wide)[: grid[0], : grid[1]].reshape(-1)
+        found = jnp.zeros((len(x), self.heads, high * wide, high * wide))
+        found = found.at[:, :, places[:, :, None], places[:, None, :]].set(weights.swapaxes(1, 2))
+        return found[:, :, inside[:, None], inside]
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        grid: Grid,
+        shift: int,
+        rate: Float[Array, ""],
+        draws: Float[Array, "B 2"] | None,
+    ) -> Float[Array, "B T D"]:
+        """Both residual branches, each dropped per sample where its draw is below `rate`."""
+        attention, mlp = (None, None) if draws is None else draws.T
+        x = x + drop_path(self.attention(x, grid, shift), rate, attention)
+        hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
+        return x + drop_path(self.fc2(hidden), rate, mlp)
+
+
+class Merging(nnx.Module):
+    """Four neighbours as one token of twice the width.
+
+    Their channels follow each other by column, then by row, as in the first Swin: (0, 0), (1, 0),
+    (0, 1), (1, 1).
+    """
+
+    def __init__(self, width: int, start: Start, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(start.std)
+        self.norm = layer_norm(4 * width, start, rngs)
+        self.reduction = Linear(
+            *(4 * width, 2 * width),
+            kernel_init=init,
+            use_bias=False,
+            dtype=start.dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B T D"], grid: Grid) -> tuple[Float[Array, "B t E"], Grid]:
+        """The merged tokens and their grid; an odd one is padded with zeros first."""
+        batch, _, width = x.shape
+        high, wide = padded(grid, 2)
+        x = pad(x.reshape(batch, *grid, width), (high, wide))
+        x = x.reshape(batch, high // 2, 2, wide // 2, 2, width).transpose(0, 1, 3, 4, 2, 5)
+        x = x.reshape(batch, high * wide // 4, 4 * width)
+        return self.reduction(self.norm(x)), (high // 2, wide // 2)
+
+
+class Stage(nnx.Module):
+    """Layers of one width, stacked and scanned; every second one moves its windows.
+
+    Args:
+        width: of its tokens.
+        depth: its layers, an even number.
+        heads: of each.
+        window: within which they attend.
+        merges: whether it merges its tokens for a next stage.
+        start: dtype and start of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        window: Window,
+        merges: bool,
+        start: Start,
+        rngs: nnx.Rngs,
+    ):
+        self.window = window
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap
+        def layers(rngs: nnx.Rngs) -> Block:
+            return Block(width, heads, window, start, rngs)
+
+        self.blocks = layers(rngs)
+        self.downsample = Merging(width, start, rngs) if merges else None
+
+    def run(
+        self,
+        x: Float[Array, "B T D"],
+        grid: Grid,
+        rates: Float[Array, " depth"],
+        draws: Float[Array, "depth B 2"] | None,
+        remat: str,
+        gather: Callable[[Any], Any],
+        keep: bool,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "layers B T D"] | None]:
+        """What the last layer gives, and where asked for what every layer gives."""
+        graph, layers = nnx.split(self.blocks)
+        # Those of a pair are programs of their own, unless windows are never moved.
+        shifts = (0, self.window.shift) if self.window.shift else (0,)
+
+        def layer(shift: int, x: Array, inputs: tuple) -> Array:
+            params, rate, layer_draws = inputs
+            return nnx.merge(graph, gather(params))(x, grid, shift, rate, layer_draws)
+
+        def group(x: Array, inputs: tuple) -> tuple[Array, Array | None]:
+            states = []
+            for i, shift in enumerate(shifts):
+                one = jax.checkpoint(
+                    functools.partial(layer, shift), prevent_cse=False, policy=REMATS[remat]
+                )
+                x = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+                states.append(x)
+            return x, jnp.stack(states) if keep else None
+
+        groups = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, len(shifts), *leaf.shape[1:]), (layers, rates, draws)
+        )
+        x, states = jax.lax.scan(group, x, groups)
+        return x, None if states is None else states.reshape(-1, *x.shape)
+
+
+class Swin(nnx.Module):
+    """Swin transformer over NHWC images, whose [CLS] is the mean of its tokens.
+
+    Windows are those of images of `image_size`, whatever images are given: a stage that has no
+    more tokens than a window is one window, and does not move it. Other images are padded.
+
+    Args:
+        size: widths, depths and heads.
+        config: of the model; `drop_path` is that of the last layer and grows from 0 at the first.
+        image_size: pixels a side of the square images that the windows are made for.
+        gather: makes the parameters of a layer whole where they lie split over devices.
+        start: dtype and start of the parameters.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        config: ml_collections.ConfigDict,
+        image_size: int,
+        gather: Callable[[Any], Any],
+        start: Start,
+        rngs: nnx.Rngs,
+    ):
+        self.width = size.width * 2 ** (STAGES - 1)
+        self.dtype, self.remat, self.gather = start.dtype, config.remat, gather
+        self.depths, self.rates = size.depths, drop_rates(config.drop_path, sum(size.depths))
+        self.patch_embed = patch_embedding(PATCH, size.width, start, rngs)
+        self.patch_norm = layer_norm(size.width, start, rngs)
+        # iBOT starts from zero, and masks from epoch 50 on. Masked patches, which have no positions
+        # here, are zero then through all layers while biases are, and LayerNorm is 1000 times
+        # as steep: gradients of 1e11 at the start of a Swin-T.
+        self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.width,)))
+        stages = {}
+        for i, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
+            window = window_of(config.window, image_size // PATCH // 2**i)
+            merges = i < STAGES - 1
+            stages[str(i)] = Stage(size.width * 2**i, depth, heads, window, merges, start, rngs)
+        self.stages = nnx.Dict(stages)
+        self.norm = layer_norm(self.width, start, rngs)
+
+    def embed(
+        self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None
+    ) -> tuple[Float[Array, "B T C"], Grid]:
+        """Normed patch embeddings, the mask token in place of all patches of masked tokens."""
+        _, height, width, _ = images.shape
+        grid = height // PATCH, width // PATCH
+        x = self.patch_norm(self.patch_embed(cut(images, PATCH)))
+        if mask is not None:
+            times = 2 ** (STAGES - 1)
+            fine = jnp.repeat(jnp.repeat(mask, times, axis=1), times, axis=2)
+            fine = fine[:, : grid[0], : grid[1]].reshape(*x.shape[:2], 1)
+            x = jnp.where(fine, self.mask_token[...], x)
+        return x.astype(self.dtype), grid
+
+    def states(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None,
+        keys: Key[Array, " B"] | None,
+        last: int,
+    ) -> tuple[list[Float[Array, "B _ _"]], Grid]:
+        """What the `last` layers give, and the grid of the final ones."""
+        x, grid = self.embed(images, mask)
+        rates, draws = jnp.array(self.rates), None
+        if keys is not None:
+            draws = jax.vmap(lambda key: jax.random.uniform(key, (len(self.rates), 2)))(keys)
+            draws = jnp.moveaxis(draws, 1, 0)  # layers first
+        found: list[Array] = []
+        first = 0
+        for i, depth in enumerate(self.depths):
+            stage = self.stages[str(i)]
+            part = slice(first, first + depth)
+            keep = min(depth, last - (len(self.rates) - part.stop))
+            x, states = stage.run(
+                *(x, grid, rates[part], None if draws is None else draws[part]),
+                *(self.remat, self.gather, keep > 1),
+            )
+            if keep > 0:
+                found += [x] if states is None else list(states[depth - keep :])
+            if stage.downsample is not None:
+                x, grid = stage.downsample(x, grid)
+            first += depth
+        return found, grid
+
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None = None,
+        keys: Key[Array, " B"] | None = None,
+        last: int = 1,
+    ) -> list[Float[Array, "B _ _"]]:
+        """Tokens of the `last` layers, their mean first, then row by row.
+
+        Those of the last stage are normed, and 32 pixels a side; those of the stages before are
+        not, and are smaller and narrower (iBOT, `get_intermediate_layers`).
+
+        Args:
+            images: normalised pixels; any size of whole patches of 4 pixels.
+            mask: tokens of 32 pixels to replace by the mask token.
+            keys: one for each image, turn on drop path (training of the student).
+            last: how many of the last layers to return, the final one last.
+        """
+        found, _ = self.states(images, mask, keys, last)
+        tokens = [
+            self.norm(x) if x.shape[-1] == self.width else x.astype(jnp.float32) for x in found
+        ]
+        return [jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) for x in tokens]
+
+    def attention(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h L L"]:
+        """Attention weights of the last layer among the tokens, row by row; there is no [CLS]."""
+        (before, _), grid = self.states(images, None, None, last=2)
+        stage = self.stages[str(STAGES - 1)]
+        graph, layers = nnx.split(stage.blocks)
+        block = nnx.merge(graph, self.gather(jax.tree.map(lambda leaf: leaf[-1], layers)))
+        return block.attention_weights(before, grid, stage.window.shift)

@@ -1,0 +1,142 @@
+"""Networks of runs and of files: what a training starts from."""
+
+import pathlib
+import shutil
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import save_pth
+from test_train import assert_same_run, small_config
+
+from sop_jax import checkpoint, pretrained, train
+from sop_jax.convert import convert
+from sop_jax.errors import UserError
+from sop_jax.mesh import make_mesh
+from sop_jax.models.positions import resize_positions
+from sop_jax.run import Run, assemble
+
+SHORT = {"steps": 4, "eval_every": 0, "log_every": 1, "checkpoint_every": 2}
+
+
+def ibot_file(path: pathlib.Path, rows: int = 17) -> pathlib.Path:
+    """A checkpoint of the network of `small_config`; the student's weights are others."""
+    teacher = checkpoints.ibot(depth=1, rows=rows, hidden=32)
+    student = {f"module.{name}": -array for name, array in teacher.items()}
+    return save_pth(path, {"student": student, "teacher": teacher, "epoch": 7})
+
+
+def start_of(source: pathlib.Path) -> tuple[Run, dict[str, np.ndarray], list[str]]:
+    """The first state of a run that starts from there, by the paths of its leaves, and words."""
+    config = small_config(**SHORT, init_from=str(source))
+    run = assemble(config, make_mesh(1), images=100)
+    fresh = run.init(jax.random.key(config.seed))
+    state, words = train.start_from(config, run, fresh)
+    assert jax.tree.leaves(state.memories)[0] is jax.tree.leaves(fresh.memories)[0]
+    leaves = {
+        f"{name}/{path}": np.asarray(leaf)
+        for name, part in (("student", state.student), ("teacher", state.teacher))
+        for path, leaf in pretrained.flatten(part).items()
+    }
+    return run, leaves, words
+
+
+def test_student_and_teacher_start_from_the_teacher_of_a_file(tmp_path: pathlib.Path) -> None:
+    arrays = checkpoints.ibot(depth=1, hidden=32)
+    _, leaves, words = start_of(ibot_file(tmp_path / "f.pth"))
+    for network in ("student", "teacher"):
+        for name, path in (
+            ("backbone.cls_token", "cls_token"),
+            ("backbone.norm.bias", "norm/bias"),
+        ):
+            np.testing.assert_array_equal(
+                leaves[f"{network}/backbone/{path}"], arrays[name].ravel()
+            )
+        kernel = leaves[f"{network}/head/fc2/kernel"]
+        np.testing.assert_array_equal(kernel, arrays["head.mlp.2.weight"].T)
+    assert words[0] == f"starts from {tmp_path / 'f.pth'}"
+    told = "\n".join(words)
+    assert "loaded: 0.0176 M parameters in 25 leaves, by the names of ibot" in told
+    assert "there and not needed: head.last_layer.weight_g, head.last_layer.weight_v" in told
+    assert "resized" not in told and "left at their start" not in told
+
+
+def test_positions_of_another_grid_are_resized_and_missing_parts_start_by_themselves(
+    tmp_path: pathlib.Path,
+) -> None:
+    arrays = checkpoints.vit(depth=1, rows=1 + 7 * 7)
+    run, leaves, words = start_of(save_pth(tmp_path / "f.pth", arrays))
+    table = arrays["pos_embed"][0]
+    expected = resize_positions(jnp.asarray(table[1:].reshape(7, 7, 32)), (4, 4), "ibot").reshape(
+        16, 32
+    )
+    found = leaves["student/backbone/pos_embed"]
+    np.testing.assert_array_equal(found[0], table[0])
+    np.testing.assert_allclose(found[1:], expected, atol=1e-6)
+    told = "\n".join(words)
+    assert "resized: pos_embed from 7x7 to 4x4" in told
+    assert "left at their start: backbone/mask_token, head/fc1/bias, head/fc1/kernel" in told
+    fresh = run.init(jax.random.key(0)).student
+    np.testing.assert_array_equal(leaves["teacher/head/fc1/kernel"], fresh["head"]["fc1"]["kernel"])
+
+
+def test_training_from_a_file_resumes_without_it(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file, whole, stopped = (tmp_path / name for name in ("f.pth", "whole", "stopped"))
+    config = small_config(**SHORT, init_from=str(ibot_file(file)))
+    train.train(config, whole)
+    assert f"starts from {file}" in capfd.readouterr().err
+    shutil.copytree(whole, stopped)
+    (stopped / "summary.json").unlink()
+    shutil.rmtree(stopped / "checkpoints" / "4")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:2]))
+    file.unlink()
+    train.train(config, stopped)
+    assert "starts from" not in capfd.readouterr().err
+    assert_same_run(whole, stopped)
+
+    # A run may start from another, whose teacher it takes; and from what was converted of it.
+    teacher = pretrained.flatten(pretrained.load(whole)[2])
+    convert(whole, tmp_path / "slim", step=2)
+    convert(whole, tmp_path / "slim4")
+    assert checkpoint.steps(tmp_path / "slim") == [2]
+    for source in (whole, tmp_path / "slim4"):
+        _, leaves, words = start_of(source)
+        assert "of the teacher of step 4" in "\n".join(words)
+        for path, leaf in teacher.items():
+            np.testing.assert_array_equal(leaves[f"student/{path}"], leaf)
+    student = pretrained.load(whole, network="student")[2]["backbone"]["cls_token"]
+    assert (student != teacher["backbone/cls_token"]).any()
+
+    other = small_config(**SHORT, init_from=str(whole), **{"model.heads": 4})
+    with pytest.raises(UserError, match="init_from=.*heads=2.*, and this one .*heads=4"):
+        train.train(other, tmp_path / "other")
+    wide = small_config(**SHORT, init_from=str(whole), **{"model.width": 64})
+    with pytest.raises(UserError, match="width=32.*, and this one .*width=64"):
+        train.train(wide, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("truncated", "cannot be read"),
+        ("absent", "there is no file"),
+        ("another", r"patch_embed.proj.weight is \[32, 3, 8, 8\], expected \[32, 3, 4, 4\]"),
+    ],
+)
+def test_bad_file_is_told_before_anything_is_written(
+    tmp_path: pathlib.Path, damage: str, words: str
+) -> None:
+    file = tmp_path / "f.pth"
+    if damage == "another":
+        save_pth(file, checkpoints.vit(depth=1, patch=8))
+    elif damage == "truncated":
+        ibot_file(file).write_bytes(file.read_bytes()[:4000])
+    with pytest.raises(UserError, match=f"init_from={file}: .*(.|\n)*{words}"):
+        train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,407 @@
+"""Files of weights by the names of other projects: what is read, what is refused, and both ways."""
+
+import argparse
+import os
+import pathlib
+import pickle
+import zipfile
+from typing import Any
+
+import checkpoints
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import test_golden
+from checkpoints import Call, Named, bfloat16, numbers, save_pth
+from safetensors.numpy import save_file
+
+from sop_jax import config as config_lib
+from sop_jax import pretrained
+from sop_jax.errors import UserError
+from sop_jax.models import build
+from sop_jax.weights import files, mapping
+from sop_jax.weights.tables import LAYOUTS
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "vit with LayerScale": {"model.layer_scale": 0.1},
+    "vit with registers": {"model.layer_scale": 0.1, "model.registers": 3},
+    "swin": {
+        "model.family": "swin",
+        "model.width": 12,
+        "model.stage_depths": (1, 2, 2, 1),
+        "model.stage_heads": (1, 2, 3, 6),
+        "augment.global_size": 224,
+    },
+    "resnet": {"model.family": "resnet", "model.width": 4, "model.stage_depths": (2, 1, 3, 1)},
+}
+# Which projects have which network.
+EXPORTS = [
+    *((network, "timm") for network in NETWORKS),
+    *((network, project) for network in NETWORKS for project in ("hf", "hf4")),
+    *((network, "ibot") for network in ("vit", "swin", "resnet")),
+    *((network, "dinov2") for network in ("vit with LayerScale", "vit with registers")),
+]
+
+
+def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    config.update_from_flattened_dict(
+        {
+            "augment.global_size": 16,
+            "model.size": "custom",
+            "model.width": 32,
+            "model.depth": 2,
+            "model.heads": 2,
+            "model.patch": 4,
+            "model.dtype": "float32",
+            "head.hidden": 24,
+            "head.dim": 16,
+        }
+        | changes
+    )
+    return config
+
+
+def random_leaves(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Of a network, no two layers of it the same."""
+    model = build(config, config.augment.global_size)
+    shapes = pretrained.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    return {
+        path: numbers(*leaf.shape, seed=i) for i, (path, leaf) in enumerate(sorted(shapes.items()))
+    }
+
+
+def shapes_of(leaves: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in leaves.items()}
+
+
+def never(table: np.ndarray, rows: int) -> np.ndarray:
+    raise AssertionError("resized")
+
+
+def load(
+    arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], likely: str = "ibot"
+) -> mapping.Loaded:
+    file = mapping.recognise(arrays, likely)
+    return mapping.load(file.layout, file.arrays, shapes, never)
+
+
+def ibot_shapes() -> dict[str, tuple[int, ...]]:
+    return shapes_of(random_leaves(tiny_config()))
+
+
+# ------------------------------------------------------------------------------------------- files
+
+CONTENT = {"a": numbers(2, 3), "b.c": bfloat16(numbers(5)), "d": np.arange(3)}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_pth_gives_its_arrays_bit_for_bit(tmp_path: pathlib.Path, legacy: bool) -> None:
+    base = numbers(6, 8)
+    content = CONTENT | {"view": base[1:4, ::2], "transposed": base.T, "half": np.float16([1, 2])}
+    read = files.read(save_pth(tmp_path / "f.pth", content, legacy))
+    assert read.keys() == content.keys()
+    for name, array in content.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+
+def test_safetensors_and_npz_give_their_arrays(tmp_path: pathlib.Path) -> None:
+    save_file(CONTENT, tmp_path / "f.safetensors")
+    plain = {name: array for name, array in CONTENT.items() if name != "b.c"}
+    np.savez(tmp_path / "f.npz", **plain)
+    for read, expected in (
+        (files.read(tmp_path / "f.safetensors"), CONTENT),
+        (files.read(tmp_path / "f.npz"), plain),
+    ):
+        assert read.keys() == expected.keys()
+        assert all((read[name] == array).all() for name, array in expected.items())
+
+
+@pytest.mark.parametrize(
+    "content, key, expected",
+    [
+        ({"student": {"a": 1}, "teacher": {"a": 2}}, None, 2),
+        ({"student": {"a": 1}, "teacher": {"a": 2}}, "student", 1),
+        ({"state_dict": {"teacher.a": 2, "student.a": 1}, "epoch": 3}, None, 2),
+        ({"model": {"a": 3}, "optimizer": {"state": {0: {"step": 4}}}}, None, 3),
+        ({"model": {"a": 3}, "model_ema": {"a": 4}}, "model_ema", 4),
+        ({"a": 5}, None, 5),
+    ],
+)
+def test_network_of_several_is_found(
+    tmp_path: pathlib.Path, content: Any, key: str | None, expected: int
+) -> None:
+    def arrays(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: arrays(value) for name, value in part.items()}
+        return np.full(2, part, np.float32)
+
+    file = save_pth(tmp_path / "f.pth", arrays(content))
+    read = files.read(file, key)
+    assert read.keys() == {"a"} and (read["a"] == expected).all()
+    with pytest.raises(UserError, match="has no 'another'; it holds"):
+        files.read(file, "another")
+
+
+def test_settings_of_a_training_are_passed_over(tmp_path: pathlib.Path) -> None:
+    settings = argparse.Namespace(arch="vit_small", path=pathlib.PurePosixPath("/data"))
+    settings.path = Call(Named("pathlib", "PosixPath"), "/", "data")
+    settings.best = Call(
+        Named("numpy._core.multiarray", "scalar"), Call(Named("numpy", "dtype"), "f8"), b"12345678"
+    )
+    content = {"teacher": {"a": numbers(2)}, "args": settings, "epoch": 3, "lr": [0.1, None]}
+    assert files.read(save_pth(tmp_path / "f.pth", content)).keys() == {"a"}
+
+
+EVIL = {
+    "a command": lambda file: Call(os.system, f"touch {file}"),
+    "a command by name": lambda file: Call(Named("subprocess", "getoutput"), f"touch {file}"),
+    "an expression": lambda file: Call(eval, f"open({str(file)!r}, 'w')"),
+    "an attribute": lambda file: Call(getattr, os, "system"),
+    "a method": lambda file: Call(Named("pathlib", "Path.touch"), str(file)),
+    "an import": lambda file: Call(Named("importlib", "import_module"), "antigravity"),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", EVIL)
+def test_code_in_a_pickle_is_refused_and_never_run(
+    tmp_path: pathlib.Path, kind: str, legacy: bool
+) -> None:
+    made = tmp_path / "made"
+    if kind == "an attribute":
+        evil: Any = Call(getattr, Named("os", "environ"), "clear")
+    else:
+        evil = EVIL[kind](made)
+    content = {"teacher": {"a": numbers(2)}, "args": evil}
+    with pytest.raises(UserError, match=r"is refused: it holds .* nothing .* was run or loaded"):
+        files.read(save_pth(tmp_path / "f.pth", content, legacy))
+    assert not made.exists()
+
+
+def test_the_malicious_files_would_run_code_elsewhere(tmp_path: pathlib.Path) -> None:
+    pickle.loads(checkpoints.pickled(EVIL["a command"](tmp_path / "made")))
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["f.pth", "legacy.pth", "f.safetensors", "f.npz"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_truncated_file_is_one_error(tmp_path: pathlib.Path, name: str, share: float) -> None:
+    file = tmp_path / name
+    content = {"a": numbers(40, 50), "b": numbers(60)}
+    if file.suffix == ".pth":
+        save_pth(file, content, legacy=name == "legacy.pth")
+    elif file.suffix == ".npz":
+        np.savez(file, **content)
+    else:
+        save_file(content, file)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match=f"{name} cannot be read: .*It may be truncated"):
+        files.read(file)
+
+
+def test_changed_bytes_are_noticed(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", {"a": numbers(40, 50)})
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="cannot be read"):
+        files.read(file)
+
+
+@pytest.mark.parametrize(
+    "offset, shape, strides",
+    [(0, (7,), (1,)), (5, (2,), (1,)), (0, (2, 2), (1, 9)), (-1, (2,), (1,)), (3, (2,), (-1,))],
+)
+def test_array_beyond_its_bytes_is_refused(
+    tmp_path: pathlib.Path, offset: int, shape: Any, strides: Any
+) -> None:
+    rebuild = Named("torch._utils", "_rebuild_tensor_v2")
+    storage = checkpoints.Storage("0", numbers(6))
+    data = checkpoints.pickled({"a": Call(rebuild, storage, offset, shape, strides, False, {})})
+    with zipfile.ZipFile(tmp_path / "f.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/data/0", numbers(6).tobytes())
+    with pytest.raises(UserError, match="cannot be read: an array"):
+        files.read(tmp_path / "f.pth")
+
+
+def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="there is no file of weights"):
+        files.read(tmp_path / "absent.pth")
+    np.savez(tmp_path / "f.npz", a=np.array([{"a": 1}], object))
+    (tmp_path / "text.pth").write_text("once upon a time")
+    with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
+        archive.writestr("readme", "an archive")
+    for name in ("f.npz", "text.pth", "other.pth"):
+        with pytest.raises(UserError, match="cannot be read"):
+            files.read(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------ layouts
+
+
+@pytest.mark.parametrize("network, project", EXPORTS)
+def test_round_trip_is_bit_exact(network: str, project: str) -> None:
+    config = tiny_config(**NETWORKS[network])
+    leaves = random_leaves(config)
+    if (network, project) == ("vit with registers", "timm"):  # which has no position for [CLS]
+        leaves["backbone/pos_embed"][0] = 0
+    arrays, left, _ = mapping.export(project, config.model.family, leaves)
+    assert all(path.startswith("head/") or path == "backbone/mask_token" for path in left)
+
+    file = mapping.recognise(arrays, project)
+    assert file.layout.project in (project, {"hf4": "hf"}.get(project))  # a ResNet's are the same
+    loaded = mapping.load(file.layout, file.arrays, shapes_of(leaves), never)
+    assert sorted(loaded.lacking) == sorted(left) and not loaded.ignored
+    for path, leaf in loaded.leaves.items():
+        assert leaf.tobytes() == leaves[path].tobytes(), path
+    again, *_ = mapping.export(project, config.model.family, leaves | loaded.leaves)
+    assert {name: array.tobytes() for name, array in again.items()} == {
+        name: array.tobytes() for name, array in arrays.items()
+    }
+
+    found = mapping.describe(file.layout, file.arrays)
+    same = [name for name in found if name in NETWORKS[network] or name == "model.width"]
+    asked = config_lib.flatten(config)
+    for name in set(same) - {"model.layer_scale"}:
+        value = list(found[name]) if isinstance(found[name], tuple) else found[name]
+        assert value == asked[name], name
+
+
+def test_every_layout_makes_a_round_trip() -> None:
+    tried = {
+        (project, NETWORKS[network].get("model.family", "vit")) for network, project in EXPORTS
+    }
+    assert tried == {(layout.project, layout.family) for layout in LAYOUTS}
+
+
+def test_layout_is_recognised_by_names() -> None:
+    vit = checkpoints.vit()
+    classifier = {"head.weight": numbers(10, 32), "head.bias": numbers(10)}
+    gammas = {f"blocks.{i}.ls{n}.gamma": numbers(32) for i in range(2) for n in (1, 2)}
+    for arrays, expected in (
+        (checkpoints.ibot(wrapper="module."), "ibot"),
+        (vit, "ibot"),  # as DINO's backbones
+        (vit | {"masked_embed": numbers(1, 32)}, "ibot"),
+        (vit | classifier, "timm"),
+        (vit | gammas, "timm"),
+        (vit | gammas | {"mask_token": numbers(1, 32)}, "dinov2"),
+    ):
+        assert mapping.recognise(arrays, "ibot").layout.project == expected
+    file = mapping.recognise(vit, "timm")
+    assert file.layout.project == "timm" and [x.project for x in file.alike] == ["ibot"]
+    assert mapping.recognise(checkpoints.ibot(), "timm").layout.project == "ibot"
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_table_gives_what_golden_numbers_were_computed_with(family: str) -> None:
+    golden = test_golden.load("backbone.npz")
+    before = f"{family}/weights/"
+    arrays = {name.removeprefix(before): x for name, x in golden.items() if before in name}
+    if family == "vit":
+        expected = test_golden.vit_params(golden, int(golden["vit/config"][3]))
+    else:
+        expected = test_golden.swin_params(golden, (2, 2, 2, 2))
+    leaves = pretrained.flatten({"backbone": expected})
+    loaded = load(arrays, shapes_of(leaves))
+    assert loaded.leaves.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(loaded.leaves[path], leaf)
+
+
+def test_ibot_checkpoint_gives_backbone_and_head() -> None:
+    arrays = checkpoints.ibot(wrapper="module.")
+    loaded = load(arrays, ibot_shapes())
+    expected = {
+        "backbone/cls_token": arrays["module.backbone.cls_token"][0, 0],
+        "backbone/mask_token": arrays["module.backbone.masked_embed"][0],
+        "head/fc1/kernel": arrays["module.head.mlp.0.weight"].T,
+        "head/fc3/bias": arrays["module.head.mlp.4.bias"],
+    }
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(loaded.leaves[path], leaf)
+    layer = loaded.leaves["backbone/blocks/qkv/kernel"][1]
+    np.testing.assert_array_equal(layer, arrays["module.backbone.blocks.1.attn.qkv.weight"].T)
+    assert loaded.ignored == ["head.last_layer.weight_g", "head.last_layer.weight_v"]
+    assert not loaded.lacking
+
+
+def test_spare_parts_may_be_missing_and_a_head_of_other_layers_is_passed_over() -> None:
+    arrays = {name: x for name, x in checkpoints.ibot().items() if "masked" not in name}
+    norms = {f"head.mlp.1.{name}": numbers(24) for name in ("weight", "running_mean")}
+    loaded = load(arrays | norms, ibot_shapes())
+    assert {"backbone/mask_token", "head/fc1/kernel"} <= set(loaded.lacking)
+    assert not any(path.startswith("head/") for path in loaded.leaves)
+    assert {"head.mlp.0.weight", "head.mlp.1.running_mean"} <= set(loaded.ignored)
+
+
+def test_differences_are_one_error_that_lists_them() -> None:
+    arrays = checkpoints.ibot()
+    del arrays["backbone.norm.bias"], arrays["backbone.blocks.1.mlp.fc1.weight"]
+    arrays["backbone.blocks.0.attn.rope.weight"] = numbers(3)
+    arrays["backbone.cls_token"] = numbers(1, 1, 31)
+    arrays["head.mlp.2.bias"] = numbers(25)
+    arrays["backbone.blocks.0.norm1.bias"] = np.full(32, np.nan, np.float32)
+    with pytest.raises(UserError) as error:
+        load(arrays, ibot_shapes())
+    for line in (
+        "not of this network",
+        "missing: blocks.1.mlp.fc1.weight; norm.bias",
+        "unexpected: blocks.0.attn.rope.weight",
+        "cls_token is [1, 1, 31], expected [1, 1, 32]",
+        "head.mlp.2.bias is [25], expected [24]",
+        "blocks.0.norm1.bias holds NaN or infinity",
+    ):
+        assert line in str(error.value)
+
+
+def test_many_differences_are_shortened() -> None:
+    shapes = shapes_of(random_leaves(tiny_config(**{"model.depth": 40})))
+    with pytest.raises(UserError) as error:
+        load(checkpoints.ibot(), shapes)
+    assert "blocks.2.norm1.weight (and 37 alike)" in str(error.value)
+    assert "and 6 more" in str(error.value) and len(str(error.value)) < 700
+    with pytest.raises(UserError, match="unexpected: blocks.1.norm1.weight"):
+        load(checkpoints.ibot(), shapes_of(random_leaves(tiny_config(**{"model.depth": 1}))))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"model.patch": 2, "augment.global_size": 8},
+            r"patch_embed.proj.weight is \[32, 3, 4, 4\]",
+        ),
+        ({"model.layer_scale": 0.1}, "missing: what would be backbone/blocks/ls1/scale"),
+        ({"model.registers": 2}, "missing: what would be backbone/register_tokens"),
+    ],
+)
+def test_network_of_another_kind_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(checkpoints.ibot(), shapes_of(random_leaves(tiny_config(**changes))))
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match="of no backbone that is known .*: bert.layer.0"):
+        mapping.recognise({"bert.layer.0": numbers(2), "bert.pooler": numbers(2)}, "ibot")
+    with pytest.raises(UserError, match="names at all|none at all"):
+        mapping.recognise({}, "ibot")
+    both = {f"{wrapper}.norm.weight": numbers(2) for wrapper in ("backbone", "module")}
+    with pytest.raises(UserError, match="several networks"):
+        mapping.recognise(both, "ibot")
+
+
+def test_export_says_which_networks_a_project_lacks() -> None:
+    leaves = random_leaves(tiny_config(**{"model.registers": 2}))
+    with pytest.raises(UserError, match="has no place for backbone/register_tokens"):
+        mapping.export("hf", "vit", leaves)
+    windows = random_leaves(tiny_config(**NETWORKS["swin"] | {"model.window": 14}))
+    with pytest.raises(UserError, match="transformers has no Swin whose window is smaller"):
+        mapping.export("hf", "swin", windows)
+    with pytest.raises(UserError, match="dinov2 has no .*: it has no swin"):
+        mapping.export("dinov2", "swin", random_leaves(tiny_config(**NETWORKS["swin"])))
