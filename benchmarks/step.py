@@ -142,7 +142,8 @@ def part_seconds(
 
     def teacher(params: Any, views: jax.Array, mask: jax.Array) -> Any:
         places, masked = masked_first(mask, most)
-        return *embed_views(run.model, params, views, patches=places), masked
+        embeddings, _ = embed_views(run.model, params, views, patches=places)
+        return *embeddings, masked
 
     def losses(sops: Any, student: Embeddings, teacher: Embeddings, masked: jax.Array) -> Any:
         return jax.value_and_grad(
@@ -168,7 +169,7 @@ def part_seconds(
         losses, sops, student, Embeddings(cls, patches), jnp.moveaxis(masked, 1, 0)
     )
     taken["update"], _ = median(update, state, state.student)
-    kept = run.objective.keep(cls, patches[:, :, 0])
+    kept = run.objective.keep(Embeddings(cls, patches))
     taken["memories"], _ = median(remember, state.memories, kept, batch["index"])
     return taken
 

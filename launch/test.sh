@@ -11,5 +11,5 @@ use_environment '.[test]'
 ruff check .
 ruff format --check .
 mypy
-shellcheck launch/*.sh .ci/run
+shellcheck launch/*.sh benchmarks/*.sh .ci/run
 python -m pytest -n 2 --dist=loadgroup "$@"

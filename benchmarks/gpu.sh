@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Everything there is to measure on one GPU, in under 9 minutes:
+#
+#   benchmarks/gpu.sh [--out=DIR] [--peer=torch_sop.py] [--wheels=DIR]
+#
+# precision of the step, its speed for ViT-S, B and L beside the PyTorch yardstick where --peer names
+# it, its parts, the search and the input. DIR gets a log and the JSON lines of each. --wheels names
+# packages to install first, out of the way, on a machine that has JAX and no network.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+out=runs/gpu peer="" wheels=""
+for argument in "$@"; do
+  case "$argument" in
+    --out=*) out="${argument#*=}" ;;
+    --peer=*) peer="${argument#*=}" ;;
+    --wheels=*) wheels="${argument#*=}" ;;
+    *)
+      echo "error: unknown argument $argument; see the head of $0" >&2
+      exit 2
+      ;;
+  esac
+done
+if ! command -v nvidia-smi > /dev/null; then
+  echo "error: there is no nvidia-smi, hence no driver of an NVIDIA GPU on this machine" >&2
+  exit 1
+fi
+mkdir -p "$out"
+began=$SECONDS
+limit=530 # seconds for all of it
+
+if [[ -n "$wheels" ]]; then
+  python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$out/site" "$wheels"/*.whl
+  PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export JAX_COMPILATION_CACHE_DIR="$PWD/$out/compiled"
+nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm --format=csv,noheader
+
+# measure NAME SECONDS COMMAND...: runs it, if there is time for it, and keeps what it prints. One
+# that fails or takes too long is told of and does not end the rest.
+measure() {
+  local name="$1" most="$2" left=$((limit - SECONDS + began))
+  shift 2
+  if ((left < most / 2)); then
+    echo "$name: left out, $left s are left"
+    return
+  fi
+  echo "== $name"
+  if ! timeout $((most < left ? most : left)) "$@" > "$out/$name.txt" 2> "$out/$name.log"; then
+    echo "failed: $(tail -n 3 "$out/$name.log")"
+  fi
+  tail -n 1 "$out/$name.txt"
+}
+
+# step NAME SECONDS ARGUMENTS...: beside the yardstick where there is one.
+step() {
+  local name="$1" most="$2"
+  shift 2
+  if [[ -n "$peer" ]]; then
+    measure "$name" "$most" python3 benchmarks/step.py "$@" --rounds=1 --steps=20 \
+      --peer="$peer" --device=cuda
+  else
+    measure "$name" "$most" python3 benchmarks/step.py "$@" --steps=20
+  fi
+}
+
+measure precision_bfloat16 60 python3 benchmarks/precision.py --arch=vit_small
+measure precision_float32 60 python3 benchmarks/precision.py --arch=vit_small --dtype=float32
+measure search 60 python3 benchmarks/search.py --quick
+measure parts_vitb 100 python3 benchmarks/step.py --arch=vit_base --batch=64 --method=paper \
+  --parts --config.sop.search_precision=high
+step vitb 150 --arch=vit_base --batch=128 --compile
+step vitb_closed_form 120 --arch=vit_base --batch=128 --compile --closed-form
+measure vitl 90 python3 benchmarks/step.py --arch=vit_large --batch=64 --local-crops=8 --steps=10
+step vits 120 --arch=vit_small --batch=256 --compile
+measure input 60 python3 benchmarks/input.py --count=64 --rounds=2
+rm -rf "$out/compiled" "$out/site"
+echo "took $((SECONDS - began)) s"
