@@ -10,7 +10,8 @@ process of its own, so that peak memories are their own. The last line is JSON.
 
 Parts are compiled and timed on their own: the teacher's forward, the drawing of prototypes with
 their search, assignment and losses with their backward pass, the update, and the memories. The
-student is the rest of the step.
+student is the rest of the step. What a part is given stays as it is, so that the push of the
+memories counts a copy of them which the step, with its state donated, does not make.
 """
 
 import argparse
@@ -124,21 +125,24 @@ def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.nd
     return arrays
 
 
-def part_seconds(
+def parts_of(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
-) -> dict[str, float]:
-    """Median seconds of each part of the step, compiled on its own."""
+) -> dict[str, dict[str, float]]:
+    """Median seconds and compiled temporary bytes of each part of the step, on its own."""
     schedules = run.schedules
     tx = optim.optimizer(config.optim, schedules)
     key = jax.random.key(1)
     most = most_masked(batch["mask"].shape[2:], config.mask)
     temperatures = Temperatures(jnp.float32(STUDENT), jnp.float32(TEACHER))
 
-    def median(function: Callable, *inputs: Any) -> tuple[float, Any]:
+    parts = {}
+
+    def part(name: str, function: Callable, *inputs: Any) -> Any:
         compiled = jax.jit(function).lower(*inputs).compile()
-        return statistics.median(
-            seconds(lambda: compiled(*inputs), args.warmup, args.steps)
-        ), compiled(*inputs)
+        taken = seconds(lambda: compiled(*inputs), args.warmup, args.steps)
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        parts[name] = {"s": statistics.median(taken), "temp_bytes": temporary}
+        return compiled(*inputs)
 
     def teacher(params: Any, views: jax.Array, mask: jax.Array) -> Any:
         places, masked = masked_first(mask, most)
@@ -158,20 +162,18 @@ def part_seconds(
     def remember(memories: Any, kept: Any, index: jax.Array) -> Any:
         return run.objective.remember(memories, kept, index)
 
-    taken = {}
-    taken["teacher"], (cls, patches, masked) = median(
-        teacher, state.teacher, batch["global_views"], batch["mask"]
+    cls, patches, masked = part(
+        "teacher", teacher, state.teacher, batch["global_views"], batch["mask"]
     )
-    taken["search"], sops = median(run.objective.prototypes, state.memories, key)
+    sops = part("search", run.objective.prototypes, state.memories, key)
     views = 2 + config.augment.local_crops
     student = Embeddings(jnp.tile(cls, (views // 2 + 1, 1, 1))[:views], patches)
-    taken["losses"], _ = median(
-        losses, sops, student, Embeddings(cls, patches), jnp.moveaxis(masked, 1, 0)
-    )
-    taken["update"], _ = median(update, state, state.student)
+    targets, masked = Embeddings(cls, patches), jnp.moveaxis(masked, 1, 0)
+    part("losses", losses, sops, student, targets, masked)
+    part("update", update, state, state.student)
     kept = run.objective.keep(Embeddings(cls, patches))
-    taken["memories"], _ = median(remember, state.memories, kept, batch["index"])
-    return taken
+    part("memories", remember, state.memories, kept, batch["index"])
+    return parts
 
 
 def peak_bytes() -> int:
@@ -226,10 +228,12 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
         "loss": float(once()),
     }
     if args.parts:
-        parts = part_seconds(run, config, state, batch, args)
-        parts["student"] = step_s - sum(parts.values())
-        result["parts_s"] = {name: round(value, 5) for name, value in parts.items()}
-        result["shares"] = {name: round(value / step_s, 4) for name, value in parts.items()}
+        parts = parts_of(run, config, state, batch, args)
+        taken = {name: part["s"] for name, part in parts.items()}
+        taken["student"] = step_s - sum(taken.values())
+        result["parts_s"] = {name: round(value, 5) for name, value in taken.items()}
+        result["shares"] = {name: round(value / step_s, 4) for name, value in taken.items()}
+        result["parts_temp_bytes"] = {name: part["temp_bytes"] for name, part in parts.items()}
     return result
 
 

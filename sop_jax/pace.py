@@ -57,9 +57,9 @@ class PaceKeeper:
         return pace
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the thread; where a step never ends, as after the loss of a host, leaves it."""
         self._begun.put(None)
-        self._thread.join()
+        self._thread.join(timeout=1)
 
     def _watch(self) -> None:
         while (step := self._begun.get()) is not None:

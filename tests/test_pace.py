@@ -70,3 +70,11 @@ def test_words_say_how_much_the_input_costs() -> None:
     assert words == "the bottleneck: devices wait 75 % of the time, 320 images/s without"
     assert in_words(Pace(busy=9.7, idle=0.3, steps=10), 64) is None
     assert in_words(Pace(busy=0.0, idle=0.0, steps=0), 64) is None
+
+
+def test_a_step_that_never_ends_does_not_hold_up_the_end() -> None:
+    keeper = PaceKeeper()
+    keeper.step(Result(30))
+    began = time.monotonic()
+    keeper.close()
+    assert time.monotonic() - began < 10
