@@ -75,7 +75,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
     side = config.augment.global_size // model.patch
-    most = most_masked((side, side), config.mask)
+    most = most_masked((side, side), config.mask) if config.sop.patch.tasks else 0
     step = make_train_step(model, objective, tx, schedules, config.accumulate, most)
     return Run(
         mesh=mesh,
