@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
 # Everything there is to measure on one GPU, in under 9 minutes:
 #
-#   benchmarks/gpu.sh [--out=DIR] [--peer=torch_sop.py] [--wheels=DIR]
+#   benchmarks/gpu.sh [--out=DIR] [--peer=torch_sop.py] [--images=FOLDER] [--wheels=DIR]
 #
 # precision of the step, its speed for ViT-S, B and L beside the PyTorch yardstick where --peer names
-# it, its parts, the search and the input. DIR gets a log and the JSON lines of each. --wheels names
-# packages to install first, out of the way, on a machine that has JAX and no network.
+# it, its parts, its start from the cache, the search, the input, and a training on the photos of
+# FOLDER to compare with the step. What time is left for is measured, the first of these first. DIR
+# gets a log and the JSON lines of each. --wheels names packages to install first, out of the way, on
+# a machine that has JAX and no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out=runs/gpu peer="" wheels=""
+out=runs/gpu peer="" images="" wheels=""
 for argument in "$@"; do
   case "$argument" in
     --out=*) out="${argument#*=}" ;;
     --peer=*) peer="${argument#*=}" ;;
+    --images=*) images="${argument#*=}" ;;
     --wheels=*) wheels="${argument#*=}" ;;
     *)
       echo "error: unknown argument $argument; see the head of $0" >&2
@@ -26,6 +29,7 @@ if ! command -v nvidia-smi > /dev/null; then
   exit 1
 fi
 mkdir -p "$out"
+out="$(realpath "$out")"
 began=$SECONDS
 limit=530 # seconds for all of it
 
@@ -35,7 +39,7 @@ if [[ -n "$wheels" ]]; then
   PYTHONPATH="$out/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export JAX_COMPILATION_CACHE_DIR="$PWD/$out/compiled"
+export JAX_COMPILATION_CACHE_DIR="$out/compiled"
 nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm --format=csv,noheader
 
 # measure NAME SECONDS COMMAND...: runs it, if there is time for it, and keeps what it prints. One
@@ -71,6 +75,16 @@ measure precision_float32 60 python3 benchmarks/precision.py --arch=vit_small --
 measure search 60 python3 benchmarks/search.py --quick
 measure parts_vitb 100 python3 benchmarks/step.py --arch=vit_base --batch=64 --method=paper \
   --parts --config.sop.search_precision=high
+measure cached_vitb 60 python3 benchmarks/step.py --arch=vit_base --batch=64 --method=paper \
+  --steps=20 --config.sop.search_precision=high
+if [[ -n "$images" ]]; then
+  measure train_vitb 120 python3 -m sop_jax.train --config=configs/imagenet_vitb16.py \
+    --workdir="$out/train" --config.data.source=folder --config.data.path="$images" \
+    --config.data.test_split=val --config.data.workers="$(nproc)" --config.batch_size=64 \
+    --config.steps=100 --config.log_every=20 --config.eval_every=0 --config.checkpoint_every=0 \
+    --config.sop.search_precision=high
+  rm -rf "$out/train"
+fi
 step vitb 150 --arch=vit_base --batch=128 --compile
 step vitb_closed_form 120 --arch=vit_base --batch=128 --compile --closed-form
 measure vitl 90 python3 benchmarks/step.py --arch=vit_large --batch=64 --local-crops=8 --steps=10

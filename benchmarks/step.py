@@ -15,6 +15,7 @@ memories counts a copy of them which the step, with its state donated, does not 
 """
 
 import argparse
+import ast
 import json
 import re
 import resource
@@ -41,6 +42,7 @@ from sop_jax import optim  # noqa: E402
 from sop_jax.check import check  # noqa: E402
 from sop_jax.compilation import keep_compiled  # noqa: E402
 from sop_jax.data.masks import most_masked, view_mask  # noqa: E402
+from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.flops import flops  # noqa: E402
 from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
 from sop_jax.run import Run, assemble  # noqa: E402
@@ -86,7 +88,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true", help="the peer, with torch.compile")
     parser.add_argument("--device", default=None, help="of the peer: cpu or cuda")
     parser.add_argument("--rounds", type=int, default=2, help="of both in turn")
-    return parser.parse_known_args()
+    args, changes = parser.parse_known_args()
+    if min(args.steps, args.rounds) < 1 or args.warmup < 0:
+        parser.error("--steps and --rounds must be 1 or more, --warmup 0 or more")
+    return args, changes
 
 
 def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.ConfigDict:
@@ -95,18 +100,25 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
     config.batch_size = args.batch
     config.model.size, config.model.dtype = ARCHS[args.arch], args.dtype
     config.augment.local_crops = args.local_crops
-    for change in changes:
-        if not re.fullmatch(r"--config\.[^=]+=.*", change):
-            raise SystemExit(f"error: unknown argument {change}")
-    given = dict(change.removeprefix("--config.").split("=", 1) for change in changes)
-    flat = config_lib.flatten(config)
-    for key, value in METHODS[args.method].items() | given.items():
-        if key not in flat:
-            raise SystemExit(f"error: unknown argument --config.{key}")
-        kind = type(flat[key])
-        config.update_from_flattened_dict({key: kind(value) if isinstance(value, str) else value})
-    check(config)
+    given = dict(parsed(change) for change in changes)
+    for key in given.keys() - config_lib.flatten(config).keys():
+        raise SystemExit(f"error: unknown argument --config.{key}")
+    try:
+        config.update_from_flattened_dict(METHODS[args.method] | given)
+        check(config)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     return config
+
+
+def parsed(change: str) -> tuple[str, Any]:
+    """The key and the value of --config.KEY=VALUE; a word that is no number is text."""
+    if not (match := re.fullmatch(r"--config\.([^=]+)=(.*)", change)):
+        raise SystemExit(f"error: unknown argument {change}")
+    try:
+        return match[1], ast.literal_eval(match[2])
+    except (ValueError, SyntaxError):
+        return match[1], match[2]
 
 
 def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.ndarray]:
@@ -237,19 +249,24 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     return result
 
 
-def alternate(args: argparse.Namespace) -> dict[str, Any]:
+def commands(args: argparse.Namespace, changes: list[str]) -> dict[str, list[str]]:
+    """What runs this step once, and what runs the peer's."""
+    shared = [f"--arch={args.arch}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
+    shared += [f"--steps={args.steps}", f"--warmup={args.warmup}"]
+    shared += [f"--local-crops={args.local_crops}"]
+    ours = [sys.executable, __file__, *shared, f"--method={args.method}", *changes]
+    ours += ["--parts"] * args.parts + [f"--cache={args.cache}"] * bool(args.cache)
+    peer = [args.peer_python, args.peer, *shared]
+    peer += ["--closed-form"] * args.closed_form + ["--compile"] * args.compile
+    peer += [f"--device={args.device}"] * bool(args.device)
+    return {"ours": ours, "peer": peer}
+
+
+def alternate(args: argparse.Namespace, changes: list[str]) -> dict[str, Any]:
     """Both sides in turn, each time in a process of its own; medians, and their ratio."""
-    apart = ("--peer", "--rounds", "--closed-form", "--compile", "--device")
-    own = [word for word in sys.argv[1:] if not word.startswith(apart)]
-    ours = [sys.executable, __file__, *own]
-    theirs = [args.peer_python, args.peer, f"--arch={args.arch}", f"--batch={args.batch}"]
-    theirs += [f"--dtype={args.dtype}", f"--steps={args.steps}", f"--warmup={args.warmup}"]
-    theirs += [f"--local-crops={args.local_crops}"]
-    theirs += ["--closed-form"] * args.closed_form + ["--compile"] * args.compile
-    theirs += [f"--device={args.device}"] * bool(args.device)
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(args.rounds):
-        for name, command in (("ours", ours), ("peer", theirs)):
+        for name, command in commands(args, changes).items():
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"error: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -279,7 +296,8 @@ def main() -> None:
     """Prints one JSON line last."""
     args, changes = parse()
     config = settings(args, changes)
-    result = alternate(args) if args.peer else measure(args, config)
+    result = alternate(args, changes) if args.peer else measure(args, config)
+    result["changes"] = changes
     print(json.dumps(result))
 
 

@@ -10,7 +10,7 @@ import jax
 LIMIT = 4 * 2**30  # bytes; what was used least recently goes first
 
 
-def keep_compiled(folder: str | None = None) -> str:
+def keep_compiled(folder: str | None = None) -> str | None:
     """Keeps what XLA compiles in a folder, and takes it from there.
 
     A folder that JAX was told of by JAX_COMPILATION_CACHE_DIR, or that it uses already, stays;
@@ -21,10 +21,14 @@ def keep_compiled(folder: str | None = None) -> str:
             program that was compiled for one may not run on another that shares the disk.
 
     Returns:
-        The folder that is used.
+        The folder that is used; None for a user who has no home.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", folder or str(default_folder()))
+        try:
+            folder = folder or str(default_folder())
+        except RuntimeError:  # of Path.home()
+            return None
+        jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_compilation_cache_max_size", LIMIT)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return jax.config.values["jax_compilation_cache_dir"]

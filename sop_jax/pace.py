@@ -1,4 +1,8 @@
-"""How fast a run goes, and whether its devices wait for images."""
+"""How fast a run goes, and whether its devices wait for images.
+
+Each process watches its own devices. What is shown is the first one's, which also sees nothing of
+another whose input is slow: it then works as long as the slowest.
+"""
 
 import queue
 import threading
@@ -40,21 +44,29 @@ class PaceKeeper:
         self._thread = threading.Thread(target=self._watch, name="pace", daemon=True)
         self._thread.start()
 
-    def step(self, result: Any) -> None:
-        """Tells of a step that was given to the devices just now; `result` is there at its end."""
+    def step(self, began: float, result: Any) -> None:
+        """Tells of a step whose batch was there at `began`; `result` is there at its end."""
         self._given += 1
-        self._begun.put((time.monotonic(), result))
+        self._begun.put((began, result))
 
     def look(self) -> Pace:
-        """The pace since the last look, once all steps have ended; what follows starts anew.
+        """The pace since the last look, once all steps have ended; pauses."""
+        self.pause()
+        with self._changed:
+            pace = Pace(self._busy, self._idle, self._done - self._read)
+            self._busy, self._idle, self._read = 0.0, 0.0, self._done
+        return pace
 
-        So the time until the next step, in which a run may evaluate or save, counts as nothing.
-        """
+    def pause(self) -> None:
+        """Waits for all steps; what a run does until the next one, or `resume`, is no waiting."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == self._given)
-            pace = Pace(self._busy, self._idle, self._done - self._read)
-            self._busy, self._idle, self._ended, self._read = 0.0, 0.0, 0.0, self._done
-        return pace
+            self._ended = 0.0
+
+    def resume(self) -> None:
+        """From now on devices without a batch are waiting again."""
+        with self._changed:
+            self._ended = time.monotonic()
 
     def close(self) -> None:
         """Ends the thread; where a step never ends, as after the loss of a host, leaves it."""
@@ -72,18 +84,21 @@ class PaceKeeper:
             with self._changed:
                 if self._ended:
                     self._idle += max(0.0, began - self._ended)
-                self._busy += ended - max(began, self._ended)
+                self._busy += max(1e-9, ended - max(began, self._ended))
                 self._ended = ended
                 self._done += 1
                 self._changed.notify_all()
 
 
-def in_words(pace: Pace, batch_size: int) -> str | None:
-    """What holds the devices up, for a person; None when they are busy."""
-    if pace.steps < 2 or pace.idle_share < NOTICED:
+def in_words(pace: Pace, batch_size: int) -> tuple[str, str] | None:
+    """That the input holds the devices up, in a few words and in a sentence; None if it does not.
+
+    The few are short enough for a line of progress.
+    """
+    if pace.idle_share < NOTICED:
         return None
-    without = pace.steps * batch_size / max(pace.busy, 1e-9)
-    return (
-        f"the bottleneck: devices wait {100 * pace.idle_share:.0f} % of the time, "
-        f"{without:.4g} images/s without"
+    share, without = f"{100 * pace.idle_share:.0f} %", pace.steps * batch_size / pace.busy
+    return f"bottleneck, {share} waiting", (
+        f"the input is the bottleneck: devices wait for images {share} of the time, and would do "
+        f"{without:.4g} images/s without. More data.workers help as long as there are cores"
     )

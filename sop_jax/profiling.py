@@ -17,24 +17,27 @@ class Trace:
         """Of the first to the last of `steps`, both included; (0, 0) records nothing."""
         self._first, self._last = steps
         self._folder = epath.Path(folder)
-        self._running = False
+        self._started = 0  # the step before which the trace began; 0 while there is none
 
-    def before(self, step: int) -> None:
-        """Starts the trace when its first step is next, or a later one in a resumed run."""
-        if not self._running and self._first <= step <= self._last and self._first:
+    def before(self, step: int) -> bool:
+        """Starts the trace if its first step is next, or a later one in a resumed run."""
+        starts = not self._started and self._first <= step <= self._last and self._first > 0
+        if starts:
             jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            self._started = step
+        return starts
 
     def after(self, step: int, result: Any) -> str | None:
         """Ends it when its last step has ended; says where it is."""
-        if not (self._running and step >= self._last):
+        if not (self._started and step >= self._last):
             return None
         jax.block_until_ready(result)
+        words = f"steps {self._started} to {self._last} are traced in {self._folder}"
         self.close()
-        return f"steps {self._first} to {self._last} are traced in {self._folder}"
+        return words
 
     def close(self) -> None:
         """Ends a trace that still runs."""
-        if self._running:
-            self._running = False
+        if self._started:
+            self._started = 0
             jax.profiler.stop_trace()

@@ -141,17 +141,22 @@ def train_until(
     pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
     began = time.monotonic()
     logged = [row for row in rows if "loss" in row]
-    told = False  # that it is collapsing
+    told = held_up = False  # that it is collapsing, that the input is slow
 
-    def record(step: int, row: dict[str, Any], more: dict[str, str | None]) -> None:
-        """Writes the row of a step, and shows what a person watches, and more."""
-        nonlocal told
+    def record(step: int, row: dict[str, Any], waiting: tuple[str, str] | None = None) -> None:
+        """Writes the row of a step, and shows what a person watches."""
+        nonlocal told, held_up
         row = {"step": step, **row, "wall_s": wall_before + time.monotonic() - began}
         rows.append(row)
         if writer is not None:
             writer.write(step, {name: value for name, value in row.items() if name != "step"})
         names = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
-        shown = {name: row.get(key) for name, key in names.items()} | more
+        shown = {name: row.get(key) for name, key in names.items()}
+        if waiting and not held_up:
+            progress.note(f"step {step}: {waiting[1]}")
+        if waiting or held_up:
+            shown["input"] = waiting[0] if waiting else "keeps up"
+        held_up = waiting is not None
         if "loss" in row:
             logged.append(row)
             words = run.objective.verdict(logged)
@@ -165,7 +170,7 @@ def train_until(
     try:
         if owed or (start == 0 and config.eval_every):
             try:
-                record(start, unfinished | evaluate(state.teacher, between=interruption.check), {})
+                record(start, unfinished | evaluate(state.teacher, between=interruption.check))
             except Interrupted:
                 what = f"step {start} of {steps} is saved" if start else "nothing was trained"
                 raise Interrupted(
@@ -178,13 +183,15 @@ def train_until(
             last = step == steps
             log = last or due(step, config.log_every)
             batch = to_devices(mesh, next(batches))
-            trace.before(step)
+            if trace.before(step):
+                pace.pause()
+            arrived = time.monotonic()
             with (
                 jax.transfer_guard("disallow"),  # nothing waits for the devices unseen
                 jax.profiler.StepTraceAnnotation("train", step_num=step),
             ):
                 state, metrics = train_step(state, batch, measure[log])
-                pace.step(metrics["loss"])
+                pace.step(arrived, metrics["loss"])
                 pending.append((step, metrics))
                 stop = interruption.poll() and not last
             if len(pending) > IN_FLIGHT:
@@ -192,6 +199,7 @@ def train_until(
             progress.advance()
             if words := trace.after(step, metrics["loss"]):
                 progress.note(words)
+                pace.pause()
 
             save = last or stop or due(step, config.checkpoint_every)
             judge = judged(config, step, steps)
@@ -201,12 +209,13 @@ def train_until(
             pending.clear()
             for name in unreadable:
                 progress.note(f"cannot be read, replaced by another image: {name}")
-            recent = pace.look()
+            pace.pause()
             if log:
+                recent = pace.look()
                 elapsed = time.monotonic() - clock
                 row["images_per_s"] = (step - timed) * config.batch_size / elapsed
                 row["idle_share"] = recent.idle_share
-                held_up = pace_in_words(recent, config.batch_size)
+                waiting = pace_in_words(recent, config.batch_size)
             row = row if log else {}
             if judge and not stop:
                 try:
@@ -214,7 +223,7 @@ def train_until(
                 except Interrupted:
                     stop = save = True
             if row:
-                record(step, row, {"input": held_up} if log else {})
+                record(step, row, waiting if log else None)
             if save:
                 if writer is not None:
                     writer.flush()  # a checkpoint's rows are there before it is
@@ -227,15 +236,16 @@ def train_until(
                     "on from there"
                 )
             clock, timed = time.monotonic(), step
+            pace.resume()
         checkpoints.wait()
     finally:
-        trace.close()
-        pace.close()
         batches.close()
         progress.close()
         checkpoints.close()
         if writer is not None:
             writer.close()
+        pace.close()
+        trace.close()
 
     summary = summarise(rows, steps, compile_s)
     if writer is not None:

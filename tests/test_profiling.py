@@ -49,6 +49,10 @@ def test_records_nothing_else(tmp_path: pathlib.Path, steps: tuple[int, int], st
     assert not files(tmp_path)
 
 
+def test_a_resumed_run_says_which_steps_it_traced(tmp_path: pathlib.Path) -> None:
+    assert traced(tmp_path, (2, 4), start=3) == {4: f"steps 3 to 4 are traced in {tmp_path}"}
+
+
 def test_a_trace_that_is_cut_short_is_written(tmp_path: pathlib.Path) -> None:
     assert traced(tmp_path, (4, 9)) == {}
     assert len(files(tmp_path)) == 1

@@ -30,6 +30,7 @@ from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
 from sop_jax.errors import UserError
 from sop_jax.mesh import make_mesh
+from sop_jax.pace import Pace, PaceKeeper
 from sop_jax.run import assemble
 from sop_jax.sop.health import PATIENCE
 
@@ -792,6 +793,19 @@ def test_traces_the_steps_that_are_asked_for(
     assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
 
 
+def test_says_when_the_input_keeps_up_again(
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    paces = iter([Pace(1.0, 1.0, 1), *[Pace(1.0, 0.0, 1)] * 20])
+    monkeypatch.setattr(PaceKeeper, "look", lambda self: next(paces))
+    train.train(small_config(eval_every=0, checkpoint_every=0, log_every=4), tmp_path)
+    shown = capfd.readouterr().err
+    assert shown.count("input bottleneck, 50 % waiting") == shown.count("input keeps up") == 1
+
+
 def test_says_that_the_input_is_the_bottleneck(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -807,5 +821,7 @@ def test_says_that_the_input_is_the_bottleneck(
     config = small_config(eval_every=0, checkpoint_every=0, log_every=8)
     monkeypatch.setattr(train, "train_batches", slowly)
     train.train(config, tmp_path)
-    assert "input the bottleneck: devices wait" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert shown.count("the input is the bottleneck: devices wait for images") == 1
+    assert shown.count("input bottleneck, ") == 2
     assert all(row["idle_share"] > 0.5 for row in rows(tmp_path))

@@ -20,7 +20,7 @@ from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
 from sop_jax.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.sop.prototypes import SOPs, build_sops, cast_votes, draw_anchors, find_supports
 
-LOGITS = 2**28  # bytes of a device's logits at a time; as much again several times beside them
+LOGITS = 2**28  # bytes of the logits of a device's student views at a time
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
