@@ -39,6 +39,13 @@ class Call:
         return self.function, self.args
 
 
+class Stated:
+    """What a pickle names and gives a state, with which it would change the thing itself."""
+
+    def __init__(self, named: Named, state: Any):
+        self.named, self.state = named, state
+
+
 class Storage:
     """The bytes of an array."""
 
@@ -47,11 +54,15 @@ class Storage:
 
 
 class Pickler(pickle._Pickler):
-    """Writes what `Named` names."""
+    """Writes what `Named` and `Stated` stand for."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, Named):
             self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        elif isinstance(obj, Stated):
+            self.save(obj.named)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
         else:
             super().save(obj, save_persistent_id)
 

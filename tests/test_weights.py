@@ -10,17 +10,18 @@ from typing import Any
 import checkpoints
 import jax
 import ml_collections
+import ml_dtypes
 import numpy as np
 import pytest
 import test_golden
-from checkpoints import Call, Named, bfloat16, numbers, save_pth
+from checkpoints import Call, Named, Stated, bfloat16, numbers, save_pth
 from safetensors.numpy import save_file
 
 from sop_jax import config as config_lib
 from sop_jax import pretrained
 from sop_jax.errors import UserError
 from sop_jax.models import build
-from sop_jax.weights import files, mapping
+from sop_jax.weights import files, mapping, pytorch
 from sop_jax.weights.tables import LAYOUTS
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -180,6 +181,39 @@ def test_code_in_a_pickle_is_refused_and_never_run(
     with pytest.raises(UserError, match=r"is refused: it holds .* nothing .* was run or loaded"):
         files.read(save_pth(tmp_path / "f.pth", content, legacy))
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "named, state",
+    [
+        (("torch", "BFloat16Storage"), (3, ">", None, None, None, 1 << 20, 64, 0)),
+        (("torch._utils", "_rebuild_tensor_v2"), {"made": 1}),
+        (("torch._utils", "_rebuild_tensor_v2"), (None, {"__defaults__": (1,)})),
+        (("torch", "Size"), {"made": 1}),
+        (("torch", "device"), (None, {"made": 1})),
+        (("collections", "OrderedDict"), (None, {"made": 1})),
+    ],
+)
+def test_a_pickle_changes_nothing_that_it_names(
+    tmp_path: pathlib.Path, named: tuple[str, str], state: Any
+) -> None:
+    bfloat16_type = np.dtype(ml_dtypes.bfloat16)
+
+    def things() -> Any:
+        functions = (pytorch._rebuild, pytorch._as_given)
+        of_functions = [(dict(vars(x)), x.__defaults__) for x in functions]
+        return of_functions, sorted(vars(pytorch._Gap)), bfloat16_type.__reduce__()[2]
+
+    before = things()
+    content = {"teacher": {"a": numbers(2)}, "args": Stated(Named(*named), state)}
+    file = save_pth(tmp_path / "f.pth", content)
+    try:
+        with pytest.raises(UserError, match="cannot be read"):
+            files.read(file)
+        assert things() == before
+        assert bfloat16_type.itemsize == 2
+    finally:  # it is the whole process's: for the tests after a failure
+        bfloat16_type.__setstate__(before[-1])
 
 
 def test_the_malicious_files_would_run_code_elsewhere(tmp_path: pathlib.Path) -> None:
