@@ -6,7 +6,8 @@
 FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, timm,
 torchvision or transformers; nothing in it is executed. DIR is what `sop_jax.evaluate`,
 `sop_jax.extract` and `--config.init_from` take: the workdir of a run (for --from, --workdir says
-the same), or the folder that this command makes, with config.json and the network as step 0.
+the same), or the folder that this command makes, with config.json, the network as step 0, and
+converted.json, which says what the file did not have.
 An export has the backbone alone and loads with `strict=True`; `hf` has the names of transformers 5,
 `hf4` those of the versions before.
 """
@@ -64,11 +65,13 @@ def convert(
         raise UserError(f"--to={to} is there already; name a new folder")
     if source.is_dir():
         config, _, params, step = pretrained.load(source, step, key or "teacher")
+        earlier = pretrained.origin(source)
+        absent = earlier.absent if earlier else []
         words = [f"the {key or 'teacher'} of {source}, step {step}"]
     else:
         if project and heads is None:
             heads = 1  # makes no difference to an export
-        config, params, words = read(source, key, heads, positions)
+        config, params, absent, words = read(source, key, heads, positions)
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
@@ -82,14 +85,18 @@ def convert(
             if config.model[name] != value
         ]
         return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
-    save(config, params, step, to)
+    save(config, params, step, pretrained.Origin(str(source), absent), to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]
 
 
 def read(
     path: epath.Path, key: str | None, heads: int | None, positions: str | None
-) -> tuple[ml_collections.ConfigDict, Params, list[str]]:
-    """The network of a file: the settings that describe it, its parameters, and what was done.
+) -> tuple[ml_collections.ConfigDict, Params, list[str], list[str]]:
+    """The network of a file.
+
+    Returns:
+        The settings that describe it, its parameters, the paths of those that the file does not
+        have, and what was done.
 
     Raises:
         UserError: as `convert`.
@@ -98,7 +105,6 @@ def read(
     config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
         config.model.positions = positions
-    config.init_from = str(path)
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
     shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
@@ -109,7 +115,8 @@ def read(
         for other in file.alike
         if not positions and "positions" in other.settings
     ]
-    return config, pretrained.replace(params, start.leaves), start.words + words
+    absent = [path for path in shapes if path not in start.leaves]
+    return config, pretrained.replace(params, start.leaves), absent, start.words + words
 
 
 def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:
@@ -150,8 +157,14 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
     return config
 
 
-def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath.PathLike) -> None:
-    """Writes a folder that `pretrained.load` reads."""
+def save(
+    config: ml_collections.ConfigDict,
+    params: Params,
+    step: int,
+    origin: pretrained.Origin,
+    to: epath.PathLike,
+) -> None:
+    """Writes a folder that `pretrained.load` reads, the config last."""
     to = epath.Path(to)
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -162,6 +175,7 @@ def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath
         checkpoints.save(step, {"teacher": params})
     finally:
         checkpoints.close()
+    pretrained.save_origin(origin, to)
     config_lib.save(config, to)
 
 

@@ -1,6 +1,7 @@
 """Trained networks, for whatever comes after a training: of a run, or of a file of weights."""
 
 import hashlib
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,21 @@ class Start(NamedTuple):
 
     leaves: Arrays
     words: list[str]
+
+
+class Origin(NamedTuple):
+    """Where the network of a folder that `sop_jax.convert` has made is from.
+
+    Attributes:
+        source: the file, or the folder of a run.
+        absent: paths of leaves that it did not have; in the folder they are as a network starts.
+    """
+
+    source: str
+    absent: list[str]
+
+
+_ORIGIN = "converted.json"
 
 
 def load(
@@ -63,6 +79,18 @@ def load(
     params = checkpoint.restore_part(workdir, abstract, network, step)
     assert step is not None  # without a checkpoint the line above has raised
     return config, model, params, step
+
+
+def origin(workdir: epath.PathLike) -> Origin | None:
+    """Of a converted folder; None of a run."""
+    file = epath.Path(workdir) / _ORIGIN
+    return Origin(**json.loads(file.read_text())) if file.exists() else None
+
+
+def save_origin(origin: Origin, workdir: epath.PathLike) -> None:
+    """Writes what `origin` reads."""
+    text = json.dumps(origin._asdict(), indent=2)
+    (epath.Path(workdir) / _ORIGIN).write_text(f"{text}\n")
 
 
 def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
@@ -146,9 +174,13 @@ def of_arrays(
 def _of_run(
     workdir: epath.Path, config: ml_collections.ConfigDict, shapes: dict[str, tuple[int, ...]]
 ) -> Start:
-    """The leaves of a network from the teacher of another run."""
+    """The leaves of a network from the teacher of another run, or of a converted folder."""
     theirs, _, params, step = load(workdir)
-    arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    converted = origin(workdir)
+    absent = converted.absent if converted else []
+    arrays = {
+        path: np.asarray(leaf) for path, leaf in flatten(params).items() if path not in absent
+    }
     if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
         raise UserError(
             f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
@@ -156,7 +188,14 @@ def _of_run(
         )
     layout = mapping.own(theirs.model.family, {*shapes, *arrays})
     loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
-    return Start(loaded.leaves, _words(loaded, f"of the teacher of step {step}"))
+    words = _words(loaded, f"of the teacher of step {step}")
+    words += [
+        f"it has model.{name}={theirs.model[name]}, this network {config.model[name]}: its "
+        "features will differ a little"
+        for name in ("positions", "norm_eps")
+        if theirs.model[name] != config.model[name]
+    ]
+    return Start(loaded.leaves, words)
 
 
 def _words(loaded: mapping.Loaded, whence: str) -> list[str]:

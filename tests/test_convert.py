@@ -67,7 +67,8 @@ def test_converted_folder_is_read_by_the_commands(tmp_path: pathlib.Path) -> Non
     file = save_pth(tmp_path / "f.pth", {"student": {}, "teacher": checkpoints.ibot()})
     convert(file, tmp_path / "net", heads=2)
     config, model, params, step = pretrained.load(tmp_path / "net")
-    assert step == 0 and config.model.size == "custom"
+    assert step == 0 and config.model.size == "custom" and not config.init_from
+    assert pretrained.origin(tmp_path / "net") == pretrained.Origin(str(file), [])
     assert config.eval.crop == config.augment.global_size == 16
     (tmp_path / "images").mkdir()
     pixels = images(16, 16)
@@ -286,7 +287,7 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     config = pretrained.load(tmp_path / "net")[0]
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(7))
-    save(config, params, 0, tmp_path / "ours")
+    save(config, params, 0, pretrained.Origin("", []), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "ours.safetensors", project)
     arrays = load_file(tmp_path / "ours.safetensors")
     theirs.load_state_dict({key: torch.tensor(x) for key, x in arrays.items()}, strict=True)
