@@ -1,5 +1,6 @@
 """Trained networks, for whatever comes after a training: of a run, or of a file of weights."""
 
+import contextlib
 import hashlib
 import json
 from typing import Any, NamedTuple
@@ -158,9 +159,11 @@ def of_arrays(
     try:
         loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
-        theirs = mapping.describe(layout, file.arrays)
-        numbers = ", ".join(f"{name}={value}" for name, value in theirs.items())
-        raise UserError(f"{error}\nIts names are {who}'s, its numbers: {numbers}") from error
+        told = f"{error}\nIts names are {who}'s"
+        with contextlib.suppress(UserError):  # arrays that would tell are among the differences
+            theirs = mapping.describe(layout, file.arrays)
+            told += ", its numbers: " + ", ".join(f"{name}={x}" for name, x in theirs.items())
+        raise UserError(told) from error
     words = _words(loaded, f"by the names of {who}")
     for name, value in layout.settings.items():
         if settings[name] != value:

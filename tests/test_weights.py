@@ -384,7 +384,7 @@ def test_differences_are_one_error_that_lists_them() -> None:
     with pytest.raises(UserError) as error:
         load(arrays, ibot_shapes())
     for line in (
-        "not of this network",
+        "does not make a whole network, or not this one:",
         "missing: blocks.1.mlp.fc1.weight; norm.bias",
         "unexpected: blocks.0.attn.rope.weight",
         "cls_token is [1, 1, 31], expected [1, 1, 32]",
