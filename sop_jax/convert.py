@@ -17,7 +17,7 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, pretrained
+from sop_jax import check, checkpoint, pretrained
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
@@ -105,6 +105,7 @@ def read(
     config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
         config.model.positions = positions
+    check.check_sizes(config)
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
     shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}

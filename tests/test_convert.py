@@ -31,6 +31,15 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
 
 
+def swin_file(path: pathlib.Path, depths: tuple[int, ...], heads: tuple[int, ...]) -> pathlib.Path:
+    config = config_lib.paper()
+    settings = {"family": "swin", "size": "custom", "width": 16, "window": 7}
+    config.model.update(settings | {"stage_depths": depths, "stage_heads": heads})
+    shapes = jax.eval_shape(build(config, 224).init, jax.random.key(0))
+    leaves = {name: numbers(*leaf.shape) for name, leaf in pretrained.flatten(shapes).items()}
+    return save_pth(path, mapping.export("ibot", "swin", leaves).arrays)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -128,6 +137,28 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
     assert not net.exists()
 
 
+@pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
+def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=2))
+    with pytest.raises(UserError) as error:
+        convert(file, tmp_path / "net", heads=2)
+    for words in checkpoints.MISSHAPEN[kind][1]:
+        assert words in str(error.value)
+
+
+def test_networks_that_cannot_be_are_refused(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit())
+    with pytest.raises(UserError, match="width 32 cannot be split over model.heads 5"):
+        convert(file, tmp_path / "net", heads=5)
+    for depths, heads, words in (
+        ((1, 2, 1, 1), (1, 2, 4, 8), r"expected even numbers"),
+        ((2, 2, 2), (1, 2, 4), r"stage_depths is \(2, 2, 2\).*; expected four stages"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert(swin_file(tmp_path / "swin.pth", depths, heads), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
 # ----------------------------------------------------------------------------------- other projects
 
 
@@ -191,6 +222,18 @@ HF = {
         hf("Swin", embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], image_size=224),
         lambda network, x: network(x).last_hidden_state,
         ((224, 224),),
+    ),
+    "Swin of 384": Peer(
+        hf(
+            "Swin",
+            embed_dim=16,
+            depths=[2, 2, 2, 2],
+            num_heads=[1, 2, 4, 8],
+            window_size=12,
+            image_size=384,
+        ),
+        lambda network, x: network(x).last_hidden_state,
+        ((384, 384),),
     ),
     "ResNet": Peer(
         hf("ResNet", embedding_size=8, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 3, 1]),

@@ -158,3 +158,12 @@ def test_bad_file_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=f"init_from={file}: .*(.|\n)*{words}"):
         train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
+def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=1))
+    with pytest.raises(UserError) as error:
+        train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")
+    for words in checkpoints.MISSHAPEN[kind][1]:
+        assert words in str(error.value)
