@@ -61,17 +61,24 @@ def convert(
             raise UserError(f"unknown --export={project}; expected one of: {', '.join(PROJECTS)}")
         if to.suffix != ".safetensors":
             raise UserError(f"an export is a file: --to={to} must end in .safetensors")
+        if to.exists():
+            raise UserError(f"--to={to} is there already; name a new file")
     elif to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to={to} is there already; name a new folder")
     if source.is_dir():
+        for flag, value in (("heads", heads), ("positions", positions)):
+            if value is not None:
+                raise UserError(
+                    f"--{flag} is for a file of weights: config.json in {source} says it already"
+                )
         config, _, params, step = pretrained.load(source, step, key or "teacher")
         earlier = pretrained.origin(source)
         absent = earlier.absent if earlier else []
         words = [f"the {key or 'teacher'} of {source}, step {step}"]
     else:
-        if project and heads is None:
-            heads = 1  # makes no difference to an export
-        config, params, absent, words = read(source, key, heads, positions)
+        if step is not None:
+            raise UserError(f"--step={step} is of the checkpoints of a folder; {source} is a file")
+        config, params, absent, words = read(source, key, heads, positions, bool(project))
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
@@ -90,9 +97,13 @@ def convert(
 
 
 def read(
-    path: epath.Path, key: str | None, heads: int | None, positions: str | None
+    path: epath.Path,
+    key: str | None,
+    heads: int | None,
+    positions: str | None,
+    exports: bool,
 ) -> tuple[ml_collections.ConfigDict, Params, list[str], list[str]]:
-    """The network of a file.
+    """The network of a file; one that is only exported needs no heads.
 
     Returns:
         The settings that describe it, its parameters, the paths of those that the file does not
@@ -102,6 +113,30 @@ def read(
         UserError: as `convert`.
     """
     file = pretrained.read_file(path, key)
+    try:
+        config, params, start = _network(file, heads, positions, exports)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    words = [
+        f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
+        f"--positions={other.settings['positions']}"
+        for other in file.alike
+        if not positions and "positions" in other.settings
+    ]
+    absent = [path for path in pretrained.flatten(params) if path not in start.leaves]
+    return config, pretrained.replace(params, start.leaves), absent, start.words + words
+
+
+def _network(
+    file: mapping.Recognised, heads: int | None, positions: str | None, exports: bool
+) -> tuple[ml_collections.ConfigDict, Params, pretrained.Start]:
+    """What describes the network of a file, how it starts, and what the file gives it."""
+    family = file.layout.family
+    for flag, value in (("heads", heads), ("positions", positions)):
+        if value is not None and family != "vit":
+            raise UserError(f"--{flag} is for a ViT, and these are the weights of a {family}")
+    if exports and heads is None and family == "vit":
+        heads = 1  # makes no difference there
     config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
         config.model.positions = positions
@@ -109,15 +144,7 @@ def read(
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
     shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
-    start = pretrained.of_arrays(file, shapes, config.model)
-    words = [
-        f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
-        f"--positions={other.settings['positions']}"
-        for other in file.alike
-        if not positions and "positions" in other.settings
-    ]
-    absent = [path for path in shapes if path not in start.leaves]
-    return config, pretrained.replace(params, start.leaves), absent, start.words + words
+    return config, params, pretrained.of_arrays(file, shapes, config.model)
 
 
 def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:

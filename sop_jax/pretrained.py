@@ -46,6 +46,7 @@ class Origin(NamedTuple):
 
 
 _ORIGIN = "converted.json"
+_ENDINGS = (".safetensors", ".bin", ".pth")  # of files of weights
 
 
 def load(
@@ -56,7 +57,7 @@ def load(
     Args:
         workdir: of the run, local or remote (`gs://`).
         step: of which checkpoint; the newest by default.
-        network: `teacher` or `student`.
+        network: `teacher` or `student`; a converted folder holds the teacher alone.
 
     Returns:
         The run's config, the network, its parameters on every device there is, and the step that
@@ -65,6 +66,15 @@ def load(
     Raises:
         UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
     """
+    folder = epath.Path(workdir)
+    weights = [x.name for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
+    if weights and not (folder / "checkpoints").exists():
+        raise UserError(
+            f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
+            f"{folder / min(weights)}"
+        )
+    if network != "teacher" and origin(folder):
+        raise UserError(f"{folder} has no {network}: it holds the teacher alone, as converted")
     config = config_lib.load(workdir)
     model = build(config, config.augment.global_size)
     everywhere = replicated(make_mesh())
@@ -156,6 +166,11 @@ def of_arrays(
         UserError: they are not of this network; lists what differs.
     """
     layout, who = file.layout, file.layout.project
+    if layout.family != settings.family:
+        raise UserError(
+            f"by its names it is a {layout.family} of {who}, and this network a {settings.family}; "
+            "choose the same model.family"
+        )
     try:
         loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
@@ -185,6 +200,12 @@ def _of_run(
         path: np.asarray(leaf) for path, leaf in flatten(params).items() if path not in absent
     }
     if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
+        names = [theirs.model.family, config.model.family]
+        if names[0] != names[1]:
+            raise UserError(
+                f"its network is a {names[0]}, and this one a {names[1]}; choose the same "
+                "model.family"
+            )
         raise UserError(
             f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
             "choose the same model.size, or the same numbers"
@@ -208,7 +229,7 @@ def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
     if loaded.lacking:
         words.append(f"not there, so left at their start: {', '.join(loaded.lacking)}")
     if loaded.ignored:
-        words.append(f"there and not needed: {', '.join(loaded.ignored)}")
+        words.append(f"there and not needed: {', '.join(mapping.shortened(loaded.ignored))}")
     return words
 
 

@@ -132,7 +132,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
             convert(file, **arguments)
     scaled = checkpoints.vit() | {f"blocks.{i}.ls1.gamma": numbers(32) for i in range(2)}
     file = save_pth(tmp_path / "half.pth", scaled)
-    with pytest.raises(UserError, match="missing: blocks.0.ls2.gamma"):
+    with pytest.raises(UserError, match=r"half.pth: (.|\n)*missing: blocks.0.ls2.gamma"):
         convert(file, net, heads=2)
     assert not net.exists()
 
@@ -144,6 +144,40 @@ def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
         convert(file, tmp_path / "net", heads=2)
     for words in checkpoints.MISSHAPEN[kind][1]:
         assert words in str(error.value)
+
+
+def test_flags_without_use_are_refused(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit())
+    swin = swin_file(tmp_path / "swin.pth", (2, 2, 2, 2), (1, 2, 4, 8))
+    net = tmp_path / "net"
+    convert(file, net, heads=2)
+    for source, arguments, words in (
+        (net, {"heads": 2}, "--heads is for a file of weights"),
+        (net, {"positions": "size"}, "--positions is for a file of weights"),
+        (file, {"step": 77, "heads": 2}, "--step=77 is of the checkpoints of a folder"),
+        (swin, {"heads": 2}, "swin.pth: --heads is for a ViT, .* of a swin"),
+        (swin, {"positions": "size"}, "swin.pth: --positions is for a ViT"),
+        (net, {"key": "student"}, "it holds the teacher alone"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert(source, tmp_path / "other", **arguments)
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_overwrites_nothing(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "f.safetensors"
+    save_file(checkpoints.vit(), file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="f.safetensors is there already; name a new file"):
+        convert(file, file, "timm")
+    assert file.read_bytes() == before
+
+
+def test_folder_of_another_project_names_the_file_in_it(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file(checkpoints.vit(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="give the file in it: .*/model.safetensors"):
+        convert(tmp_path, tmp_path / "net")
 
 
 def test_networks_that_cannot_be_are_refused(tmp_path: pathlib.Path) -> None:

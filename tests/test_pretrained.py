@@ -160,6 +160,15 @@ def test_bad_file_is_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_another_family_is_named(tmp_path: pathlib.Path) -> None:
+    file = pretrained.read_file(save_pth(tmp_path / "f.pth", checkpoints.vit(depth=1)))
+    settings = small_config(**SHORT, **{"model.family": "swin"}).model
+    with pytest.raises(
+        UserError, match="by its names it is a vit of ibot, and this network a swin"
+    ):
+        pretrained.of_arrays(file, {}, settings)
+
+
 @pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
 def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
     file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=1))

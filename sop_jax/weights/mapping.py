@@ -246,7 +246,7 @@ def load(
 
     entries = list(_entries(layout, shapes))
     parts: dict[str, list[np.ndarray]] = {}
-    wrong, resized = [], []
+    wrong, wild, resized = [], [], []
     known = {entry.path for entry in entries}
     missing = [f"what would be {path}" for path in shapes if needed(path) and path not in known]
     for entry in entries:
@@ -268,14 +268,21 @@ def load(
                 for name, array in zip(entry.names, given, strict=True)
             ]
         elif not np.isfinite(leaf).all():
-            wrong.append(f"{' '.join(entry.names)} holds NaN or infinity")
+            wild.append(" ".join(entry.names))
         else:
             parts.setdefault(entry.path, []).append(leaf)
     used = {name for entry in entries for name in entry.names}
     others = [name for name in arrays if name not in used]
     ignored = [name for name in others if _is_ignored(layout, name)]
     unexpected = [name for name in others if name not in ignored]
-    _check({"of another shape": wrong, "missing": missing, "unexpected": unexpected})
+    _check(
+        {
+            "of another shape": wrong,
+            "not finite": wild,
+            "missing": missing,
+            "unexpected": unexpected,
+        }
+    )
     stacked = {entry.path for entry in entries if entry.layer is not None}
     return Loaded(
         {path: np.stack(found) if path in stacked else found[0] for path, found in parts.items()},
@@ -435,15 +442,20 @@ def _check(differences: Mapping[str, Sequence[str]]) -> None:
     """Raises UserError with what differs, a line a kind, sensibly shortened."""
     lines = []
     for kind, found in differences.items():
-        alike: dict[str, list[str]] = {}  # but for the numbers of layers
-        for item in found:
-            alike.setdefault(re.sub(r"\.[0-9]+\.", ".*.", item), []).append(item)
-        shown = [
-            f"{items[0]} (and {len(items) - 1} alike)" if items[1:] else items[0]
-            for items in alike.values()
-        ]
-        more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-        if shown:
-            lines.append(f"{kind}: {'; '.join([*shown[:_SHOWN], *more])}")
+        if found:
+            lines.append(f"{kind}: {'; '.join(shortened(found))}")
     if lines:
         raise UserError("\n  ".join(["it does not make a whole network, or not this one:", *lines]))
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """One of all that differ in the numbers of layers alone, and not too many."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\.[0-9]+\.", ".*.", name), []).append(name)
+    shown = [
+        f"{items[0]} (and {len(items) - 1} alike)" if items[1:] else items[0]
+        for items in alike.values()
+    ]
+    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return [*shown[:_SHOWN], *more]

@@ -118,9 +118,15 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("argparse", "Namespace"): _Gap,
     ("pathlib", "PosixPath"): _Gap,
     ("pathlib", "WindowsPath"): _Gap,
+    ("builtins", "set"): _Gap,
+    ("__builtin__", "set"): _Gap,
     ("numpy", "dtype"): _Gap,
-    ("numpy.core.multiarray", "scalar"): _Gap,
-    ("numpy._core.multiarray", "scalar"): _Gap,
+    ("numpy", "ndarray"): _Gap,
+    **{
+        (f"numpy.{core}.multiarray", name): _Gap
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    },
     ("_codecs", "encode"): _Gap,
 }
 
