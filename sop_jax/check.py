@@ -213,7 +213,12 @@ def check_vit(size: Any) -> None:
 
 
 def check_swin(size: Any) -> None:
-    """Layers come in pairs, heads are whole."""
+    """There are four stages, layers come in pairs, heads are whole."""
+    if not len(size.depths) == len(size.heads) == 4:
+        raise UserError(
+            f"model.stage_depths is {size.depths} and stage_heads {size.heads}; expected four "
+            "stages"
+        )
     if min(size.width, *size.depths, *size.heads) <= 0:
         raise UserError(
             f"model.width, stage_depths and stage_heads are {size.width}, {size.depths} and "

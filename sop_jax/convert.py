@@ -6,7 +6,8 @@
 FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, timm,
 torchvision or transformers; nothing in it is executed. DIR is what `sop_jax.evaluate`,
 `sop_jax.extract` and `--config.init_from` take: the workdir of a run (for --from, --workdir says
-the same), or the folder that this command makes, with config.json and the network as step 0.
+the same), or the folder that this command makes, with config.json, the network as step 0, and
+converted.json, which says what the file did not have.
 An export has the backbone alone and loads with `strict=True`; `hf` has the names of transformers 5,
 `hf4` those of the versions before.
 """
@@ -16,7 +17,7 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, pretrained
+from sop_jax import check, checkpoint, pretrained
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
@@ -60,15 +61,24 @@ def convert(
             raise UserError(f"unknown --export={project}; expected one of: {', '.join(PROJECTS)}")
         if to.suffix != ".safetensors":
             raise UserError(f"an export is a file: --to={to} must end in .safetensors")
+        if to.exists():
+            raise UserError(f"--to={to} is there already; name a new file")
     elif to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to={to} is there already; name a new folder")
     if source.is_dir():
+        for flag, value in (("heads", heads), ("positions", positions)):
+            if value is not None:
+                raise UserError(
+                    f"--{flag} is for a file of weights: config.json in {source} says it already"
+                )
         config, _, params, step = pretrained.load(source, step, key or "teacher")
+        earlier = pretrained.origin(source)
+        absent = earlier.absent if earlier else []
         words = [f"the {key or 'teacher'} of {source}, step {step}"]
     else:
-        if project and heads is None:
-            heads = 1  # makes no difference to an export
-        config, params, words = read(source, key, heads, positions)
+        if step is not None:
+            raise UserError(f"--step={step} is of the checkpoints of a folder; {source} is a file")
+        config, params, absent, words = read(source, key, heads, positions, bool(project))
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
@@ -82,34 +92,59 @@ def convert(
             if config.model[name] != value
         ]
         return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
-    save(config, params, step, to)
+    save(config, params, step, pretrained.Origin(str(source), absent), to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]
 
 
 def read(
-    path: epath.Path, key: str | None, heads: int | None, positions: str | None
-) -> tuple[ml_collections.ConfigDict, Params, list[str]]:
-    """The network of a file: the settings that describe it, its parameters, and what was done.
+    path: epath.Path,
+    key: str | None,
+    heads: int | None,
+    positions: str | None,
+    exports: bool,
+) -> tuple[ml_collections.ConfigDict, Params, list[str], list[str]]:
+    """The network of a file; one that is only exported needs no heads.
+
+    Returns:
+        The settings that describe it, its parameters, the paths of those that the file does not
+        have, and what was done.
 
     Raises:
         UserError: as `convert`.
     """
     file = pretrained.read_file(path, key)
-    config = settings(mapping.describe(file.layout, file.arrays), heads)
-    if positions:
-        config.model.positions = positions
-    config.init_from = str(path)
-    model = build(config, config.augment.global_size)
-    params = model.init(jax.random.key(config.seed))
-    shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
-    start = pretrained.of_arrays(file, shapes, config.model)
+    try:
+        config, params, start = _network(file, heads, positions, exports)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     words = [
         f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
         f"--positions={other.settings['positions']}"
         for other in file.alike
         if not positions and "positions" in other.settings
     ]
-    return config, pretrained.replace(params, start.leaves), start.words + words
+    absent = [path for path in pretrained.flatten(params) if path not in start.leaves]
+    return config, pretrained.replace(params, start.leaves), absent, start.words + words
+
+
+def _network(
+    file: mapping.Recognised, heads: int | None, positions: str | None, exports: bool
+) -> tuple[ml_collections.ConfigDict, Params, pretrained.Start]:
+    """What describes the network of a file, how it starts, and what the file gives it."""
+    family = file.layout.family
+    for flag, value in (("heads", heads), ("positions", positions)):
+        if value is not None and family != "vit":
+            raise UserError(f"--{flag} is for a ViT, and these are the weights of a {family}")
+    if exports and heads is None and family == "vit":
+        heads = 1  # makes no difference there
+    config = settings(mapping.describe(file.layout, file.arrays), heads)
+    if positions:
+        config.model.positions = positions
+    check.check_sizes(config)
+    model = build(config, config.augment.global_size)
+    params = model.init(jax.random.key(config.seed))
+    shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
+    return config, params, pretrained.of_arrays(file, shapes, config.model)
 
 
 def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:
@@ -150,8 +185,14 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
     return config
 
 
-def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath.PathLike) -> None:
-    """Writes a folder that `pretrained.load` reads."""
+def save(
+    config: ml_collections.ConfigDict,
+    params: Params,
+    step: int,
+    origin: pretrained.Origin,
+    to: epath.PathLike,
+) -> None:
+    """Writes a folder that `pretrained.load` reads, the config last."""
     to = epath.Path(to)
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -162,6 +203,7 @@ def save(config: ml_collections.ConfigDict, params: Params, step: int, to: epath
         checkpoints.save(step, {"teacher": params})
     finally:
         checkpoints.close()
+    pretrained.save_origin(origin, to)
     config_lib.save(config, to)
 
 

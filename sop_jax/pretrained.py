@@ -1,6 +1,8 @@
 """Trained networks, for whatever comes after a training: of a run, or of a file of weights."""
 
+import contextlib
 import hashlib
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +33,22 @@ class Start(NamedTuple):
     words: list[str]
 
 
+class Origin(NamedTuple):
+    """Where the network of a folder that `sop_jax.convert` has made is from.
+
+    Attributes:
+        source: the file, or the folder of a run.
+        absent: paths of leaves that it did not have; in the folder they are as a network starts.
+    """
+
+    source: str
+    absent: list[str]
+
+
+_ORIGIN = "converted.json"
+_ENDINGS = (".safetensors", ".bin", ".pth")  # of files of weights
+
+
 def load(
     workdir: epath.PathLike, step: int | None = None, network: str = "teacher"
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
@@ -39,7 +57,7 @@ def load(
     Args:
         workdir: of the run, local or remote (`gs://`).
         step: of which checkpoint; the newest by default.
-        network: `teacher` or `student`.
+        network: `teacher` or `student`; a converted folder holds the teacher alone.
 
     Returns:
         The run's config, the network, its parameters on every device there is, and the step that
@@ -48,6 +66,15 @@ def load(
     Raises:
         UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
     """
+    folder = epath.Path(workdir)
+    weights = [x.name for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
+    if weights and not (folder / "checkpoints").exists():
+        raise UserError(
+            f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
+            f"{folder / min(weights)}"
+        )
+    if network != "teacher" and origin(folder):
+        raise UserError(f"{folder} has no {network}: it holds the teacher alone, as converted")
     config = config_lib.load(workdir)
     model = build(config, config.augment.global_size)
     everywhere = replicated(make_mesh())
@@ -63,6 +90,18 @@ def load(
     params = checkpoint.restore_part(workdir, abstract, network, step)
     assert step is not None  # without a checkpoint the line above has raised
     return config, model, params, step
+
+
+def origin(workdir: epath.PathLike) -> Origin | None:
+    """Of a converted folder; None of a run."""
+    file = epath.Path(workdir) / _ORIGIN
+    return Origin(**json.loads(file.read_text())) if file.exists() else None
+
+
+def save_origin(origin: Origin, workdir: epath.PathLike) -> None:
+    """Writes what `origin` reads."""
+    text = json.dumps(origin._asdict(), indent=2)
+    (epath.Path(workdir) / _ORIGIN).write_text(f"{text}\n")
 
 
 def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
@@ -127,12 +166,19 @@ def of_arrays(
         UserError: they are not of this network; lists what differs.
     """
     layout, who = file.layout, file.layout.project
+    if layout.family != settings.family:
+        raise UserError(
+            f"by its names it is a {layout.family} of {who}, and this network a {settings.family}; "
+            "choose the same model.family"
+        )
     try:
         loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
-        theirs = mapping.describe(layout, file.arrays)
-        numbers = ", ".join(f"{name}={value}" for name, value in theirs.items())
-        raise UserError(f"{error}\nIts names are {who}'s, its numbers: {numbers}") from error
+        told = f"{error}\nIts names are {who}'s"
+        with contextlib.suppress(UserError):  # arrays that would tell are among the differences
+            theirs = mapping.describe(layout, file.arrays)
+            told += ", its numbers: " + ", ".join(f"{name}={x}" for name, x in theirs.items())
+        raise UserError(told) from error
     words = _words(loaded, f"by the names of {who}")
     for name, value in layout.settings.items():
         if settings[name] != value:
@@ -146,17 +192,34 @@ def of_arrays(
 def _of_run(
     workdir: epath.Path, config: ml_collections.ConfigDict, shapes: dict[str, tuple[int, ...]]
 ) -> Start:
-    """The leaves of a network from the teacher of another run."""
+    """The leaves of a network from the teacher of another run, or of a converted folder."""
     theirs, _, params, step = load(workdir)
-    arrays = {path: np.asarray(leaf) for path, leaf in flatten(params).items()}
+    converted = origin(workdir)
+    absent = converted.absent if converted else []
+    arrays = {
+        path: np.asarray(leaf) for path, leaf in flatten(params).items() if path not in absent
+    }
     if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
+        names = [theirs.model.family, config.model.family]
+        if names[0] != names[1]:
+            raise UserError(
+                f"its network is a {names[0]}, and this one a {names[1]}; choose the same "
+                "model.family"
+            )
         raise UserError(
             f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
             "choose the same model.size, or the same numbers"
         )
     layout = mapping.own(theirs.model.family, {*shapes, *arrays})
     loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
-    return Start(loaded.leaves, _words(loaded, f"of the teacher of step {step}"))
+    words = _words(loaded, f"of the teacher of step {step}")
+    words += [
+        f"it has model.{name}={theirs.model[name]}, this network {config.model[name]}: its "
+        "features will differ a little"
+        for name in ("positions", "norm_eps")
+        if theirs.model[name] != config.model[name]
+    ]
+    return Start(loaded.leaves, words)
 
 
 def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
@@ -166,7 +229,7 @@ def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
     if loaded.lacking:
         words.append(f"not there, so left at their start: {', '.join(loaded.lacking)}")
     if loaded.ignored:
-        words.append(f"there and not needed: {', '.join(loaded.ignored)}")
+        words.append(f"there and not needed: {', '.join(mapping.shortened(loaded.ignored))}")
     return words
 
 

@@ -39,6 +39,13 @@ class Call:
         return self.function, self.args
 
 
+class Stated:
+    """What a pickle names and gives a state, with which it would change the thing itself."""
+
+    def __init__(self, named: Named, state: Any):
+        self.named, self.state = named, state
+
+
 class Storage:
     """The bytes of an array."""
 
@@ -47,11 +54,15 @@ class Storage:
 
 
 class Pickler(pickle._Pickler):
-    """Writes what `Named` names."""
+    """Writes what `Named` and `Stated` stand for."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, Named):
             self.write(b"c" + f"{obj.module}\n{obj.name}\n".encode())
+        elif isinstance(obj, Stated):
+            self.save(obj.named)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
         else:
             super().save(obj, save_persistent_id)
 
@@ -163,3 +174,30 @@ def ibot(wrapper: str = "", depth: int = 2, rows: int = 17, hidden: int = 24) ->
 
 def bfloat16(array: np.ndarray) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16)
+
+
+# Weights that no network has, and what is said of them.
+MISSHAPEN: dict[str, tuple[dict[str, np.ndarray | None], tuple[str, ...]]] = {
+    "arrays that tell are not the only ones": (
+        {"pos_embed": None, "blocks.0.mlp.fc1.bias": None, "foo.bar": numbers(3)},
+        ("missing: pos_embed; blocks.0.mlp.fc1.bias", "unexpected: foo.bar"),
+    ),
+    "patches of one dimension": (
+        {"patch_embed.proj.weight": numbers(64)},
+        ("of another shape: patch_embed.proj.weight is [64]",),
+    ),
+    "positions of one dimension": (
+        {"pos_embed": numbers(1)},
+        ("of another shape: pos_embed is [1]",),
+    ),
+    "no positions": (
+        {"pos_embed": numbers(1, 0, 32)},
+        ("of another shape: pos_embed is [1, 0, 32]",),
+    ),
+}
+
+
+def misshapen(kind: str, depth: int) -> dict[str, np.ndarray]:
+    """A backbone with one of these defects."""
+    changed = vit(depth=depth) | MISSHAPEN[kind][0]
+    return {name: array for name, array in changed.items() if array is not None}

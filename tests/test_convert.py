@@ -31,6 +31,15 @@ def images(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
 
 
+def swin_file(path: pathlib.Path, depths: tuple[int, ...], heads: tuple[int, ...]) -> pathlib.Path:
+    config = config_lib.paper()
+    settings = {"family": "swin", "size": "custom", "width": 16, "window": 7}
+    config.model.update(settings | {"stage_depths": depths, "stage_heads": heads})
+    shapes = jax.eval_shape(build(config, 224).init, jax.random.key(0))
+    leaves = {name: numbers(*leaf.shape) for name, leaf in pretrained.flatten(shapes).items()}
+    return save_pth(path, mapping.export("ibot", "swin", leaves).arrays)
+
+
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -67,7 +76,8 @@ def test_converted_folder_is_read_by_the_commands(tmp_path: pathlib.Path) -> Non
     file = save_pth(tmp_path / "f.pth", {"student": {}, "teacher": checkpoints.ibot()})
     convert(file, tmp_path / "net", heads=2)
     config, model, params, step = pretrained.load(tmp_path / "net")
-    assert step == 0 and config.model.size == "custom"
+    assert step == 0 and config.model.size == "custom" and not config.init_from
+    assert pretrained.origin(tmp_path / "net") == pretrained.Origin(str(file), [])
     assert config.eval.crop == config.augment.global_size == 16
     (tmp_path / "images").mkdir()
     pixels = images(16, 16)
@@ -122,9 +132,65 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
             convert(file, **arguments)
     scaled = checkpoints.vit() | {f"blocks.{i}.ls1.gamma": numbers(32) for i in range(2)}
     file = save_pth(tmp_path / "half.pth", scaled)
-    with pytest.raises(UserError, match="missing: blocks.0.ls2.gamma"):
+    with pytest.raises(UserError, match=r"half.pth: (.|\n)*missing: blocks.0.ls2.gamma"):
         convert(file, net, heads=2)
     assert not net.exists()
+
+
+@pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
+def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=2))
+    with pytest.raises(UserError) as error:
+        convert(file, tmp_path / "net", heads=2)
+    for words in checkpoints.MISSHAPEN[kind][1]:
+        assert words in str(error.value)
+
+
+def test_flags_without_use_are_refused(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit())
+    swin = swin_file(tmp_path / "swin.pth", (2, 2, 2, 2), (1, 2, 4, 8))
+    net = tmp_path / "net"
+    convert(file, net, heads=2)
+    for source, arguments, words in (
+        (net, {"heads": 2}, "--heads is for a file of weights"),
+        (net, {"positions": "size"}, "--positions is for a file of weights"),
+        (file, {"step": 77, "heads": 2}, "--step=77 is of the checkpoints of a folder"),
+        (swin, {"heads": 2}, "swin.pth: --heads is for a ViT, .* of a swin"),
+        (swin, {"positions": "size"}, "swin.pth: --positions is for a ViT"),
+        (net, {"key": "student"}, "it holds the teacher alone"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert(source, tmp_path / "other", **arguments)
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_overwrites_nothing(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "f.safetensors"
+    save_file(checkpoints.vit(), file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="f.safetensors is there already; name a new file"):
+        convert(file, file, "timm")
+    assert file.read_bytes() == before
+
+
+def test_folder_of_another_project_names_the_file_in_it(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file(checkpoints.vit(), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="give the file in it: .*/model.safetensors"):
+        convert(tmp_path, tmp_path / "net")
+
+
+def test_networks_that_cannot_be_are_refused(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit())
+    with pytest.raises(UserError, match="width 32 cannot be split over model.heads 5"):
+        convert(file, tmp_path / "net", heads=5)
+    for depths, heads, words in (
+        ((1, 2, 1, 1), (1, 2, 4, 8), r"expected even numbers"),
+        ((2, 2, 2), (1, 2, 4), r"stage_depths is \(2, 2, 2\).*; expected four stages"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert(swin_file(tmp_path / "swin.pth", depths, heads), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 # ----------------------------------------------------------------------------------- other projects
@@ -190,6 +256,18 @@ HF = {
         hf("Swin", embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], image_size=224),
         lambda network, x: network(x).last_hidden_state,
         ((224, 224),),
+    ),
+    "Swin of 384": Peer(
+        hf(
+            "Swin",
+            embed_dim=16,
+            depths=[2, 2, 2, 2],
+            num_heads=[1, 2, 4, 8],
+            window_size=12,
+            image_size=384,
+        ),
+        lambda network, x: network(x).last_hidden_state,
+        ((384, 384),),
     ),
     "ResNet": Peer(
         hf("ResNet", embedding_size=8, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 3, 1]),
@@ -286,7 +364,7 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     config = pretrained.load(tmp_path / "net")[0]
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(7))
-    save(config, params, 0, tmp_path / "ours")
+    save(config, params, 0, pretrained.Origin("", []), tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "ours.safetensors", project)
     arrays = load_file(tmp_path / "ours.safetensors")
     theirs.load_state_dict({key: torch.tensor(x) for key, x in arrays.items()}, strict=True)

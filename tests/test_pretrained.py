@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from typing import Any
 
 import checkpoints
 import jax
@@ -28,9 +29,9 @@ def ibot_file(path: pathlib.Path, rows: int = 17) -> pathlib.Path:
     return save_pth(path, {"student": student, "teacher": teacher, "epoch": 7})
 
 
-def start_of(source: pathlib.Path) -> tuple[Run, dict[str, np.ndarray], list[str]]:
+def start_of(source: pathlib.Path, **changes: Any) -> tuple[Run, dict[str, np.ndarray], list[str]]:
     """The first state of a run that starts from there, by the paths of its leaves, and words."""
-    config = small_config(**SHORT, init_from=str(source))
+    config = small_config(**SHORT, init_from=str(source), **changes)
     run = assemble(config, make_mesh(1), images=100)
     fresh = run.init(jax.random.key(config.seed))
     state, words = train.start_from(config, run, fresh)
@@ -80,6 +81,23 @@ def test_positions_of_another_grid_are_resized_and_missing_parts_start_by_themse
     assert "left at their start: backbone/mask_token, head/fc1/bias, head/fc1/kernel" in told
     fresh = run.init(jax.random.key(0)).student
     np.testing.assert_array_equal(leaves["teacher/head/fc1/kernel"], fresh["head"]["fc1"]["kernel"])
+
+
+def test_a_converted_folder_gives_what_its_file_does(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit(depth=1))
+    convert(file, tmp_path / "net", heads=2)
+    convert(tmp_path / "net", tmp_path / "again")
+    settings = {"head.hidden": 40, "model.positions": "size"}
+    _, expected, words = start_of(file, **settings)
+    assert "not there, so left at their start: backbone/mask_token, head/fc1/bias" in words[2]
+    for folder in (tmp_path / "net", tmp_path / "again"):
+        _, found, told = start_of(folder, **settings)
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(found[path], leaf)
+        assert told[1].split(", ")[0] == words[1].split(", ")[0]  # how many parameters
+        assert told[2] == words[2]
+        assert "it has model.positions=ibot, this network size: its features will" in told[3]
+    assert len(told) == len(words)
 
 
 def test_training_from_a_file_resumes_without_it(
@@ -140,3 +158,21 @@ def test_bad_file_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=f"init_from={file}: .*(.|\n)*{words}"):
         train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_another_family_is_named(tmp_path: pathlib.Path) -> None:
+    file = pretrained.read_file(save_pth(tmp_path / "f.pth", checkpoints.vit(depth=1)))
+    settings = small_config(**SHORT, **{"model.family": "swin"}).model
+    with pytest.raises(
+        UserError, match="by its names it is a vit of ibot, and this network a swin"
+    ):
+        pretrained.of_arrays(file, {}, settings)
+
+
+@pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
+def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=1))
+    with pytest.raises(UserError) as error:
+        train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")
+    for words in checkpoints.MISSHAPEN[kind][1]:
+        assert words in str(error.value)

@@ -10,17 +10,18 @@ from typing import Any
 import checkpoints
 import jax
 import ml_collections
+import ml_dtypes
 import numpy as np
 import pytest
 import test_golden
-from checkpoints import Call, Named, bfloat16, numbers, save_pth
+from checkpoints import Call, Named, Stated, bfloat16, numbers, save_pth
 from safetensors.numpy import save_file
 
 from sop_jax import config as config_lib
 from sop_jax import pretrained
 from sop_jax.errors import UserError
 from sop_jax.models import build
-from sop_jax.weights import files, mapping
+from sop_jax.weights import files, mapping, pytorch
 from sop_jax.weights.tables import LAYOUTS
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -152,7 +153,9 @@ def test_settings_of_a_training_are_passed_over(tmp_path: pathlib.Path) -> None:
     settings.best = Call(
         Named("numpy._core.multiarray", "scalar"), Call(Named("numpy", "dtype"), "f8"), b"12345678"
     )
-    content = {"teacher": {"a": numbers(2)}, "args": settings, "epoch": 3, "lr": [0.1, None]}
+    array = Call(Named("numpy._core.multiarray", "_reconstruct"), Named("numpy", "ndarray"), (0,))
+    others = {"seen": {1, 2}, "array": array, "epoch": 3, "lr": [0.1, None]}
+    content = {"teacher": {"a": numbers(2)}, "args": settings} | others
     assert files.read(save_pth(tmp_path / "f.pth", content)).keys() == {"a"}
 
 
@@ -180,6 +183,39 @@ def test_code_in_a_pickle_is_refused_and_never_run(
     with pytest.raises(UserError, match=r"is refused: it holds .* nothing .* was run or loaded"):
         files.read(save_pth(tmp_path / "f.pth", content, legacy))
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "named, state",
+    [
+        (("torch", "BFloat16Storage"), (3, ">", None, None, None, 1 << 20, 64, 0)),
+        (("torch._utils", "_rebuild_tensor_v2"), {"made": 1}),
+        (("torch._utils", "_rebuild_tensor_v2"), (None, {"__defaults__": (1,)})),
+        (("torch", "Size"), {"made": 1}),
+        (("torch", "device"), (None, {"made": 1})),
+        (("collections", "OrderedDict"), (None, {"made": 1})),
+    ],
+)
+def test_a_pickle_changes_nothing_that_it_names(
+    tmp_path: pathlib.Path, named: tuple[str, str], state: Any
+) -> None:
+    bfloat16_type = np.dtype(ml_dtypes.bfloat16)
+
+    def things() -> Any:
+        functions = (pytorch._rebuild, pytorch._as_given)
+        of_functions = [(dict(vars(x)), x.__defaults__) for x in functions]
+        return of_functions, sorted(vars(pytorch._Gap)), bfloat16_type.__reduce__()[2]
+
+    before = things()
+    content = {"teacher": {"a": numbers(2)}, "args": Stated(Named(*named), state)}
+    file = save_pth(tmp_path / "f.pth", content)
+    try:
+        with pytest.raises(UserError, match="cannot be read"):
+            files.read(file)
+        assert things() == before
+        assert bfloat16_type.itemsize == 2
+    finally:  # it is the whole process's: for the tests after a failure
+        bfloat16_type.__setstate__(before[-1])
 
 
 def test_the_malicious_files_would_run_code_elsewhere(tmp_path: pathlib.Path) -> None:
@@ -350,12 +386,12 @@ def test_differences_are_one_error_that_lists_them() -> None:
     with pytest.raises(UserError) as error:
         load(arrays, ibot_shapes())
     for line in (
-        "not of this network",
+        "does not make a whole network, or not this one:",
         "missing: blocks.1.mlp.fc1.weight; norm.bias",
         "unexpected: blocks.0.attn.rope.weight",
         "cls_token is [1, 1, 31], expected [1, 1, 32]",
         "head.mlp.2.bias is [25], expected [24]",
-        "blocks.0.norm1.bias holds NaN or infinity",
+        "not finite: blocks.0.norm1.bias",
     ):
         assert line in str(error.value)
 

@@ -128,7 +128,7 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
     Not among them are what arrays do not tell: the heads of a ViT.
 
     Raises:
-        UserError: arrays are missing that would say it.
+        UserError: arrays that would say it are missing or misshapen; lists all that are wrong.
     """
     shapes = _shapes(layout, arrays)
     try:
@@ -136,10 +136,39 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
         if "head/fc1/bias" in shapes:
             found["head.hidden"] = shapes["head/fc1/bias"][0]
             found["head.dim"] = shapes["head/fc3/bias"][0]
-    except KeyError as error:
-        raise UserError(f"it has no array for {error.args[0]}") from None
+    except (KeyError, IndexError, ValueError):
+        _check(_lacking(layout, arrays))
+        raise UserError("its arrays have too few dimensions to be of a network") from None
     settings = {f"model.{name}": value for name, value in layout.settings.items()}
     return {"model.family": layout.family, "model.size": "custom"} | settings | found
+
+
+def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
+    """What is wrong whatever the numbers of the network may be."""
+    wrong, seen = [], []
+    known = set()
+    for row in layout.rows:
+        for pattern in row.names:
+            for name in arrays:
+                if match := _regex(pattern).fullmatch(name):
+                    known.add(name)
+                    seen.append((_stage(pattern, match), int(match.groupdict().get("i", 0))))
+                    if len(row.names) == 1 and _shape(row, arrays[name]) is None:
+                        wrong.append(f"{name} is {list(arrays[name].shape)}")
+    layers = {s: 1 + max(i for stage, i in seen if stage == s) for s, _ in seen}
+    missing = []
+    for row in layout.rows:
+        for pattern in row.names:
+            if row.optional or _is_spare(row.path):
+                continue
+            if "{i}" in pattern:
+                stages = [s for s in layers if (s is not None) == ("{s}" in pattern)] or [None]
+                names = [_fill(pattern, s, i) for s in stages for i in range(layers.get(s, 1))]
+                missing += [name for name in names if name not in arrays]
+            elif not any(map(_regex(pattern).fullmatch, arrays)):
+                missing.append(pattern if "{s" not in pattern else _fill(pattern, 0, 0))
+    unexpected = [x for x in arrays if x not in known and not _is_ignored(layout, x)]
+    return {"of another shape": wrong, "missing": missing, "unexpected": unexpected}
 
 
 def _vit(shapes: Shapes) -> dict[str, Any]:
@@ -158,11 +187,14 @@ def _vit(shapes: Shapes) -> dict[str, Any]:
 
 def _swin(shapes: Shapes) -> dict[str, Any]:
     tables = _stages(shapes, "blocks/relative_bias")
+    window, last = ((math.isqrt(tables[s][1]) + 1) // 2 for s in (0, -1))
     return {
         "model.width": shapes["backbone/patch_embed/bias"][0],
         "model.stage_depths": tuple(depth for depth, _, _ in tables),
         "model.stage_heads": tuple(heads for _, _, heads in tables),
-        "model.window": (math.isqrt(tables[0][1]) + 1) // 2,
+        "model.window": window,
+        # The least images whose last stage has this window, as in most trainings.
+        "augment.global_size": 32 * last if last < window else max(224, 32 * window),
     }
 
 
@@ -214,7 +246,7 @@ def load(
 
     entries = list(_entries(layout, shapes))
     parts: dict[str, list[np.ndarray]] = {}
-    wrong, resized = [], []
+    wrong, wild, resized = [], [], []
     known = {entry.path for entry in entries}
     missing = [f"what would be {path}" for path in shapes if needed(path) and path not in known]
     for entry in entries:
@@ -236,14 +268,21 @@ def load(
                 for name, array in zip(entry.names, given, strict=True)
             ]
         elif not np.isfinite(leaf).all():
-            wrong.append(f"{' '.join(entry.names)} holds NaN or infinity")
+            wild.append(" ".join(entry.names))
         else:
             parts.setdefault(entry.path, []).append(leaf)
     used = {name for entry in entries for name in entry.names}
     others = [name for name in arrays if name not in used]
     ignored = [name for name in others if _is_ignored(layout, name)]
     unexpected = [name for name in others if name not in ignored]
-    _check({"of another shape": wrong, "missing": missing, "unexpected": unexpected})
+    _check(
+        {
+            "of another shape": wrong,
+            "not finite": wild,
+            "missing": missing,
+            "unexpected": unexpected,
+        }
+    )
     stacked = {entry.path for entry in entries if entry.layer is not None}
     return Loaded(
         {path: np.stack(found) if path in stacked else found[0] for path, found in parts.items()},
@@ -328,15 +367,26 @@ def _shapes(layout: Layout, arrays: Arrays) -> dict[str, tuple[int, ...]]:
         for name in arrays:
             if not (match := _regex(row.names[0]).fullmatch(name)):
                 continue
-            places = match.groupdict()
-            stage = None if "s" not in places else int(places["s"]) - ("{s+1}" in row.names[0])
-            leaf = _read(row, [arrays[name]])
-            if leaf is None:
+            shape = _shape(row, arrays[name])
+            if shape is None:
                 continue
+            stage = _stage(row.names[0], match)
             path = row.path if stage is None else row.path.replace("{s}", str(stage))
             layers = shapes.get(path, (0,))[0] + 1
-            shapes[path] = (layers, *leaf.shape) if "i" in places else leaf.shape
+            shapes[path] = (layers, *shape) if "i" in match.groupdict() else shape
     return shapes
+
+
+def _shape(row: Row, array: np.ndarray) -> tuple[int, ...] | None:
+    """Of a leaf, or a layer of one; None where the array cannot be one."""
+    leaf = _read(row, [array])
+    return leaf.shape if leaf is not None and leaf.ndim and leaf.size else None
+
+
+def _stage(pattern: str, match: re.Match[str]) -> int | None:
+    """The stage that a name belongs to by its pattern."""
+    stage = match.groupdict().get("s")
+    return None if stage is None else int(stage) - ("{s+1}" in pattern)
 
 
 @functools.cache
@@ -377,8 +427,10 @@ def _is_ignored(layout: Layout, name: str) -> bool:
 
 def _is_other_grid(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether both are positions of square grids, and not of the same."""
+    if len(shape) != 2 or shape[0] < 2:
+        return False
     squares = all(math.isqrt(rows - 1) ** 2 == rows - 1 for rows, *_ in (shape, expected))
-    return len(shape) == 2 and shape[1:] == expected[1:] and shape != expected and squares
+    return shape[1:] == expected[1:] and shape != expected and squares
 
 
 def _grid(shape: tuple[int, ...]) -> str:
@@ -390,15 +442,20 @@ def _check(differences: Mapping[str, Sequence[str]]) -> None:
     """Raises UserError with what differs, a line a kind, sensibly shortened."""
     lines = []
     for kind, found in differences.items():
-        alike: dict[str, list[str]] = {}  # but for the numbers of layers
-        for item in found:
-            alike.setdefault(re.sub(r"\.[0-9]+\.", ".*.", item), []).append(item)
-        shown = [
-            f"{items[0]} (and {len(items) - 1} alike)" if items[1:] else items[0]
-            for items in alike.values()
-        ]
-        more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
-        if shown:
-            lines.append(f"{kind}: {'; '.join([*shown[:_SHOWN], *more])}")
+        if found:
+            lines.append(f"{kind}: {'; '.join(shortened(found))}")
     if lines:
-        raise UserError("\n  ".join(["it is not of this network:", *lines]))
+        raise UserError("\n  ".join(["it does not make a whole network, or not this one:", *lines]))
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """One of all that differ in the numbers of layers alone, and not too many."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\.[0-9]+\.", ".*.", name), []).append(name)
+    shown = [
+        f"{items[0]} (and {len(items) - 1} alike)" if items[1:] else items[0]
+        for items in alike.values()
+    ]
+    more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []
+    return [*shown[:_SHOWN], *more]

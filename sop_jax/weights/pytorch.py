@@ -97,21 +97,36 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
     return Tensor(tuple(shape), load)
 
 
+class _Function(NamedTuple):
+    """A function that a pickle may call, but whose attributes it cannot set."""
+
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
 # All that a file may name. What a training leaves beside its weights is read as gaps.
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_parameter"): _as_given,
-    ("torch", "Size"): _as_given,
-    **{("torch", name): np.dtype(dtype) for name, dtype in _DTYPES.items()},
+    ("torch._utils", "_rebuild_tensor"): _Function(_rebuild),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild),
+    ("torch._utils", "_rebuild_parameter"): _Function(_as_given),
+    ("torch", "Size"): _Function(_as_given),
+    **{("torch", name): name for name in _DTYPES},
     **{("torch", name): _Gap for name in ("device", "float16", "bfloat16", "float32", "float64")},
     ("argparse", "Namespace"): _Gap,
     ("pathlib", "PosixPath"): _Gap,
     ("pathlib", "WindowsPath"): _Gap,
+    ("builtins", "set"): _Gap,
+    ("__builtin__", "set"): _Gap,
     ("numpy", "dtype"): _Gap,
-    ("numpy.core.multiarray", "scalar"): _Gap,
-    ("numpy._core.multiarray", "scalar"): _Gap,
+    ("numpy", "ndarray"): _Gap,
+    **{
+        (f"numpy.{core}.multiarray", name): _Gap
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    },
     ("_codecs", "encode"): _Gap,
 }
 
@@ -135,11 +150,11 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count, *view = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(count) is not int:
+        if kind != "storage" or dtype not in _DTYPES or type(count) is not int:
             raise ValueError("an array is described wrongly")
         if any(part is not None for part in view):
             raise ValueError("arrays that share bytes as PyTorch before 0.4 wrote them")
-        storage = _Storage(str(key), dtype, count, self._read)
+        storage = _Storage(str(key), np.dtype(_DTYPES[dtype]), count, self._read)
         return self.storages.setdefault(storage.key, storage)
 
 
