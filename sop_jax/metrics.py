@@ -105,7 +105,7 @@ class Progress:
 
     def __init__(self, step: int, steps: int, shown: bool = True) -> None:
         """Starts at `step` of `steps`; `shown=False` (all processes but the first) is silent."""
-        self._first, self._steps, self._start = step, steps, time.monotonic()
+        self._first, self._steps, self._start = step, steps, 0.0
         self._lines = shown and not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=steps,
@@ -118,6 +118,8 @@ class Progress:
 
     def advance(self) -> None:
         """Counts one step."""
+        if not self._start:  # the time left is judged by what comes after the first step
+            self._first, self._start = self._first + 1, time.monotonic()
         self._bar.update()
 
     def show(self, step: int, scalars: Mapping[str, Scalar]) -> None:
