@@ -84,8 +84,8 @@ def convert(
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
         exported = mapping.export(project, config.model.family, leaves)
         files.write(to, exported.arrays)
-        if exported.left:
-            words.append(f"left out: {', '.join(exported.left)}")
+        if left := [leaf for leaf in exported.left if leaf not in absent]:
+            words.append(f"left out: {', '.join(left)}")
         words += [
             f"this network has model.{name}={config.model[name]}, and {project}'s own is {value}"
             for name, value in exported.settings.items()

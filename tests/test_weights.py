@@ -128,7 +128,8 @@ def test_safetensors_and_npz_give_their_arrays(tmp_path: pathlib.Path) -> None:
         ({"student": {"a": 1}, "teacher": {"a": 2}}, "student", 1),
         ({"state_dict": {"teacher.a": 2, "student.a": 1}, "epoch": 3}, None, 2),
         ({"model": {"a": 3}, "optimizer": {"state": {0: {"step": 4}}}}, None, 3),
-        ({"model": {"a": 3}, "model_ema": {"a": 4}}, "model_ema", 4),
+        ({"model": {"a": 3}, "model_ema": {"a": 4}}, None, 4),
+        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, "state_dict", 1),
         ({"a": 5}, None, 5),
     ],
 )
@@ -145,6 +146,14 @@ def test_network_of_several_is_found(
     assert read.keys() == {"a"} and (read["a"] == expected).all()
     with pytest.raises(UserError, match="has no 'another'; it holds"):
         files.read(file, "another")
+
+
+def test_of_several_parts_one_must_be_named(tmp_path: pathlib.Path) -> None:
+    parts = {f"net_{name}": {"a": np.zeros(2, np.float32)} for name in "ab"}
+    file = save_pth(tmp_path / "f.pth", parts)
+    with pytest.raises(UserError, match="several parts: net_a, net_b; say which with --key"):
+        files.read(file)
+    assert files.read(file, "net_b").keys() == {"a"}
 
 
 def test_settings_of_a_training_are_passed_over(tmp_path: pathlib.Path) -> None:

@@ -15,8 +15,8 @@ from sop_jax.weights.pytorch import Tensor
 
 # Of several networks in a file, whose weights are taken where nobody says.
 NETWORKS = ("teacher", "student")
-# Under which name a file of one network may hold it.
-_WRAPPERS = ("state_dict", "model")
+# Under which name a file of one network may hold it; averaged weights before the last ones.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 _SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -126,7 +126,11 @@ def _choose(content: Any, network: str | None, path: epath.Path) -> dict[str, Te
     if network:
         known = ", ".join([*parts][:_SHOWN]) or "one network, without a name"
         raise UserError(f"{path} has no {network!r}; it holds: {known}")
-    return _tensors(tree)
+    found = _tensors(tree)
+    if parts and not found:
+        known = ", ".join([*parts][:_SHOWN])
+        raise UserError(f"{path} holds several parts: {known}; say which with --key")
+    return found
 
 
 def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
