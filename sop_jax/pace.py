@@ -78,7 +78,7 @@ class PaceKeeper:
             began, result = step
             try:
                 jax.block_until_ready(result)
-            except Exception:  # noqa: BLE001, S110: the run meets it too, and tells of it
+            except Exception:  # the run meets it too, and tells of it
                 pass
             ended = time.monotonic()
             with self._changed:
