@@ -164,7 +164,7 @@ def growth(store: Store) -> None:
 def remat(store: Store) -> None:
     """Prints what it saves and costs to compute parts of a layer again."""
     rows = []
-    for kind in ("none", "dots", "full"):
+    for kind in ("none", "products", "dots", "full"):
         config = recipe("b")
         config.model.remat = kind
         key = f"remat {kind} vitb16 {SLICES['v5e-64']}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every check of the project in .venv: style, types, shell scripts and tests, under 15 minutes
+# Runs every check of the project in .venv: style, types, shell scripts and tests, under 20 minutes
 # on 2 CPU cores after the install. Arguments go to pytest: -k checkpoint, for one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -243,8 +243,12 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
 
 
 def test_the_progress_shows_loss_accuracy_speed_and_time_left(
-    tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(PaceKeeper, "look", lambda self: Pace(1.0, 0.0, 2))
     train.train(small_config(), tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1437 images, views 2x16 + 2x8;")
