@@ -74,8 +74,8 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
     abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    side = config.augment.global_size // model.patch
-    most = most_masked((side, side), config.mask) if config.sop.patch.tasks else 0
+    batch = abstract_batch(config, mesh, model.patch)
+    most = most_masked(batch["mask"].shape[2:], config.mask) if config.sop.patch.tasks else 0
     step = make_train_step(model, objective, tx, schedules, config.accumulate, most)
     return Run(
         mesh=mesh,
@@ -86,7 +86,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         epoch=epoch,
         init=jax.jit(init, out_shardings=where),
         abstract=abstract,
-        batch=abstract_batch(config, mesh, model.patch),
+        batch=batch,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     )
 

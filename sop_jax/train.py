@@ -209,8 +209,9 @@ def train_until(
             pending.clear()
             for name in unreadable:
                 progress.note(f"cannot be read, replaced by another image: {name}")
-            pace.pause()
-            if log:
+            if not log:
+                pace.pause()
+            else:
                 recent = pace.look()
                 elapsed = time.monotonic() - clock
                 row["images_per_s"] = (step - timed) * config.batch_size / elapsed
