@@ -17,6 +17,7 @@ from sop_jax.models.vit import (
     Start,
     cut,
     dense,
+    drop_draws,
     drop_path,
     drop_rates,
     layer_norm,
@@ -349,10 +350,8 @@ class Swin(nnx.Module):
     ) -> tuple[list[Float[Array, "B _ _"]], Grid]:
         """What the `last` layers give, and the grid of the final ones."""
         x, grid = self.embed(images, mask)
-        rates, draws = jnp.array(self.rates), None
-        if keys is not None:
-            draws = jax.vmap(lambda key: jax.random.uniform(key, (len(self.rates), 2)))(keys)
-            draws = jnp.moveaxis(draws, 1, 0)  # layers first
+        rates = jnp.array(self.rates)
+        draws = None if keys is None else drop_draws(keys, len(self.rates))
         found: list[Array] = []
         first = 0
         for i, depth in enumerate(self.depths):

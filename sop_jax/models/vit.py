@@ -73,6 +73,12 @@ def drop_rates(last: float, depth: int) -> tuple[float, ...]:
     return tuple(last * i / max(depth - 1, 1) for i in range(depth))
 
 
+def drop_draws(keys: Key[Array, " B"], depth: int) -> Float[Array, "{depth} B 2"]:
+    """What decides on both branches of each layer, from a key for each image."""
+    draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+    return jnp.moveaxis(draws, 1, 0)
+
+
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
     """A linear layer."""
     init = nnx.initializers.normal(start.std)
@@ -266,10 +272,7 @@ class ViT(nnx.Module):
         x = self.embed(images, mask)
         graph, layers = nnx.split(self.blocks)
         depth = len(self.rates)
-        draws = None
-        if keys is not None:
-            draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
-            draws = jnp.moveaxis(draws, 1, 0)  # layers first
+        draws = None if keys is None else drop_draws(keys, depth)
 
         def layer(x: Array, inputs: tuple) -> tuple[Array, Array]:
             params, rate, layer_draws = inputs
