@@ -4,7 +4,6 @@ Each kind is a `Source`: records by index, as cheap to pickle as a path, because
 worker processes each get a copy. Files are opened when the first record is asked for.
 """
 
-import functools
 import os
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +11,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from sop_jax.data.packed import open_packed
+from sop_jax.data.tfds import open_tfds
 from sop_jax.errors import UserError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
@@ -54,7 +55,7 @@ def open_source(data_config: Any, split: str) -> Source | None:
     Raises:
         UserError: the data is missing, empty or not what `source` says.
     """
-    kinds = {"tfds": _open_tfds, "folder": _open_folder, "packed": _open_packed}
+    kinds = {"tfds": open_tfds, "folder": _open_folder, "packed": open_packed}
     if data_config.source == "digits":
         return DigitsSource(split)
     if data_config.source not in kinds:
@@ -180,189 +181,6 @@ def _open_folder(data_config: Any, split: str) -> FolderSource | None:
         return None
     source = folder_source(str(epath.Path(path) / train) if has_train else path)
     return source if split == "train" else folder_source(str(epath.Path(path) / test), source)
-
-
-# One .npz of encoded images
-
-
-class PackedSource:
-    """Encoded images end to end in a .npz: {split}_blob uint8, {split}_offsets [n + 1].
-
-    {split}_labels [n] and class_names may be there too.
-    """
-
-    def __init__(self, path: str, split: str) -> None:
-        self.path, self.split = path, split
-
-    @functools.cached_property
-    def _arrays(self) -> dict[str, Any]:
-        with epath.Path(self.path).open("rb") as file, np.load(file) as packed:
-            wanted = [f"{self.split}_{part}" for part in ("blob", "offsets", "labels")]
-            arrays = {name: packed[name] for name in (*wanted, "class_names") if name in packed}
-        blob, offsets = arrays[wanted[0]], arrays[wanted[1]]
-        ascending = len(offsets) > 1 and bool(np.all(np.diff(offsets) >= 0))
-        if not ascending or offsets[0] < 0 or offsets[-1] > len(blob):
-            raise UserError(
-                f"{self.path} is damaged: {wanted[1]} does not cut {wanted[0]} into records. "
-                "Copy or make the file again."
-            )
-        return arrays
-
-    def __getstate__(self) -> dict[str, str]:
-        return dict(path=self.path, split=self.split)
-
-    def __len__(self) -> int:
-        return len(self._arrays[f"{self.split}_offsets"]) - 1
-
-    def __getitem__(self, index: int) -> bytes:
-        start, end = self._arrays[f"{self.split}_offsets"][index : index + 2]
-        return self._arrays[f"{self.split}_blob"][start:end].tobytes()
-
-    def name(self, index: int) -> str:
-        """File, split and number."""
-        return f"{self.path}:{self.split}[{index}]"
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """The {split}_labels of the file, int32 [n], or None."""
-        labels = self._arrays.get(f"{self.split}_labels")
-        return None if labels is None else labels.astype(np.int32)
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The names of the labels in order, or None."""
-        names = self._arrays.get("class_names")
-        return None if names is None else [str(name) for name in names]
-
-
-def _open_packed(data_config: Any, split: str) -> PackedSource | None:
-    path, name = str(data_config.path), getattr(data_config, f"{split}_split")
-    if not epath.Path(path).is_file():
-        raise UserError(f"There is no file {path}. Set --config.data.path to a packed .npz.")
-    try:
-        with epath.Path(path).open("rb") as file, np.load(file) as packed:
-            keys = set(packed.files)
-    except Exception as error:  # zip, pickle and value errors, as the bytes happen to be
-        raise UserError(f"{path} is no .npz file ({error}). Set --config.data.path.") from error
-    if f"{name}_blob" not in keys or f"{name}_offsets" not in keys:
-        if split == "test":
-            return None
-        raise UserError(
-            f"{path} has no {name}_blob and {name}_offsets; it holds {', '.join(sorted(keys))}. "
-            "Set --config.data.train_split to the name of a split that is there."
-        )
-    source = PackedSource(path, name)
-    len(source)  # a damaged file is reported now
-    return source
-
-
-# TensorFlow Datasets without TensorFlow
-
-
-class TfdsSource:
-    """One split of a prepared TFDS data set in array_record files."""
-
-    def __init__(self, folder: str, split: str) -> None:
-        """Takes the folder with dataset_info.json and a split, slices such as train[:10%] too."""
-        self.folder, self.split = folder, split
-
-    @functools.cached_property
-    def _builder(self) -> Any:
-        return _tfds().builder_from_directory(self.folder)
-
-    @functools.cached_property
-    def _records(self) -> Any:
-        skip = _tfds().decode.SkipDecoding()
-        features = self._builder.info.features
-        images = [key for key in features if isinstance(features[key], _tfds().features.Image)]
-        return self._builder.as_data_source(
-            split=self.split, decoders={key: skip for key in images}
-        )
-
-    def __getstate__(self) -> dict[str, str]:
-        return dict(folder=self.folder, split=self.split)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> bytes:
-        try:
-            return self._records[index]["image"]
-        except RuntimeError as error:  # what array_record raises for missing and damaged files
-            raise OSError(str(error)) from error
-
-    def name(self, index: int) -> str:
-        """Folder, split and number, and the original file's name where it is kept."""
-        name = f"{self.folder}:{self.split}[{index}]"
-        try:
-            file = self._records[index].get("file_name", b"")
-        except RuntimeError:  # the record that cannot be read is the one to be named
-            return name
-        return f"{name} {bytes(file).decode(errors='replace')}".strip()
-
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """The records' labels, int32 [n], or None; a pass over all records, about 30 us each."""
-        if self.class_names is None:
-            return None
-        return np.array([self._records[i]["label"] for i in range(len(self))], np.int32)
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The names of the labels in order, or None."""
-        features = self._builder.info.features
-        label = features["label"] if "label" in features else None
-        return list(label.names) if isinstance(label, _tfds().features.ClassLabel) else None
-
-
-def _tfds() -> Any:
-    import tensorflow_datasets  # only when used: it costs a start-up of all other sources
-
-    return tensorflow_datasets
-
-
-def _open_tfds(data_config: Any, split: str) -> TfdsSource | None:
-    path, name = str(data_config.path), data_config.name
-    where = f"{name or 'a data set'} in {path or 'the default data_dir of TFDS'}"
-    try:
-        if name:
-            builder = _tfds().builder(name, data_dir=path or None)
-        else:
-            builder = _tfds().builder_from_directory(path)
-    except Exception as error:  # TFDS has many ways to say that there is nothing there
-        raise UserError(
-            f"TFDS cannot open {where}: {str(error).splitlines()[0]} Set --config.data.path and "
-            "--config.data.name to a prepared data set, or make one from an image tree with "
-            "python -m sop_jax.data.prepare."
-        ) from error
-    splits = set(builder.info.splits)
-    wanted = getattr(data_config, f"{split}_split") or ""
-    if not splits:
-        raise UserError(
-            f"TFDS knows {where} but it is not prepared there. Prepare it once with "
-            'file_format="array_record", or with python -m sop_jax.data.prepare.'
-        )
-    if wanted.split("[")[0] not in splits:
-        if split == "test":
-            return None
-        raise UserError(
-            f"{where} has no split {wanted!r} but {', '.join(sorted(splits))}. "
-            "Set --config.data.train_split."
-        )
-    if "image" not in builder.info.features:
-        raise UserError(
-            f"{where} has no feature 'image' but {', '.join(builder.info.features)}. "
-            "Choose a data set of images."
-        )
-    source = TfdsSource(str(builder.data_dir), wanted)
-    try:
-        _ = source[0], source[len(source) - 1]
-    except Exception as error:
-        raise UserError(
-            f"Cannot read {where}, split {wanted!r}: {str(error).splitlines()[0]} It must be "
-            'prepared with file_format="array_record", and all of its files must be there.'
-        ) from error
-    return source
 
 
 # The embedded default

@@ -1,0 +1,115 @@
+"""TensorFlow Datasets in array_record files, read without TensorFlow."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from sop_jax.errors import UserError
+
+
+class TfdsSource:
+    """One split of a prepared TFDS data set in array_record files."""
+
+    def __init__(self, folder: str, split: str) -> None:
+        """Takes the folder with dataset_info.json and a split, slices such as train[:10%] too."""
+        self.folder, self.split = folder, split
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        return _tfds().builder_from_directory(self.folder)
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        skip = _tfds().decode.SkipDecoding()
+        features = self._builder.info.features
+        images = [key for key in features if isinstance(features[key], _tfds().features.Image)]
+        return self._builder.as_data_source(
+            split=self.split, decoders={key: skip for key in images}
+        )
+
+    def __getstate__(self) -> dict[str, str]:
+        return dict(folder=self.folder, split=self.split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._records[index]["image"]
+        except RuntimeError as error:  # what array_record raises for missing and damaged files
+            raise OSError(str(error)) from error
+
+    def name(self, index: int) -> str:
+        """Folder, split and number, and the original file's name where it is kept."""
+        name = f"{self.folder}:{self.split}[{index}]"
+        try:
+            file = self._records[index].get("file_name", b"")
+        except RuntimeError:  # the record that cannot be read is the one to be named
+            return name
+        return f"{name} {bytes(file).decode(errors='replace')}".strip()
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """The records' labels, int32 [n], or None; a pass over all records, about 30 us each."""
+        if self.class_names is None:
+            return None
+        return np.array([self._records[i]["label"] for i in range(len(self))], np.int32)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the labels in order, or None."""
+        features = self._builder.info.features
+        label = features["label"] if "label" in features else None
+        return list(label.names) if isinstance(label, _tfds().features.ClassLabel) else None
+
+
+def _tfds() -> Any:
+    import tensorflow_datasets  # only when used: it costs a start-up of all other sources
+
+    return tensorflow_datasets
+
+
+def open_tfds(data_config: Any, split: str) -> TfdsSource | None:
+    """The split that `open_source` asks for; None where there is no test split."""
+    path, name = str(data_config.path), data_config.name
+    where = f"{name or 'a data set'} in {path or 'the default data_dir of TFDS'}"
+    try:
+        if name:
+            builder = _tfds().builder(name, data_dir=path or None)
+        else:
+            builder = _tfds().builder_from_directory(path)
+    except Exception as error:  # TFDS has many ways to say that there is nothing there
+        raise UserError(
+            f"TFDS cannot open {where}: {str(error).splitlines()[0]} Set --config.data.path and "
+            "--config.data.name to a prepared data set, or make one from an image tree with "
+            "python -m sop_jax.data.prepare."
+        ) from error
+    splits = set(builder.info.splits)
+    wanted = getattr(data_config, f"{split}_split") or ""
+    if not splits:
+        raise UserError(
+            f"TFDS knows {where} but it is not prepared there. Prepare it once with "
+            'file_format="array_record", or with python -m sop_jax.data.prepare.'
+        )
+    if wanted.split("[")[0] not in splits:
+        if split == "test":
+            return None
+        raise UserError(
+            f"{where} has no split {wanted!r} but {', '.join(sorted(splits))}. "
+            "Set --config.data.train_split."
+        )
+    if "image" not in builder.info.features:
+        raise UserError(
+            f"{where} has no feature 'image' but {', '.join(builder.info.features)}. "
+            "Choose a data set of images."
+        )
+    source = TfdsSource(str(builder.data_dir), wanted)
+    try:
+        _ = source[0], source[len(source) - 1]
+    except Exception as error:
+        raise UserError(
+            f"Cannot read {where}, split {wanted!r}: {str(error).splitlines()[0]} It must be "
+            'prepared with file_format="array_record", and all of its files must be there.'
+        ) from error
+    return source
