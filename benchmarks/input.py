@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sop_jax.config import paper  # noqa: E402
 from sop_jax.data import augment, masks, pipeline  # noqa: E402
 from sop_jax.data.decode import decode  # noqa: E402
-from sop_jax.data.sources import FolderSource, image_files  # noqa: E402
+from sop_jax.data.folders import FolderSource, image_files  # noqa: E402
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
 FALL = 1.5  # exponent of the drawn images' spectrum, for the file sizes of photos

@@ -8,7 +8,6 @@ FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by r
 cannot be read have no row and are listed on stderr.
 """
 
-import hashlib
 import sys
 
 import jax
@@ -19,7 +18,7 @@ from etils import epath
 
 from sop_jax import hosts
 from sop_jax.compilation import keep_compiled
-from sop_jax.data.sources import folder_source
+from sop_jax.data.folders import folder_source
 from sop_jax.errors import UserError
 from sop_jax.features import make_extractor
 from sop_jax.mesh import make_mesh
@@ -48,8 +47,7 @@ def export(
     if not epath.Path(images).is_dir():
         raise UserError(f"there is no folder {images}; give a folder of images with --images")
     source = folder_source(images)
-    names = hashlib.sha256("\n".join(source.files).encode()).hexdigest()[:12]
-    hosts.check_agreement({"images": len(source), "their names": names})
+    hosts.check_agreement({"images": len(source), "their names": source.digest})
     chief = jax.process_index() == 0  # writes and speaks for all processes
     draft = start_draft(epath.Path(out)) if chief else None
     try:

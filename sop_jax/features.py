@@ -132,6 +132,11 @@ class HostShare:
         """Of the source."""
         return self.source.class_names
 
+    @property
+    def digest(self) -> str:
+        """Of the source."""
+        return self.source.digest
+
 
 def host_batches(
     source: Source, eval_config: Any, batch_size: int, host: int, hosts: int

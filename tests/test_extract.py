@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_evaluate import colours, make_run
 
-from sop_jax.data.sources import folder_source
+from sop_jax.data.folders import folder_source
 from sop_jax.errors import UserError
 from sop_jax.extract import export
 from sop_jax.features import make_extractor

@@ -62,8 +62,20 @@ def test_the_folder_alone_opens_too_and_splits_can_be_sliced(tmp_path):
     train, test = open_source(config, "train"), open_source(config, "test")
     assert len(train) == len(test) == 2
     assert {train[0], train[1]}.isdisjoint({test[0], test[1]})
+    assert train.digest != test.digest
     config.test_split = "validation"
     assert open_source(config, "test") is None
+
+
+def test_the_digest_of_a_data_set_stays_when_it_is_moved(tmp_path):
+    prepare(write_tree(tmp_path / "tree"), str(tmp_path / "here"), "tiny", ["train", "val"])
+    (tmp_path / "here").rename(tmp_path / "there")
+    config = SimpleNamespace(source="tfds", path=str(tmp_path / "there"), name="tiny")
+    config.train_split, config.test_split = "train", "val"
+    moved, test = open_source(config, "train"), open_source(config, "test")
+    prepare(write_tree(tmp_path / "tree"), str(tmp_path / "here"), "tiny", ["train", "val"])
+    config.path = str(tmp_path / "here")
+    assert open_source(config, "train").digest == moved.digest != test.digest
 
 
 def test_an_unlabelled_tree_is_one_split(tmp_path):

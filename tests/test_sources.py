@@ -124,6 +124,23 @@ def test_a_split_that_is_a_file_or_empty(tmp_path):
     assert open_source(data_config("folder", tmp_path, test_split=""), "test") is None
 
 
+def test_the_digest_tells_which_records_these_are_wherever_they_are_stored(tmp_path):
+    files = ["a/1.png", "a/2.png", "b/3.png"]
+    here, moved = write_tree(tmp_path / "here", files), write_tree(tmp_path / "moved", files)
+    other = write_tree(tmp_path / "other", [*files, "b/4.png"])
+    digests = [opened(data_config("folder", folder)).digest for folder in (here, moved, other)]
+    records = [encoded(noise(i)) for i in range(3)]
+    for number, kept in enumerate((records, records, records[:2])):
+        path = write_packed(tmp_path / f"{number}.npz", kept, test_blob=np.uint8([1]))
+        digests.append(opened(data_config("packed", path)).digest)
+    digests += [opened(data_config("digits"), split).digest for split in ("train", "train", "test")]
+    for first, same, different in zip(*[iter(digests)] * 3, strict=True):
+        assert first == same != different
+    assert len(set(digests)) == 6
+    path = write_packed(tmp_path / "labels.npz", records, train_labels=np.uint8([2, 0, 1]))
+    assert opened(data_config("packed", path)).digest not in digests
+
+
 # Packed
 
 

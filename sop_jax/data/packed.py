@@ -1,6 +1,7 @@
 """Encoded images end to end in one .npz."""
 
 import functools
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,13 @@ class PackedSource:
         """The names of the labels in order, or None."""
         names = self._arrays.get("class_names")
         return None if names is None else [str(name) for name in names]
+
+    @property
+    def digest(self) -> str:
+        """Of the sizes of the records and their labels."""
+        sizes = np.diff(self._arrays[f"{self.split}_offsets"]).astype(np.int64).tobytes()
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return hashlib.sha256(sizes + labels).hexdigest()[:12]
 
 
 def open_packed(data_config: Any, split: str) -> PackedSource | None:

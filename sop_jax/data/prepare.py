@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
-from sop_jax.data.sources import FolderSource, folder_source
+from sop_jax.data.folders import FolderSource, folder_source
 from sop_jax.errors import UserError
 
 VERSION = "1.0.0"

@@ -1,6 +1,7 @@
 """TensorFlow Datasets in array_record files, read without TensorFlow."""
 
 import functools
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,14 @@ class TfdsSource:
         features = self._builder.info.features
         label = features["label"] if "label" in features else None
         return list(label.names) if isinstance(label, _tfds().features.ClassLabel) else None
+
+    @property
+    def digest(self) -> str:
+        """Of the data set's name, version and shards, and of the split."""
+        info = self._builder.info
+        shards = info.splits[self.split.split("[")[0]].shard_lengths
+        told = f"{info.full_name} {shards} {self.split} {len(self)}"
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def _tfds() -> Any:
