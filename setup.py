@@ -1,10 +1,15 @@
 """How `pip install -e .` finds the package and what it needs."""
 
+import pathlib
+import runpy
+
 from setuptools import find_packages, setup
+
+PACKAGE = pathlib.Path(__file__).parent / "sop_jax"
 
 setup(
     name="sop_jax",
-    version="0.1.0",
+    version=runpy.run_path(str(PACKAGE / "__init__.py"))["__version__"],
     description="Pretraining of Vision Transformers with Self-Organizing Visual Prototypes in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",

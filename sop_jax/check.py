@@ -4,7 +4,7 @@ from typing import Any
 
 import ml_collections
 
-from sop_jax.config import flatten, paper
+from sop_jax.config import flatten, misnamed, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
@@ -111,6 +111,8 @@ RANGES = (
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting that cannot work, saying which would."""
     flat = flatten(config)
+    if wrong := misnamed(flat):
+        raise UserError("; ".join(wrong))
     for key, default in flatten(paper()).items():
         if isinstance(default, list) and key != "eval.knn_k" and len(flat[key]) != len(default):
             raise UserError(

@@ -6,7 +6,6 @@ computes on devices may run as several processes, with `--coordinator`, `--proce
 `--process`; a process that fails ends the others too.
 """
 
-import difflib
 import errno
 import importlib.util
 import numbers
@@ -22,7 +21,7 @@ from ml_collections import config_dict
 from ml_collections.config_flags import config_path
 
 from sop_jax.config import flatten
-from sop_jax.errors import Interrupted, UserError
+from sop_jax.errors import Interrupted, UserError, nearest
 
 FLAGS = flags.FLAGS
 
@@ -156,7 +155,7 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
     if not epath.Path(path).is_file():
         folder = epath.Path(path).parent
         names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-        raise UserError(f"there is no config file {path!r}{_nearest(path, names)}")
+        raise UserError(f"there is no config file {path!r}{nearest(path, names)}")
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"the config file {path!r} is not a Python file (.py)")
@@ -181,7 +180,7 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
         match = re.match(r"--?(?:no)?config\.([^=\[]*)", flag)
         if match and match[1] not in known:
             raise UserError(
-                f"unknown setting config.{match[1]}{_nearest(match[1], known, 'config.')}"
+                f"unknown setting config.{match[1]}{nearest(match[1], known, 'config.')}"
             )
 
 
@@ -197,21 +196,6 @@ def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
 def _wrong_type(name: str, kind: str, example: Any, given: Any) -> str:
     such_as = "" if example is None else f", such as {example!r}"
     return f"config.{name} must be of type {kind}{such_as}, not {given!r}"
-
-
-def _nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """A question naming what was probably meant, by the whole name or by its last part."""
-
-    def likeness(candidate: str) -> tuple[float, float]:
-        whole = _ratio(name, candidate)
-        return max(whole, _ratio(name.split(".")[-1], candidate.split(".")[-1])), whole
-
-    best = max(known, key=likeness, default="")
-    return f"; did you mean {prefix}{best}?" if likeness(best)[0] >= 0.6 else ""
-
-
-def _ratio(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:

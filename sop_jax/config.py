@@ -6,13 +6,21 @@ starts, so that overriding one key cannot leave another behind.
 """
 
 import json
+import numbers
 from typing import Any
 
 import ml_collections
 from etils import epath
 from ml_collections import config_dict
 
-from sop_jax.errors import UserError
+from sop_jax import __version__
+from sop_jax.errors import UserError, nearest
+
+# Each version's new settings, with the value by which runs of earlier versions behaved.
+BEFORE: dict[str, dict[str, Any]] = {
+    "0.2.0": {},
+}
+_FIRST = "0.1.0"  # which wrote no version into config.json
 
 # What a resumed run may change: nothing that decides which numbers come out, but for rounding.
 RESUMABLE = (
@@ -29,6 +37,8 @@ RESUMABLE = (
     "model.remat",
     "model.attention",
 )
+
+_FILE = "config.json"
 
 
 def paper() -> ml_collections.ConfigDict:
@@ -164,36 +174,112 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes `workdir/config.json`."""
+    """Writes `workdir/config.json`, in which the version that made the workdir stays."""
+    path = workdir / _FILE
+    version = _read(path)[0] if path.exists() else __version__
     draft = workdir / "config.tmp"
-    draft.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    draft.replace(workdir / "config.json")  # whole or not at all, on a full disk too
+    draft.write_text(json.dumps({"version": version, **config.to_dict()}, indent=2) + "\n")
+    draft.replace(path)  # whole or not at all, on a full disk too
 
 
 def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """The settings that made a workdir.
+    """The settings that made a workdir; those that its version did not know are as in BEFORE.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they are not settings that this version can read.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / _FILE
     if not path.exists():
         raise UserError(
             f"{path} is not there, so {workdir} is no folder of a training run; check --workdir"
         )
+    _, settings = _read(path)
+    config = paper()
+    config.update_from_flattened_dict(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    )
+    return config
+
+
+def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
+    """The version that wrote a config.json, and all settings by which that version behaved."""
+    remedy = "restore it, or use another workdir"
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}); restore it, or use another workdir"
-        ) from error
-    config = paper()
-    with config.unlocked():
-        for key, value in flatten(saved).items():
-            config.update_from_flattened_dict(
-                {key: tuple(value) if isinstance(value, list) else value}
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no settings but {json.dumps(saved):.80}; {remedy}")
+    version = saved.pop("version", _FIRST)
+    try:
+        if _order(str(version)) > _order(__version__):
+            raise UserError(
+                f"{path} was written by sop_jax {version}, and this is {__version__}: use "
+                f"sop_jax {version} or newer for this workdir"
             )
-    return config
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: its version is {version!r}, not one such as {__version__!r}; "
+            f"{remedy}"
+        ) from error
+    settings = flatten(saved)
+    if wrong := misnamed(settings):
+        raise UserError(f"{path}: {'; '.join(wrong)}; correct it or {remedy}")
+    settings = later_settings(version) | settings
+    default = flatten(paper())
+    if missing := sorted(default.keys() - settings.keys()):
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}, which every run of sop_jax {version} has; {remedy}"
+        )
+    for key, value in settings.items():
+        if not _fits(value, default[key]):
+            kind = "list of numbers" if isinstance(default[key], list) else _kind(default[key])
+            raise UserError(f"{path}: {key} is {value!r}, expected a {kind}; {remedy}")
+    return version, settings
+
+
+def later_settings(version: str) -> dict[str, Any]:
+    """The settings that came after a version, with the values by which that version behaved."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for later, settings in BEFORE.items()
+        if _order(later) > _order(version)
+        for key, value in settings.items()
+    }
+
+
+def misnamed(settings: dict[str, Any]) -> list[str]:
+    """What is wrong with the names of flattened settings, with the nearest known ones."""
+    known = flatten(paper())
+    return [
+        f"{key} is {settings[key]!r}, expected a section of settings"
+        if any(name.startswith(f"{key}.") for name in known)
+        else f"unknown setting {key}{nearest(key, list(known))}"
+        for key in settings
+        if key not in known
+    ]
+
+
+def _order(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split("."))
+
+
+def _fits(value: Any, example: Any) -> bool:
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_fits(item, 0.0) for item in value)
+    if example is None:
+        return value is None or _fits(value, 0)
+    if isinstance(value, bool) != isinstance(example, bool):
+        return False
+    return isinstance(value, numbers.Real if isinstance(example, float) else type(example))
+
+
+def _kind(example: Any) -> str:
+    if isinstance(example, bool):
+        return "truth value (true or false)"
+    if isinstance(example, float):
+        return "number"
+    return "string" if isinstance(example, str) else "whole number"
 
 
 def resumable(config: ml_collections.ConfigDict) -> list[str]:

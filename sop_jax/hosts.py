@@ -35,6 +35,7 @@ from jax._src.distributed import global_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sop_jax import __version__
 from sop_jax.errors import UserError
 
 # All in seconds.
@@ -186,10 +187,10 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python, of this package and its code, and of the packages that decide what is computed."""
-    found = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    found = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", "sop_jax": __version__}
     packages = ("flax", "grain", "jax", "jaxlib", "numpy", "opencv-python-headless", "optax")
     compilers = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-    for package in ("sop_jax", *packages, "orbax-checkpoint", *compilers):
+    for package in (*packages, "orbax-checkpoint", *compilers):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

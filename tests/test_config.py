@@ -1,12 +1,21 @@
 """Settings survive their file, and a run knows which of them changed."""
 
 import json
+import pathlib
+import runpy
+from typing import Any
 
 import pytest
+import setuptools
 from etils import epath
 
+import sop_jax
 from sop_jax import config as config_lib
+from sop_jax.check import check
 from sop_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FIRST = ROOT / "tests" / "golden" / "config_0.1.0.json"  # of paper(), by that version
 
 
 def test_settings_come_back_from_their_file(tmp_path) -> None:
@@ -32,6 +41,85 @@ def test_the_file_is_json_that_ends_in_a_line(tmp_path) -> None:
     text = (tmp_path / "config.json").read_text()
     assert text.endswith("}\n")
     assert json.loads(text)["sop"]["cls"]["memory"] == 65536
+
+
+def test_the_version_that_made_a_workdir_is_kept_with_it(tmp_path) -> None:
+    config_lib.save(config_lib.paper(), epath.Path(tmp_path))
+    made = json.loads((tmp_path / "config.json").read_text())
+    assert made["version"] == sop_jax.__version__
+    assert config_lib.load(tmp_path).to_dict() == config_lib.paper().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(made | {"version": "0.1.0"}))
+    config_lib.save(config_lib.paper(), epath.Path(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == "0.1.0"
+
+
+def test_the_package_has_one_version(monkeypatch) -> None:
+    built: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", built.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert built["version"] == sop_jax.__version__
+
+
+def test_a_run_of_the_first_version_keeps_its_settings_and_behaviour(tmp_path) -> None:
+    text = FIRST.read_text()
+    (tmp_path / "config.json").write_text(text)
+    loaded = config_lib.flatten(config_lib.load(tmp_path))
+    saved = config_lib.flatten(json.loads(text))
+    assert {key: loaded[key] for key in saved} == saved
+    later = config_lib.later_settings("0.1.0")
+    assert loaded.keys() - saved.keys() == later.keys(), "a new setting needs a row in BEFORE"
+    assert {key: loaded[key] for key in later} == later
+
+
+def test_a_missing_setting_is_as_the_version_that_did_not_know_it(tmp_path, monkeypatch) -> None:
+    made = json.loads(FIRST.read_text())
+    del made["augment"]["resample"]
+    monkeypatch.setitem(config_lib.BEFORE["0.2.0"], "augment.resample", "pillow")
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    assert config_lib.load(tmp_path).augment.resample == "pillow"
+    (tmp_path / "config.json").write_text(json.dumps(made | {"version": sop_jax.__version__}))
+    with pytest.raises(UserError, match="lacks augment.resample, which every run of"):
+        config_lib.load(tmp_path)
+
+
+FAULTS: dict[str, tuple[dict[str, Any] | list[int], str]] = {
+    "no object": ([1], r"holds no settings but \[1\]; restore it"),
+    "an unknown section": ({"modle": {"width": 64}}, "unknown setting modle.width; did you mean "),
+    "an unknown key": ({"model": {"widht": 64}}, "widht; did you mean model.width?"),
+    "a value for a section": ({"model": 3}, "model is 3, expected a section of settings"),
+    "a section for a value": ({"seed": {"a": 1}}, "unknown setting seed.a"),
+    "another type": ({"batch_size": "many"}, "batch_size is 'many', expected a whole number"),
+    "a fraction": ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
+    "no value": ({"epochs": None}, "epochs is None, expected a number"),
+    "a number for numbers": ({"eval": {"knn_k": 3}}, "eval.knn_k is 3, expected a list of numbers"),
+    "words for numbers": ({"profile_steps": ["a", "b"]}, "expected a list of numbers"),
+    "a newer version": ({"version": "9.1.0"}, "written by sop_jax 9.1.0, and this is .*: use "),
+    "no version": ({"version": "new"}, "its version is 'new', not one such as"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_settings_that_cannot_be_read_are_told_in_one_line(tmp_path, case: str) -> None:
+    fault, message = FAULTS[case]
+    config_lib.save(config_lib.paper(), epath.Path(tmp_path))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    if isinstance(fault, dict):
+        for key, value in fault.items():
+            of_section = isinstance(saved.get(key), dict) and isinstance(value, dict)
+            saved[key] = saved[key] | value if of_section else value
+    (tmp_path / "config.json").write_text(json.dumps(saved if isinstance(fault, dict) else fault))
+    with pytest.raises(UserError, match=message) as caught:
+        config_lib.load(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_recipe_with_a_mistyped_setting_is_refused() -> None:
+    config = config_lib.paper()
+    config.model.widht = 64
+    with pytest.raises(UserError, match="unknown setting model.widht; did you mean model.width?"):
+        check(config)
 
 
 def test_a_folder_of_no_run_is_named(tmp_path) -> None:

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sop_jax
 from sop_jax import checkpoint, metrics, run, train
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
@@ -164,9 +165,9 @@ def paint(folder: pathlib.Path, count: int, broken: tuple[int, ...] = ()) -> Non
 
 
 def test_a_run_writes_its_settings_and_checkpoints(finished: pathlib.Path) -> None:
-    assert json.loads((finished / "config.json").read_text()) == json.loads(
-        json.dumps(small_config().to_dict())
-    )
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved.pop("version") == sop_jax.__version__
+    assert saved == json.loads(json.dumps(small_config().to_dict()))
     # The last two of 3, 6, .., 15, 16, and every sixth.
     assert checkpoint.steps(finished) == [6, 12, 15, 16]
     assert not list(finished.glob("*.tmp"))
