@@ -20,7 +20,8 @@ from etils import epath
 from ml_collections import config_dict
 from ml_collections.config_flags import config_path
 
-from sop_jax.config import flatten
+from sop_jax import paths
+from sop_jax.config import MAY_BE_EMPTY, PATHS, flatten
 from sop_jax.errors import Interrupted, UserError, nearest
 
 FLAGS = flags.FLAGS
@@ -61,6 +62,39 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
             hosts.stop()
 
     app.run(guarded, flags_parser=_parse)
+
+
+class _PathParser(flags.ArgumentParser):
+    """Expands paths where they are parsed, so that every command sees the same form of them."""
+
+    def parse(self, argument: str) -> str:
+        try:
+            return paths.expand(argument)
+        except UserError as error:
+            raise ValueError(error) from error  # absl adds the name of the flag
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, text: str, required: bool = False) -> None:
+    """Defines a flag whose value is a path, see `paths.expand`.
+
+    Args:
+        name: of the flag.
+        text: its help.
+        required: whether the command needs it.
+    """
+    serializer: Any = flags.ArgumentSerializer()
+    flags.DEFINE(
+        _PathParser(),
+        name,
+        None,
+        text,
+        serializer=serializer,
+        module_name=sys.argv[0],
+        required=required,
+    )
 
 
 def _hosts() -> Any:
@@ -124,7 +158,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
             config = _load_config(argv)
         if config is not None:
             _check_names(argv, config)
+        _check_empty(argv, config)
         rest = FLAGS(argv)
+        if config is not None:
+            _expand_paths(FLAGS["config"].value)
         if hosts := _hosts():
             hosts.check(*_processes())
         if config is not None:
@@ -151,6 +188,8 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
             value = following if match[1] is None else match[2]
     if value is None:
         return None
+    if not value.strip():
+        raise _empty("config")
     path, *argument = value.split(":", 1)
     if not epath.Path(path).is_file():
         folder = epath.Path(path).parent
@@ -184,6 +223,36 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
             )
 
 
+def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> None:
+    """Refuses empty values, which mostly come from variables that are not set.
+
+    Some settings may be made empty, but only where they are not: there it would say nothing.
+    """
+    settings = flatten(config or {})
+    for flag, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        match = re.fullmatch(r"--?([^=]+)(=\s*)?", flag)
+        if not match or (match[2] is None and (following is None or following.strip())):
+            continue
+        name = match[1].removeprefix("config.")
+        if name not in MAY_BE_EMPTY or (name != match[1] and not settings.get(name)):
+            raise _empty(match[1])
+
+
+def _empty(name: str) -> UserError:
+    return UserError(f"--{name} is empty: give it a value; is a variable not set?")
+
+
+def _expand_paths(config: config_dict.ConfigDict) -> None:
+    """Brings the settings that are paths into the form that flags of paths have."""
+    for name, text in flatten(config).items():
+        if name in PATHS and text:
+            try:
+                path = paths.expand(text)
+            except UserError as error:
+                raise UserError(f"--config.{name}={text}: {error}") from error
+            config.update_from_flattened_dict({name: path})
+
+
 def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
     """Checks what absl does not: it takes any word for a tuple, of numbers too."""
     for name, example in file.items():
@@ -208,7 +277,7 @@ def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
         kind = config_path.get_type(match[1], config).__name__
         example = config_path.get_value(match[1], config)
         return _wrong_type(match[1], kind, example, match[2])
-    return text
+    return text.removeprefix("flag ")
 
 
 def _message(error: BaseException) -> str | None:

@@ -38,6 +38,12 @@ RESUMABLE = (
     "model.attention",
 )
 
+# Settings that are paths, in which the commands expand `~`.
+PATHS = ("data.path", "init_from")
+
+# Settings that may be empty, which then stands for nothing or a default. No other one may be.
+MAY_BE_EMPTY = (*PATHS, "data.name", "data.train_split", "data.test_split")
+
 _FILE = "config.json"
 
 

@@ -221,9 +221,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from sop_jax import cli
 
-    flags.DEFINE_string("from", None, "The file of weights, or a folder as --workdir.")
-    flags.DEFINE_string("workdir", None, "The folder of a run, or of an earlier conversion.")
-    flags.DEFINE_string("to", None, "The folder to make; for --export the file.", required=True)
+    cli.define_path("from", "The file of weights, or a folder as --workdir.")
+    cli.define_path("workdir", "The folder of a run, or of an earlier conversion.")
+    cli.define_path("to", "The folder to make; for --export the file.", required=True)
     flags.DEFINE_string("export", None, f"For which project: {', '.join(PROJECTS)}.")
     flags.DEFINE_string(
         "key", None, "Which network: teacher (the default where both are), student."

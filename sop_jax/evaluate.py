@@ -159,8 +159,8 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from sop_jax import cli
 
-    flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+    cli.define_path("workdir", "The folder of the run.", required=True)
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
     flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
-    flags.DEFINE_string("data_path", None, "Where the data lies now, if it was moved.")
+    cli.define_path("data_path", "Where the data lies now, if it was moved.")
     cli.run(main)

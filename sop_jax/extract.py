@@ -110,9 +110,9 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from sop_jax import cli
 
-    flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
-    flags.DEFINE_string("images", None, "The folder of images.", required=True)
-    flags.DEFINE_string("out", None, "The .npz to write.", required=True)
+    cli.define_path("workdir", "The folder of the run.", required=True)
+    cli.define_path("images", "The folder of images.", required=True)
+    cli.define_path("out", "The .npz to write.", required=True)
     flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
     flags.DEFINE_bool("patches", False, "Write the features of patches too.")
     cli.run(main)

@@ -442,6 +442,6 @@ if __name__ == "__main__":
     from sop_jax import cli
 
     config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://.", required=True)
+    cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
     flags.mark_flag_as_required("config")
     cli.run(main)

@@ -1,5 +1,6 @@
 """The commands' errors: one short message that says what to do, and no traceback."""
 
+import getpass
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from sop_jax import cli
 from sop_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-flags.DEFINE_string("workdir", None, "The folder of the run.", required=True)
+cli.define_path("workdir", "The folder of the run.", required=True)
+flags.DEFINE_integer("step", None, "Of which checkpoint.")
 flags.DEFINE_string("fail", None, "How to fail.")
 
 
@@ -44,6 +46,8 @@ def main(argv):
     logging.getLogger("library").info("news that nobody asked for")
     if CONFIG.value:
         print(CONFIG.value.to_dict())
+    if flags.FLAGS.step:
+        print(flags.FLAGS.workdir)
     print("jax" in sys.modules)
 
 
@@ -63,6 +67,8 @@ def get_config(kind="small"):
         kind=kind,
         model=dict(width=192, scan=True),
         augment=dict(global_scale=(0.25, 1.0)),
+        init_from="",
+        data=dict(path="~/data/", source="folder", name="", test_split="val"),
     ))
 """
 
@@ -79,7 +85,7 @@ def run(command: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, command.name, *flags],
         cwd=command.parent,
-        env={"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        env={"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "HOME": "/home/me"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -102,8 +108,10 @@ def test_settings_reach_the_command(command: pathlib.Path) -> None:
     )
     assert result.stderr == "" and result.returncode == 0
     assert result.stdout == (
-        "{'augment': {'global_scale': (0.5, 1.0)}, 'batch_size': 8, 'epochs': 5.0, "
-        "'kind': 'large', 'model': {'scan': False, 'width': 16}, 'steps': 7}\nFalse\n"
+        "{'augment': {'global_scale': (0.5, 1.0)}, 'batch_size': 8, "
+        "'data': {'name': '', 'path': '/home/me/data', 'source': 'folder', 'test_split': 'val'}, "
+        "'epochs': 5.0, 'init_from': '', 'kind': 'large', 'model': {'scan': False, 'width': 16}, "
+        "'steps': 7}\nFalse\n"
     )
 
 
@@ -151,7 +159,7 @@ CONFIG_FLAG, WORKDIR = "--config=configs/digits.py", "--workdir=runs/a"
             "there is no config file 'configs/digit.py'; did you mean configs/digits.py?",
         ),
         (["--config=nowhere/x.py", WORKDIR], "there is no config file 'nowhere/x.py'"),
-        (["--config=", WORKDIR], "there is no config file ''"),
+        (["--config=", WORKDIR], "--config is empty: give it a value; is a variable not set?"),
         ([CONFIG_FLAG], "--workdir is required: give --workdir=value"),
         (
             [CONFIG_FLAG, "--workdri=a"],
@@ -170,6 +178,72 @@ def test_an_error_of_the_command_line(
     result = run(command, *flags)
     assert result.stderr == f"error: {message}\n"
     assert result.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ([CONFIG_FLAG, "--workdir="], "workdir"),
+        ([CONFIG_FLAG, "--workdir", ""], "workdir"),
+        ([CONFIG_FLAG, "--workdir= "], "workdir"),
+        ([CONFIG_FLAG, WORKDIR, "--step="], "step"),
+        ([CONFIG_FLAG, WORKDIR, "--fail="], "fail"),
+        ([CONFIG_FLAG, WORKDIR, "--config.batch_size="], "config.batch_size"),
+        ([CONFIG_FLAG, WORKDIR, "--config.augment.global_scale="], "config.augment.global_scale"),
+        ([CONFIG_FLAG, WORKDIR, "--config.data.source", ""], "config.data.source"),
+        # They are empty by default, so that somebody who names them means something.
+        ([CONFIG_FLAG, WORKDIR, "--config.init_from="], "config.init_from"),
+        ([CONFIG_FLAG, WORKDIR, "--config.data.name="], "config.data.name"),
+    ],
+)
+def test_an_empty_value_of_any_flag_is_refused(
+    command: pathlib.Path, flags: list[str], name: str
+) -> None:
+    result = run(command, *flags)
+    assert result.stderr == (f"error: --{name} is empty: give it a value; is a variable not set?\n")
+    assert result.returncode == 2
+
+
+def test_a_setting_that_may_be_empty_can_be_made_so(command: pathlib.Path) -> None:
+    result = run(
+        command, CONFIG_FLAG, WORKDIR, "--config.data.path=", "--config.data.test_split", ""
+    )
+    assert result.returncode == 0, result.stderr
+    assert "'path': ''" in result.stdout and "'test_split': ''" in result.stdout
+
+
+def test_paths_that_mean_the_same_folder_are_the_same(command: pathlib.Path) -> None:
+    flags = ["--step=1", "--config.data.path=~/data", "--config.init_from=./old//run/"]
+    result = run(command, CONFIG_FLAG, *flags, "--workdir=~/runs/a/")
+    assert result.returncode == 0, result.stderr
+    assert "'path': '/home/me/data'" in result.stdout
+    assert "'init_from': 'old/run'" in result.stdout
+    assert result.stdout.splitlines()[1] == "/home/me/runs/a"
+    home = pathlib.Path(f"~{getpass.getuser()}").expanduser()
+    for workdir, expected in (
+        ("./runs/a", "runs/a"),
+        ("runs/a/", "runs/a"),
+        (f"~{getpass.getuser()}/a", f"{home}/a"),
+        ("./~/a", "~/a"),
+        ("/data/~/a", "/data/~/a"),
+    ):
+        assert run(command, "--step=1", f"--workdir={workdir}").stdout == f"{expected}\nFalse\n"
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--workdir=~nobody_of_this_name/a", "there is no user 'nobody_of_this_name'"),
+        ("--config.data.path=~nobody_of_this_name/a", "there is no user 'nobody_of_this_name'"),
+        ("--workdir=s3://bucket/a", "use a local path, or gs://BUCKET/PATH"),
+        ("--config.data.path=hf://data", "use a local path, or gs://BUCKET/PATH"),
+        ("--workdir=gs:/bucket/a", "use a local path, or gs://BUCKET/PATH"),
+    ],
+)
+def test_a_path_that_cannot_be_one_is_refused(command: pathlib.Path, flag: str, words: str) -> None:
+    result = run(command, CONFIG_FLAG, WORKDIR, flag)
+    assert result.stderr.startswith(f"error: {flag}: ") and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.returncode == 2
 
 
 def test_flags_of_processes_are_those_of_commands_that_compute(command: pathlib.Path) -> None:

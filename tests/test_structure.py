@@ -11,6 +11,7 @@ PACKAGE = ROOT / "sop_jax"
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
     {"errors", "flops", "collectives", "compilation", "pace", "profiling"},
+    {"paths"},
     {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data", "weights"},
     {"cli", "interruption", "models", "search", "corrupt"},
     {"sop", "knn", "features"},
@@ -90,7 +91,7 @@ def test_no_import_goes_in_a_circle() -> None:
 @pytest.mark.parametrize("file", [f for f in FILES if f.parent.name == "data"], ids=module)
 def test_data_knows_neither_jax_nor_the_rest(file: pathlib.Path) -> None:
     assert not imports_any(file, "jax", "jaxlib", "flax", "optax", "chex", "orbax")
-    rest = {name for name in ours(file) if name.split(".")[0] not in ("data", "errors")}
+    rest = {name for name in ours(file) if name.split(".")[0] not in ("data", "errors", "paths")}
     assert rest <= ({"cli"} if module(file) == "data.prepare" else set())
 
 

@@ -132,8 +132,8 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     from sop_jax import cli
 
-    flags.DEFINE_string("images", None, "The image tree.", required=True)
-    flags.DEFINE_string("out", None, "The TFDS data_dir to write to.", required=True)
+    cli.define_path("images", "The image tree.", required=True)
+    cli.define_path("out", "The TFDS data_dir to write to.", required=True)
     flags.DEFINE_string("name", None, "What to call the data set.", required=True)
     flags.DEFINE_list("splits", ["train", "val"], "Folders of the tree, the one to train on first.")
     cli.run(main, devices=False)

@@ -1,0 +1,75 @@
+"""Paths as people write them, and folders that cannot be written to."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from sop_jax import paths
+from sop_jax.errors import UserError
+
+
+def test_a_path_has_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for text in ("~/runs/a", "~/runs/a/", "~/./runs//a", "/home/me/runs/a"):
+        assert paths.expand(text) == "/home/me/runs/a"
+    assert paths.expand("~") == "/home/me"
+    assert paths.expand("./a/") == paths.expand("a") == "a"
+    assert paths.expand("../a") == "../a" and paths.expand("a/../b") == "a/../b"
+
+
+def test_an_address_stays_as_it_is_if_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = paths.importlib.util.find_spec
+    found: object = None
+    monkeypatch.setattr(
+        paths.importlib.util, "find_spec", lambda name: found if name == "gcsfs" else find(name)
+    )
+    with pytest.raises(UserError, match=r"needs gcsfs.*pip install -e \.\[gcs\]"):
+        paths.expand("gs://bucket/~/a/")
+    found = object()
+    assert paths.expand("gs://bucket/~/a/") == "gs://bucket/~/a/"
+
+
+@pytest.mark.parametrize("text", ["", " ", "~no_user_of_this_name/a", "s3://bucket/a", "gs:/b/a"])
+def test_what_is_no_path_is_refused(text: str) -> None:
+    with pytest.raises(UserError):
+        paths.expand(text)
+
+
+@pytest.fixture
+def read_only() -> Iterator[pathlib.Path]:
+    """A folder that this process may not write to: the superuser becomes somebody else."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "file").write_text("")
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(read_only: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=f"cannot write to {read_only}: Permission denied"):
+        paths.check_writable(read_only)
+    with pytest.raises(UserError, match=f"cannot make {read_only}/a/b in {read_only}: Permission"):
+        paths.check_writable(read_only / "a" / "b")
+    with pytest.raises(UserError, match=f"cannot make {read_only}/file/a in {read_only}/file: Not"):
+        paths.check_writable(read_only / "file" / "a")
+    assert os.listdir(read_only) == ["file"]
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
+    paths.check_writable(tmp_path)
+    paths.check_writable(tmp_path / "a" / "b")
+    paths.check_writable("a/relative/one")
+    assert not os.listdir(tmp_path) and not os.path.exists("a")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dangling: No such file"):
+        paths.check_writable(tmp_path / "dangling" / "a")
