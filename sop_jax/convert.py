@@ -224,11 +224,13 @@ if __name__ == "__main__":
     cli.define_path("from", "The file of weights, or a folder as --workdir.")
     cli.define_path("workdir", "The folder of a run, or of an earlier conversion.")
     cli.define_path("to", "The folder to make; for --export the file.", required=True)
-    flags.DEFINE_string("export", None, f"For which project: {', '.join(PROJECTS)}.")
+    flags.DEFINE_string("export", None, f"The project to export to: {', '.join(PROJECTS)}.")
     flags.DEFINE_string(
-        "key", None, "Which network: teacher (the default where both are), student."
+        "key", None, "The network to take: teacher (the default where there are both) or student."
     )
-    flags.DEFINE_integer("step", None, "Of which checkpoint of a folder; the newest by default.")
-    flags.DEFINE_integer("heads", None, "Of a ViT of no known size.", lower_bound=1)
-    flags.DEFINE_enum("positions", None, list(RULES), "The rule for positions of other grids.")
+    flags.DEFINE_integer("step", None, "The checkpoint of a folder to take; the newest by default.")
+    flags.DEFINE_integer(
+        "heads", None, "Attention heads of a ViT whose size has no name.", lower_bound=1
+    )
+    flags.DEFINE_enum("positions", None, list(RULES), "The rule by which positions are resized.")
     cli.run(main, devices=False)

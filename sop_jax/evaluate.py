@@ -161,6 +161,6 @@ if __name__ == "__main__":
 
     cli.define_path("workdir", "The folder of the run.", required=True)
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
-    flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
+    flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
     cli.define_path("data_path", "Where the data lies now, if it was moved.")
     cli.run(main)

@@ -113,6 +113,6 @@ if __name__ == "__main__":
     cli.define_path("workdir", "The folder of the run.", required=True)
     cli.define_path("images", "The folder of images.", required=True)
     cli.define_path("out", "The .npz to write.", required=True)
-    flags.DEFINE_integer("step", None, "Of which checkpoint; the newest by default.")
+    flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
     flags.DEFINE_bool("patches", False, "Write the features of patches too.")
     cli.run(main)

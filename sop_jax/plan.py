@@ -388,12 +388,13 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
     from sop_jax import cli
 
-    config_flags.DEFINE_config_file("config", lock_config=True)
-    flags.DEFINE_string("topology", "", "Of TPUs, such as v5e:16x16; by default what is here.")
-    flags.DEFINE_bool("largest_batch", False, "Find the largest batch a chip that fits.")
-    flags.mark_flag_as_required("config")
+    cli.define_config()
+    flags.DEFINE_string(
+        "topology",
+        "",
+        "TPUs to plan for, such as v5e:16x16; by default the devices of this machine.",
+    )
+    flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits.")
     cli.run(main, devices=False)

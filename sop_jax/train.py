@@ -437,11 +437,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from ml_collections import config_flags
-
     from sop_jax import cli
 
-    config_flags.DEFINE_config_file("config", lock_config=True)
+    cli.define_config()
     cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
-    flags.mark_flag_as_required("config")
     cli.run(main)

@@ -2,10 +2,17 @@
 
 import getpass
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RECIPE_FILES = sorted((ROOT / "configs").glob("*.py"))
+RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
+    file.stem for file in RECIPE_FILES
+)
 
 COMMAND = """
 import errno, logging, sys
@@ -156,9 +163,18 @@ CONFIG_FLAG, WORKDIR = "--config=configs/digits.py", "--workdir=runs/a"
         ),
         (
             ["--config=configs/digit.py", WORKDIR],
-            "there is no config file 'configs/digit.py'; did you mean configs/digits.py?",
+            "there is no config file 'configs/digit.py'; did you mean configs/digits.py? "
+            + RECIPES,
         ),
-        (["--config=nowhere/x.py", WORKDIR], "there is no config file 'nowhere/x.py'"),
+        (
+            ["--config=digitz", WORKDIR],
+            f"there is no config file 'digitz'; did you mean digits? {RECIPES}",
+        ),
+        (
+            ["--config=nowhere/cifar_10.py", WORKDIR],
+            f"there is no config file 'nowhere/cifar_10.py'; did you mean cifar10? {RECIPES}",
+        ),
+        (["--config=x", WORKDIR], f"there is no config file 'x'. {RECIPES}"),
         (["--config=", WORKDIR], "--config is empty: give it a value; is a variable not set?"),
         ([CONFIG_FLAG], "--workdir is required: give --workdir=value"),
         (
@@ -210,6 +226,14 @@ def test_a_setting_that_may_be_empty_can_be_made_so(command: pathlib.Path) -> No
     )
     assert result.returncode == 0, result.stderr
     assert "'path': ''" in result.stdout and "'test_split': ''" in result.stdout
+
+
+def test_a_recipe_is_found_by_its_name_from_any_folder(command: pathlib.Path) -> None:
+    (command.parent / "configs" / "digits.py").unlink()
+    for flags in (["--config=digits"], ["--config", "digits"]):
+        result = run(command, *flags, WORKDIR, "--config.batch_size=8")
+        assert result.returncode == 0, result.stderr
+        assert "'batch_size': 8" in result.stdout and "'source': 'digits'" in result.stdout
 
 
 def test_paths_that_mean_the_same_folder_are_the_same(command: pathlib.Path) -> None:
@@ -310,3 +334,47 @@ def test_an_error_of_the_program_keeps_its_traceback(command: pathlib.Path) -> N
     result = run(command, WORKDIR, "--fail=bug")
     assert "Traceback" in result.stderr and "ZeroDivisionError: a bug" in result.stderr
     assert result.returncode == 1
+
+
+HELP = """
+import os, runpy, sys
+from sop_jax import convert, extract, plan, train
+from sop_jax.data import prepare
+
+for module in ("train", "plan", "evaluate", "extract", "convert", "data.prepare"):
+    print(f"<{module}>", flush=True)
+    if not os.fork():
+        sys.argv[1:] = ["--help"]
+        runpy.run_module(f"sop_jax.{module}", run_name="__main__", alter_sys=True)
+    print(os.wait()[1], flush=True)
+"""
+
+PROCESSES = "coordinator processes process"
+FLAGS = {  # of every command
+    "train": f"config workdir {PROCESSES}",
+    "plan": "config topology largest_batch",
+    "evaluate": f"workdir task step data_path {PROCESSES}",
+    "extract": f"workdir images out step patches {PROCESSES}",
+    "convert": "from workdir to export key step heads positions",
+    "data.prepare": "images out name splits",
+}
+
+
+def test_help_of_every_command_lists_its_flags_and_is_no_error() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120)
+    shown = dict(re.findall(r"^<([\w.]+)>\n(.*?)^0$", done.stdout, re.DOTALL | re.MULTILINE))
+    assert shown.keys() == FLAGS.keys(), done.stdout + done.stderr
+    for command, flags in FLAGS.items():
+        found = re.findall(r"^  --(\w+)", shown[command], re.MULTILINE)
+        assert found == flags.split(), command
+        assert f"python -m sop_jax.{command}" in shown[command]
+    for command in ("train", "plan"):
+        assert "--config.KEY=VALUE" in shown[command] and "sop_jax/config.py" in shown[command]
+        assert ", ".join(file.stem for file in RECIPE_FILES) in " ".join(shown[command].split())
+
+
+def test_help_with_a_recipe_lists_its_settings(command: pathlib.Path) -> None:
+    result = run(command, CONFIG_FLAG, "--config.batch_size=8", "--help")
+    assert result.returncode == 0, result.stderr
+    assert "  --config.model.width=192\n" in result.stdout
+    assert "  --config.augment.global_scale=(0.25, 1.0)\n" in result.stdout
