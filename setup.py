@@ -55,6 +55,7 @@ setup(
         ],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "heic": ["pillow-heif>=1.0"],
         "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
         # What tests compare features with; timm wants torchvision beside it.
         "parity": ["timm>=1.0", "torch>=2.6", "torchvision>=0.21", "transformers>=5.0"],

@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sop_jax.config import paper  # noqa: E402
 from sop_jax.data import augment, masks, pipeline  # noqa: E402
 from sop_jax.data.decode import decode  # noqa: E402
-from sop_jax.data.folders import FolderSource, image_files  # noqa: E402
+from sop_jax.data.folders import FolderSource, list_images  # noqa: E402
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
 FALL = 1.5  # exponent of the drawn images' spectrum, for the file sizes of photos
@@ -140,7 +140,7 @@ def normalized(views: np.ndarray) -> np.ndarray:
 
 def write_images(folder: Path, count: int, photos: str) -> list[int]:
     """Fills the folder with JPEGs of 500 x 375; their sizes in bytes."""
-    files = image_files(photos) if photos else []
+    files = list_images(photos).files if photos else []
     chosen = files[:: max(1, len(files) // count)][:count]
     sizes = []
     for i in range(len(chosen) or count):
@@ -302,7 +302,7 @@ def main() -> None:
         config.augment.resample = args.resample
         config.data.update(workers=0, threads=0)
         # As long as real data sets are: Grain takes 0.2 ms to shuffle one index of a hundred.
-        source = FolderSource(folder, image_files(folder) * (8192 // len(sizes)), None, None)
+        source = FolderSource(folder, list_images(folder).files * (8192 // len(sizes)), None, None)
         print(
             f"{len(sizes)} {'photos' if args.images else 'drawn images'} of {WIDTH} x {HEIGHT}, "
             f"{min(sizes) / 1e3:.0f} to {max(sizes) / 1e3:.0f} KB, "

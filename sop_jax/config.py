@@ -41,8 +41,9 @@ RESUMABLE = (
 # Settings that are paths, in which the commands expand `~`.
 PATHS = ("data.path", "init_from")
 
-# Settings that may be empty, which then stands for nothing or a default. No other one may be.
-MAY_BE_EMPTY = (*PATHS, "data.name", "data.train_split", "data.test_split")
+# Settings that may be empty, which then stands for nothing or a default, and --splits, which stands
+# for none. No other one may be.
+MAY_BE_EMPTY = (*PATHS, "data.name", "data.train_split", "data.test_split", "splits")
 
 _FILE = "config.json"
 
@@ -66,7 +67,7 @@ def paper() -> ml_collections.ConfigDict:
             source="tfds",  # tfds | folder | packed | digits
             path="",  # tfds: data_dir; folder: its root; packed: the .npz file
             name="",  # tfds: the data set's name
-            train_split="train",
+            train_split="train",  # of a folder, "" for no splits: all its folders are classes
             test_split="validation",
             workers=8,  # processes; 0 stays in this one
             threads=4,  # a process

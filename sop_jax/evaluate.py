@@ -6,6 +6,7 @@ Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.js
 """
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from sop_jax import hosts
 from sop_jax.compilation import keep_compiled
+from sop_jax.data import sources
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import Extract, make_extractor
@@ -94,8 +96,12 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
     config, model, teacher, step = load(workdir, step)
     if data_path is not None:
         config.data.path = data_path
-    train, test = open_source(config.data, "train"), open_source(config.data, "test")
+    train = open_source(config.data, "train")
     assert train is not None  # only a test split may be missing
+    test = open_source(config.data, "test", train)
+    if jax.process_index() == 0:
+        for note in sources.notes(train, test):
+            print(note, file=sys.stderr)
     if test is None:
         raise UserError(
             f"the data of this run has no split {config.data.test_split!r} to classify, and k-NN "

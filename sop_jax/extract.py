@@ -6,6 +6,10 @@ F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm,
 below FOLDER in sorted order, and `step`; `labels` int32 [n] and `class_names` where the folders of
 FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. Images that
 cannot be read have no row and are listed on stderr.
+
+Folders called train, val, valid, validation or test are splits: names keep them, and labels come
+from the folders in them. With --nosplits they are classes. Names that are not UTF-8 have their
+bytes as surrogates: os.fsencode(name) gives them back.
 """
 
 import sys
@@ -18,7 +22,7 @@ from etils import epath
 
 from sop_jax import hosts
 from sop_jax.compilation import keep_compiled
-from sop_jax.data.folders import folder_source
+from sop_jax.data.folders import whole_tree
 from sop_jax.errors import UserError
 from sop_jax.features import make_extractor
 from sop_jax.mesh import make_mesh
@@ -31,6 +35,7 @@ def export(
     out: epath.PathLike,
     step: int | None = None,
     patches: bool = False,
+    splits: bool = True,
 ) -> None:
     """Writes the features of all images below a folder.
 
@@ -40,15 +45,19 @@ def export(
         out: the .npz to write; appears when it is complete.
         step: of which checkpoint; the newest by default.
         patches: also write the tokens of patches.
+        splits: whether folders that are called as splits are no classes.
 
     Raises:
         UserError: no run, no checkpoint, no readable image, or `out` cannot be written.
     """
     if not epath.Path(images).is_dir():
         raise UserError(f"there is no folder {images}; give a folder of images with --images")
-    source = folder_source(images)
+    source = whole_tree(images, splits)
     hosts.check_agreement({"images": len(source), "their names": source.digest})
     chief = jax.process_index() == 0  # writes and speaks for all processes
+    if chief:
+        for note in source.notes:
+            print(note, file=sys.stderr)
     draft = start_draft(epath.Path(out)) if chief else None
     try:
         config, model, teacher, step = load(workdir, step)
@@ -102,7 +111,7 @@ def main(argv: list[str]) -> None:
     del argv
     keep_compiled()
     args = flags.FLAGS
-    export(args.workdir, args.images, args.out, args.step, args.patches)
+    export(args.workdir, args.images, args.out, args.step, args.patches, args.splits)
     if jax.process_index() == 0:
         print(args.out)
 
@@ -115,4 +124,5 @@ if __name__ == "__main__":
     cli.define_path("out", "The .npz to write.", required=True)
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
     flags.DEFINE_bool("patches", False, "Write the features of patches too.")
+    flags.DEFINE_bool("splits", True, "Folders called train, val or test are splits, not classes.")
     cli.run(main)

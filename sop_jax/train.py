@@ -25,6 +25,7 @@ from sop_jax import config as config_lib
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import CorruptImages
+from sop_jax.data import sources
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
@@ -79,8 +80,9 @@ def train_until(
 
     # What the run is made of.
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    train_source, test_source = open_source(config.data, "train"), open_source(config.data, "test")
+    train_source = open_source(config.data, "train", between=interruption.check_start)
     assert train_source is not None  # only the test split may be missing
+    test_source = open_source(config.data, "test", train_source, interruption.check_start)
     hosts.check_agreement(
         {
             "train images": len(train_source),
@@ -105,12 +107,13 @@ def train_until(
     to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
     checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
     start = saved = hosts.agree(max(there, default=0))
-    notes: list[str] = []
+    notes = sources.notes(train_source, test_source)
     if start:
         state = checkpoint.restore(workdir, run.abstract, start)
     else:
         state = run.init(jax.random.key(config.seed))
-        state, notes = start_from(config, run, state)
+        state, loaded = start_from(config, run, state)
+        notes += loaded
     rows = [row for row in read_metrics(workdir) if row["step"] <= start > 0]
     # An evaluation that was interrupted is owed, and its step's row is written again.
     due_now = start > 0 and judged(config, start, steps)

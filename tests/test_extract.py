@@ -1,5 +1,6 @@
 """Features of a folder of images, as a file."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -72,6 +73,42 @@ def test_corrupt_images_are_left_out_and_listed(
     shown = capfd.readouterr().err
     assert "2 images cannot be read" in shown
     assert "red/red1.png" in shown and "green/green4.png" in shown
+
+
+def test_labels_are_not_the_names_of_splits(
+    run: pathlib.Path, tree: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tree.parent.parent / "f.npz"
+    export(run, str(tree.parent), out)  # train and val, with red and green in both
+    with np.load(out) as found:
+        assert found["class_names"].tolist() == ["green", "red"]
+        folders = [name.split("/")[1] for name in found["names"]]
+        assert [found["class_names"][label] for label in found["labels"]] == folders
+        assert {name.split("/")[0] for name in found["names"]} == {"train", "val"}
+    assert "train, val are splits" in capfd.readouterr().err
+    export(run, str(tree.parent), out, splits=False)
+    with np.load(out) as found:
+        assert found["class_names"].tolist() == ["train", "val"]
+    (tree / "red").rename(tree.parent / "red")
+    with pytest.raises(UserError, match="train, val, as splits are called, and in red"):
+        export(run, str(tree.parent), out)
+
+
+def test_names_that_are_not_utf8_come_back_byte_for_byte(
+    run: pathlib.Path, tree: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    red, blue = os.fsencode(tree / "red"), os.fsencode(tree) + b"/bl\xfce"
+    os.rename(red, blue)
+    os.rename(blue + b"/red0.png", blue + b"/caf\xe9.png")
+    with open(blue + b"/\xff.png", "wb") as file:
+        file.write(b"no image")
+    export(run, str(tree), tree / "f.npz")
+    with np.load(tree / "f.npz") as found:  # without pickle
+        names = [os.fsencode(name) for name in found["names"].tolist()]
+        classes = [os.fsencode(name) for name in found["class_names"].tolist()]
+    assert classes == [b"bl\xfce", b"green"] and b"bl\xfce/caf\xe9.png" in names
+    assert all(os.path.exists(os.fsencode(tree) + b"/" + name) for name in names)
+    assert r"/bl\xfce/\xff.png" in capfd.readouterr().err
 
 
 def test_replaces_a_file_only_by_a_whole_one(run: pathlib.Path, tree: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """An image tree becomes a TFDS data set that opens again, without TensorFlow."""
 
+import os
 import pathlib
 import pickle
 import subprocess
@@ -84,6 +85,48 @@ def test_an_unlabelled_tree_is_one_split(tmp_path):
     source = reopen(config_flags)
     assert len(source) == 3 and source.labels is None and source.class_names is None
     assert reopen(config_flags, "test") is None
+
+
+def test_splits_are_found_in_any_letter_case(tmp_path, capfd):
+    files = ["Train/a/1.png", "Train/b/2.png", "Validation/b/3.png", "test/4.png", "Train/n.txt"]
+    for file in files:
+        (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "tree" / file, "PNG")
+    tree, out = str(tmp_path / "tree"), str(tmp_path / "out")
+    config_flags = prepare(tree, out, "tiny", ["train", "val"])
+    source, test = reopen(config_flags), reopen(config_flags, "test")
+    assert source.class_names == test.class_names == ["a", "b"]
+    assert (len(source), len(test)) == (2, 1)
+    told = capfd.readouterr().err
+    assert f"{tree}: not used: test" in told
+    assert f"{tree}/Train: left out: 1 file ending in .txt is not images" in told
+    with pytest.raises(UserError, match="--splits=Train,Validation,test"):
+        prepare(tree, out, "other", ["train", "training"])
+    with pytest.raises(UserError, match="two of the splits are the same one"):
+        prepare(tree, out, "other", ["train", "val", "validation"])
+
+
+def test_images_beside_the_splits_are_refused_until_there_are_said_to_be_none(tmp_path):
+    tree = write_tree(tmp_path / "tree", ["bus/1.png", "cat/2.png", "train/3.jpg"])
+    out = str(tmp_path / "out")
+    with pytest.raises(UserError, match="images in bus, cat.* --splits="):
+        prepare(tree, out, "tiny", ["train", "val"])
+    source = reopen(prepare(tree, out, "tiny", []))
+    assert source.class_names == ["bus", "cat", "train"] and len(source) == 3
+
+
+def test_names_that_are_not_utf8_are_stored_byte_for_byte(tmp_path):
+    write_tree(tmp_path / "tree", ["train/a/1.png", "train/b/2.png"])
+    folder = os.fsencode(tmp_path / "tree" / "train")
+    os.rename(folder + b"/b/2.png", folder + b"/b/caf\xe9.png")
+    os.rename(folder + b"/b", folder + b"/\xfcber")
+    source = reopen(prepare(str(tmp_path / "tree"), str(tmp_path / "out"), "tiny", ["train"]))
+    assert source.class_names == ["a", r"\xfcber"]
+    assert {source._records[i]["file_name"] for i in range(2)} == {
+        b"a/1.png",
+        b"\xfcber/caf\xe9.png",
+    }
+    assert any(source.name(i).endswith(r" \xfcber/caf\xe9.png") for i in range(2))
 
 
 def test_nonsense(tmp_path):

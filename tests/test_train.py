@@ -29,7 +29,7 @@ from sop_jax import checkpoint, metrics, run, train
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
 from sop_jax.mesh import make_mesh
 from sop_jax.pace import Pace, PaceKeeper
 from sop_jax.run import assemble
@@ -752,6 +752,46 @@ def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
 
 
 # Images that cannot be read
+
+
+def test_what_is_left_out_of_a_folder_is_told_at_the_start(
+    tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test", "valid"):
+        paint(tmp_path / "images" / split, 8)
+        (tmp_path / "images" / split / "readme.txt").write_text("no image")
+    folder = {"data.source": "folder", "data.path": str(tmp_path / "images")}
+    train.train(small_config(eval_every=0, steps=1, **folder), tmp_path / "run")
+    told = capsys.readouterr().err
+    images = tmp_path / "images"
+    for note in (
+        f"{images}: not used: test",
+        f"{images}/train: left out: 1 file ending in .txt is not images",
+        f"{images}/valid: left out: 1 file ending in .txt is not images",
+    ):
+        assert told.count(note) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_listing_of_a_folder(
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    paint(tmp_path / "images" / "a", 8)
+    scandir = os.scandir
+
+    def signalled(path: Any) -> Any:
+        if str(path) == str(tmp_path / "images"):
+            os.kill(os.getpid(), number)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", signalled)
+    folder = {"data.source": "folder", "data.path": str(tmp_path / "images")}
+    with pytest.raises(Interrupted, match="at the start; nothing was trained"):
+        train.train(small_config(**folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_corrupt_images_are_replaced_counted_and_named_once(

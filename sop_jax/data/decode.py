@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from sop_jax.data.formats import FORMATS
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
@@ -35,7 +36,7 @@ def decode(record: bytes | np.ndarray) -> np.ndarray:
     if not record:
         raise ValueError("the record is empty")
     try:
-        image = Image.open(io.BytesIO(record))
+        image = Image.open(io.BytesIO(record), formats=FORMATS)
         if image.mode.startswith("I"):
             grey = np.asarray(image).astype(np.int64) >> 8
             return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)

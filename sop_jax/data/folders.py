@@ -1,35 +1,57 @@
-"""Folders of images: which files are read, and which labels they have."""
+"""Folders of images: which files are read, which folders are splits, and which are classes.
 
+Names are kept byte for byte: those that are not UTF-8 have surrogates in them, as `os.fsdecode`
+makes them, and `printable` makes them readable.
+"""
+
+import collections
+import errno
 import hashlib
 import os
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from sop_jax.data.formats import HEIC_SUFFIXES, SUFFIXES, is_image, suffix_of
 from sop_jax.errors import UserError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"))
+HELD_OUT = ("val", "valid", "validation")  # three names of the same split
+SPLITS = ("train", *HELD_OUT, "test")
+SHOWN = 5  # names in a message
+
+Between = Callable[[], Any]
 
 
 class FolderSource:
-    """Image files below one folder, sorted by path."""
+    """Image files below one folder, sorted by path.
+
+    Attributes:
+        notes: what a person should know about the folder: what was left out, and why.
+    """
 
     def __init__(
-        self, root: str, files: list[str], labels: np.ndarray | None, class_names: list[str] | None
+        self,
+        root: str,
+        files: list[str],
+        labels: np.ndarray | None,
+        class_names: list[str] | None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Takes files relative to `root` and their labels, int32 [n]."""
         self.root, self.files, self.labels, self.class_names = root, files, labels, class_names
+        self.notes = list(notes)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> bytes:
-        return epath.Path(self.name(index)).read_bytes()
+        return epath.Path(f"{self.root}/{self.files[index]}").read_bytes()
 
     def name(self, index: int) -> str:
-        """The path of the file."""
-        return f"{self.root}/{self.files[index]}"
+        """The path of the file, as it can be printed."""
+        return printable(f"{self.root}/{self.files[index]}")
 
     @property
     def digest(self) -> str:
@@ -38,38 +60,97 @@ class FolderSource:
         return hashlib.sha256(names).hexdigest()[:12]
 
 
-def image_files(root: str) -> list[str]:
-    """All image files below `root`, as sorted relative paths; hidden ones are left out.
+def printable(name: str) -> str:
+    r"""A name as it can be printed: `caf\xe9.jpg` for bytes that are not UTF-8."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def open_folder(
+    data_config: Any, split: str, train: Any = None, between: Between | None = None
+) -> FolderSource | None:
+    """Opens one split of a tree, as `sources.open_source` does.
+
+    A tree has splits when it has a folder called `train_split`, in any letter case. Without one,
+    or with an empty `train_split`, its first-level folders are classes.
+    """
+    root = str(epath.Path(data_config.path))
+    wanted = [name for name in (data_config.train_split, data_config.test_split) if name]
+    if not data_config.train_split:
+        return folder_source(root, between=between) if split == "train" else None
+    folders, _, notes = find_splits(root, wanted, "--config.data.train_split", between)
+    if split == "test":
+        if data_config.test_split not in folders:
+            return None
+        if train is None:
+            train = open_folder(data_config, "train", between=between)
+        return folder_source(f"{root}/{folders[data_config.test_split]}", train, between)
+    inside = f"/{folders[data_config.train_split]}" if folders else ""
+    source = folder_source(f"{root}{inside}", between=between)
+    source.notes[:0] = notes
+    return source
+
+
+def folder_source(
+    root: str, like: FolderSource | None = None, between: Between | None = None
+) -> FolderSource:
+    """The images below one folder, whose first-level folders are the classes.
 
     Args:
-        root: a folder, local or gs://.
+        root: the folder, local or gs://.
+        like: a source whose class ids to use; without it the tree's own folders are the classes.
+        between: called between two files and folders; it may raise.
 
     Raises:
-        UserError: the folder is missing or holds no image.
+        UserError: no image, or a class that `like` does not have.
     """
-    folder = epath.Path(root)
-    if not folder.is_dir():
+    root = str(epath.Path(root))
+    files, notes = list_images(root, between)
+    names = like.class_names if like else class_folders(files)
+    if names is None:
+        return FolderSource(root, files, None, None, [*notes, *_why_unlabelled(root, files)])
+    folders = [file.split("/", 1)[0] for file in files]
+    unknown = sorted(set(folders) - set(names))
+    if unknown:
         raise UserError(
-            f"There is no folder {root}. Give the path of a folder of images, or of one that "
-            "holds such a folder for every split."
+            f"{printable(root)} holds '{printable(unknown[0])}', which is no class of "
+            f"{printable(like.root if like else root)} ({len(unknown)} such names). The images of "
+            "every split must lie in folders named as the train classes are."
         )
-    # Class folders are often links; walking with epath would pass over those silently.
-    remote = "://" in str(folder)
-    files = []
-    for parent, _, names in folder.walk() if remote else os.walk(folder, followlinks=True):
-        inside = str(parent)[len(str(folder)) :].strip("/")
-        if any(part.startswith(".") for part in inside.split("/")):
-            continue
-        for name in names:
-            suffix = name[name.rfind(".") :].lower() if "." in name else ""
-            if suffix in IMAGE_SUFFIXES and not name.startswith("."):
-                files.append(f"{inside}/{name}" if inside else name)
-    if not files:
+    return FolderSource(root, files, _labels(folders, names), names, notes)
+
+
+def whole_tree(root: str, splits: bool = True, between: Between | None = None) -> FolderSource:
+    """All images below a folder. The folders of splits are not classes: those in them are.
+
+    Args:
+        root: the folder, local or gs://.
+        splits: whether folders called train, val, valid, validation and test, in any letter case,
+            are splits; if not, they are classes.
+        between: called between two files and folders; it may raise.
+
+    Raises:
+        UserError: no image, or images beside the splits, so that it is not clear what is a class.
+    """
+    source = folder_source(root, between=between)
+    first = {file.split("/", 1)[0] for file in source.files if "/" in file}
+    known = sorted(name for name in first if name.casefold() in SPLITS)
+    if not splits or not known:
+        return source
+    if strangers := sorted(first - set(known)):
         raise UserError(
-            f"The folder {root} holds no images. Expected files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, in it or in folders below it."
+            f"{printable(source.root)} has images in {_some(known)}, as splits are called, and in "
+            f"{_some(strangers)}, so that it is not clear which folders are classes. Use "
+            "--nosplits if all of them are, or give the folder of one split."
         )
-    return sorted(files)
+    inside = [file.split("/", 1)[1] if "/" in file else file for file in source.files]
+    names = class_folders(inside)
+    notes = [*source.notes, f"{_some(known)} are splits: labels come from the folders in them"]
+    if names is None:
+        notes += _why_unlabelled(source.root, inside)
+        return FolderSource(source.root, source.files, None, None, notes)
+    labels = _labels([file.split("/", 1)[0] for file in inside], names)
+    return FolderSource(source.root, source.files, labels, names, notes)
 
 
 def class_folders(files: list[str]) -> list[str] | None:
@@ -85,44 +166,300 @@ def class_folders(files: list[str]) -> list[str] | None:
     return None if "" in names or len(names) < 2 else sorted(names)
 
 
-def folder_source(root: str, like: FolderSource | None = None) -> FolderSource:
-    """The images below one folder.
+def _labels(folders: list[str], names: list[str]) -> np.ndarray:
+    ids = {name: label for label, name in enumerate(names)}
+    return np.array([ids[folder] for folder in folders], np.int32)
+
+
+def _why_unlabelled(root: str, files: list[str]) -> list[str]:
+    loose = sum("/" not in file for file in files)
+    if loose in (0, len(files)):
+        return []
+    return [
+        f"{printable(root)}: no labels, because {loose} of {_count(len(files), 'image')} are in no "
+        "class folder"
+    ]
+
+
+# Splits
+
+
+class Splits(NamedTuple):
+    """The splits of a tree."""
+
+    folders: dict[str, str]  # by the name that was asked for
+    unused: list[str]  # other folders that are called as splits are
+    notes: list[str]  # what a person should know
+
+
+def find_splits(
+    root: str, wanted: Sequence[str], setting: str, between: Between | None = None
+) -> Splits:
+    """Finds the folders of splits, in any letter case; `val`, `valid`, `validation` are the same.
 
     Args:
-        root: the folder, local or gs://.
-        like: a source whose class ids to use; without it the tree's own folders are the classes.
+        root: the tree, local or gs://.
+        wanted: names of splits, the one to train on first. One that has a slash in it is a path.
+        setting: how a person names the splits; empty, it says that there are none.
+        between: called between two files and folders; it may raise.
+
+    Returns:
+        The splits; without folders for a tree that has none.
 
     Raises:
-        UserError: no image, or a class that `like` does not have.
+        UserError: it is not clear what is a split, or there are images in other folders.
     """
-    root = str(epath.Path(root))
-    files = image_files(root)
-    names = like.class_names if like else class_folders(files)
-    if names is None:
-        return FolderSource(root, files, None, None)
-    ids = {name: label for label, name in enumerate(names)}
-    folders = [file.split("/", 1)[0] for file in files]
-    unknown = sorted(set(folders) - set(ids))
-    if unknown:
+    _check_folder(root)
+    here = _contents(root, between)
+    known = [name for name in here.folders if name.casefold() in SPLITS]
+    found: dict[str, str] = {}
+    for name in wanted:
+        if folder := _find_split(root, name, here):
+            found[name] = folder
+    train = wanted[0]
+    if train not in found:
+        if known or found or train.casefold() != "train":
+            there = known or list(found.values())
+            what = f"the split {_some(there)}" if there else "folders"
+            raise UserError(
+                f"{printable(root)} has {what}, but none called {train!r}. Set {setting} to the "
+                f"folder to train on, or to nothing ({setting}=) if all folders are classes."
+            )
+        return Splits({}, [], [])
+    if any("/" in name for name in found):
+        return Splits(found, [], [])
+    used = set(found.values())
+    others = [name for name in here.folders if name not in used and name not in known]
+    strangers = [name for name in others if _holds_images(f"{root}/{name}", {}, between)]
+    if strangers:  # which is well if the splits have links to their folders
+        read: dict[str, str] = {}
+        for name in sorted(used):
+            collections.deque(_walk(f"{root}/{name}", read, {}, between), maxlen=0)
+        strangers = [
+            name for name in strangers if _holds_images(f"{root}/{name}", dict(read), between)
+        ]
+    if strangers:
         raise UserError(
-            f"{root} holds {unknown[0]!r}, which is no class of {like.root if like else root} "
-            f"({len(unknown)} such names). The images of every split must lie in folders named "
-            "as the train classes are."
+            f"{printable(root)} has the split {_some(sorted(used))}, but also images in "
+            f"{_some(strangers)}, which would not be used. If all of these folders are classes, "
+            f"say that there are no splits with {setting}= ; if not, give a folder that has the "
+            "splits only, or links to them."
         )
-    return FolderSource(root, files, np.array([ids[name] for name in folders], np.int32), names)
+    notes = []
+    unused = [name for name in known if name not in used]
+    if unused:
+        notes.append(f"{printable(root)}: not used: {_some(unused)}")
+    if loose := sum(map(is_image, here.files)):
+        notes.append(f"{printable(root)}: not used: {_count(loose, 'image')} beside the splits")
+    return Splits(found, unused, notes)
 
 
-def open_folder(data_config: Any, split: str) -> FolderSource | None:
-    """Opens one split of a tree, as `sources.open_source` does."""
-    path, train, test = str(data_config.path), data_config.train_split, data_config.test_split
-    has_train = bool(train) and (epath.Path(path) / train).is_dir()
-    has_test = bool(test) and (epath.Path(path) / test).is_dir()
-    if has_test and not has_train:
+def _find_split(root: str, name: str, here: "Contents") -> str | None:
+    """The folder of one split, if it is there."""
+    if "/" in name:
+        return name if epath.Path(f"{root}/{name}").is_dir() else None
+    same = [folder for folder in here.folders if folder.casefold() == name.casefold()]
+    if not same and name.casefold() in HELD_OUT:
+        same = [folder for folder in here.folders if folder.casefold() in HELD_OUT]
+    if len(same) > 1:
         raise UserError(
-            f"{path} has a folder {test!r} but none called {train!r}. "
-            "Set --config.data.train_split to the folder to train on."
+            f"{printable(root)} has the folders {_some(same)}, and any of them may be the split "
+            f"{name!r}. Rename or remove those that are not."
         )
-    if split == "test" and not has_test:
-        return None
-    source = folder_source(str(epath.Path(path) / train) if has_train else path)
-    return source if split == "train" else folder_source(str(epath.Path(path) / test), source)
+    if not same and name in here.files:
+        raise UserError(
+            f"{printable(root)}/{name} is a file, where the folder of the split {name!r} was "
+            "expected. Move it elsewhere, or unpack it there if it is an archive."
+        )
+    return same[0] if same else None
+
+
+def _holds_images(root: str, seen: dict[str, str], between: Between | None) -> bool:
+    """Whether there are images in a folder, apart from those in folders that were `seen`."""
+    walk = _walk(root, seen, {}, between)
+    return any(is_image(name) for _, here in walk for name in here.files)
+
+
+# Listing
+
+
+class Contents(NamedTuple):
+    """The names in one folder, by what they are."""
+
+    folders: list[str]
+    files: list[str]
+    broken: list[str]  # links that lead nowhere, and what is neither a file nor a folder
+    hidden: list[str]
+
+
+class Listing(NamedTuple):
+    """The images below a folder as sorted relative paths, and what a person should know."""
+
+    files: list[str]
+    notes: list[str]
+
+
+def list_images(root: str, between: Between | None = None) -> Listing:
+    """Lists all image files below `root`; hidden ones are left out, and links are followed.
+
+    Every folder is listed once: where links lead to the same one, the first by name has it.
+
+    Args:
+        root: a folder, local or gs://.
+        between: called between two files and folders; it may raise.
+
+    Raises:
+        UserError: a folder is missing or cannot be listed, or there is no image.
+    """
+    _check_folder(root)
+    files: list[str] = []
+    again: dict[str, str] = {}
+    broken: list[str] = []
+    others: collections.Counter[str] = collections.Counter()
+    first: set[str] = set()
+    hidden = 0
+    for inside, here in _walk(root, {}, again, between):
+        for name in here.files:
+            if is_image(name):
+                files.append(f"{inside}{name}")
+            else:
+                others[suffix_of(name)] += 1
+        if not inside:
+            first = set(here.folders)
+        broken += [f"{inside}{name}" for name in here.broken]
+        hidden += len(here.hidden)
+    told = _not_images(others)
+    if not files:
+        raise UserError(
+            f"The folder {printable(root)} holds no images{f', but {told}' if told else ''}. "
+            "Expected files ending in .jpg, .png or what else Pillow reads, in it or in folders "
+            "below it."
+        )
+    notes = [f"left out: {told}"] if told else []
+    if hidden:
+        notes.append(f"left out: {hidden} whose name begins with a dot")
+    if again:
+        pairs = [f"{path} (is {place})" for path, place in again.items()]
+        notes.append(f"linked again, and read once: {_some(pairs)}")
+    if broken:
+        notes.append(
+            f"links that lead nowhere, or neither files nor folders: {_some(sorted(broken))}"
+        )
+    empty = first - {file.split("/", 1)[0] for file in files} - again.keys()
+    if empty:
+        notes.append(f"without images, hence no classes: {_some(sorted(empty))}")
+    return Listing(sorted(files), [f"{printable(root)}: {note}" for note in notes])
+
+
+def _check_folder(root: str) -> None:
+    folder = epath.Path(root)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(
+            f"There is no folder {printable(root)}: it {what}. Give the path of a folder of "
+            "images, or of one that holds such a folder for every split."
+        )
+
+
+def _walk(
+    root: str, seen: dict[str, str], again: dict[str, str], between: Between | None
+) -> Iterator[tuple[str, Contents]]:
+    """Every folder once, as its path below `root` with a slash at its end, and its contents.
+
+    Args:
+        root: a folder, local or gs://.
+        seen: the local folders so far, as they are without links, and their paths; is added to.
+        again: gets the folders that were met again through links, and as what they were `seen`.
+        between: called between two files and folders; it may raise.
+    """
+    remote = "://" in root
+    to_come = [""]
+    while to_come:
+        inside = to_come.pop()
+        path = f"{root}/{inside}".rstrip("/")
+        if not remote:
+            real = os.path.realpath(path)
+            if real in seen:
+                again[inside.rstrip("/")] = seen[real]
+                continue
+            seen[real] = path
+        here = _contents(path, between)
+        yield inside, here
+        to_come += [f"{inside}{name}/" for name in reversed(here.folders)]
+
+
+def _contents(folder: str, between: Between | None) -> Contents:
+    """Lists one folder; one that cannot be listed is an error, because its images would be lost."""
+    here = Contents([], [], [], [])
+    remote = "://" in folder
+    try:
+        for name, kind in _remote_entries(folder) if remote else _entries(folder):
+            if between is not None:
+                between()
+            # A file system that can be repaired has a lost+found at its root.
+            hidden = name.startswith(".") or name == "lost+found"
+            (here.hidden if hidden else getattr(here, kind)).append(name)
+    except OSError as error:
+        place = folder if remote else error.filename or folder
+        raise UserError(
+            f"Cannot list the folder {printable(place)}: {error.strerror or error}. Its images "
+            "would be missing: make it readable, or move it elsewhere, and start again."
+        ) from error
+    here.folders.sort()
+    return here
+
+
+def _entries(folder: str) -> Iterator[tuple[str, str]]:
+    """The names in a local folder, and which field of `Contents` each belongs to."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                if entry.is_dir():
+                    yield entry.name, "folders"
+                elif entry.is_file() or (entry.is_symlink() and is_image(entry.name)):
+                    yield entry.name, "files"  # to read an image through a broken link says why
+                else:
+                    yield entry.name, "broken"
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                yield entry.name, "broken"  # a link to itself
+
+
+def _remote_entries(folder: str) -> Iterator[tuple[str, str]]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    # One level at a time: further down, walk() passes over folders that cannot be listed.
+    _, folders, files = next(epath.Path(folder).walk(on_error=fail), (None, [], []))
+    yield from ((name.strip("/"), "folders") for name in folders)
+    yield from ((name, "files") for name in files if name)  # "" marks an empty folder
+
+
+# Words
+
+
+def _some(names: Sequence[str]) -> str:
+    """Some names in a sentence."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(printable, names[:SHOWN])) + more
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _not_images(endings: collections.Counter[str]) -> str:
+    """How many files of which endings are no images."""
+    if not endings:
+        return ""
+    parts = []
+    for i, (ending, number) in enumerate(endings.most_common(SHOWN)):
+        files = f"{_count(number, 'file')} " if i == 0 else f"{number} "
+        parts.append(files + (f"ending in {printable(ending)}" if ending else "without an ending"))
+    if len(endings) > SHOWN:
+        parts.append(f"{endings.total() - sum(n for _, n in endings.most_common(SHOWN))} others")
+    told = f"{', '.join(parts)} {'are' if endings.total() > 1 else 'is'} not images"
+    if HEIC_SUFFIXES & set(endings) - SUFFIXES:
+        told += " (to read HEIC: pip install pillow-heif)"
+    return told

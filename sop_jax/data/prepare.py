@@ -3,11 +3,12 @@
     python -m sop_jax.data.prepare --images=ROOT --out=DATA_DIR --name=NAME --splits=train,val
 
 ROOT holds one folder a split and in each one folder a class (ImageNet's layout), or any images
-at all, which then make one unlabelled split `train`. The bytes of the files are copied as they
-are.
+at all, which then make one split `train`; --splits= says that no folder is a split. The bytes of
+the files and of their names are copied as they are.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
-from sop_jax.data.folders import FolderSource, folder_source
+from sop_jax.data.folders import FolderSource, find_splits, folder_source, printable
 from sop_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -28,8 +29,8 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
         images: root of the tree, local or gs://.
         out: the TFDS data_dir; the data set goes to out/name/1.0.0.
         name: lower-case letters, digits and underscores.
-        splits: folders below `images`; the first decides the classes. When none of them is there
-            the whole tree becomes the split "train".
+        splits: folders below `images`, in any letter case; the first decides the classes. When
+            it is empty, or none of them is there, the whole tree becomes the split "train".
 
     Returns:
         The flags that make a run train on it.
@@ -48,6 +49,8 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
             f"{folder} is there already. Choose another --name, or remove it to make it anew."
         )
     trees = _trees(images, splits)
+    for note in (note for tree in trees.values() for note in tree.notes):
+        print(note, file=sys.stderr)
     try:
         _builder(name, out, trees).download_and_prepare()
     except OSError as error:
@@ -68,24 +71,34 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
 
 def _trees(images: str, splits: list[str]) -> dict[str, FolderSource]:
     """The files and labels of every split, in the order of `splits`."""
-    root = epath.Path(images)
-    there = [split for split in splits if (root / split).is_dir()]
-    if not there:
+    if not splits:
         return {"train": folder_source(images)}
-    if there != splits:
-        missing = ", ".join(split for split in splits if split not in there)
+    folders, unused, notes = find_splits(images, splits, "--splits")
+    if not folders:
+        return {"train": folder_source(images)}
+    there = [*folders.values(), *unused]
+    missing = [split for split in splits if split not in folders]
+    if missing or len(set(folders.values())) < len(splits):
+        wrong = (
+            f"but not {', '.join(missing)}" if missing else "and two of the splits are the same one"
+        )
         raise UserError(
-            f"{images} has the folder {', '.join(there)} but not {missing}. Name those that are "
+            f"{printable(images)} has the folder {', '.join(there)} {wrong}. Name those that are "
             f"there: --splits={','.join(there)}"
         )
-    first = folder_source(str(root / splits[0]))
-    return {split: folder_source(str(root / split), like=first) for split in splits}
+    root = epath.Path(images)
+    first = folder_source(str(root / folders[splits[0]]))
+    first.notes[:0] = notes
+    rest = {split: folder_source(str(root / folders[split]), like=first) for split in splits[1:]}
+    return {splits[0]: first, **rest}
 
 
 def _builder(name: str, out: str, trees: dict[str, FolderSource]) -> Any:
     """A TFDS builder that copies the files of `trees`."""
     dataset_name = name
     class_names = next(iter(trees.values())).class_names
+    if class_names is not None:  # TFDS writes them as lines of text
+        class_names = [printable(label) for label in class_names]
     features: dict[str, Any] = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "file_name": tfds.features.Text(),
@@ -111,12 +124,13 @@ def _builder(name: str, out: str, trees: dict[str, FolderSource]) -> Any:
 
             def _generate_examples(
                 self, tree: FolderSource
-            ) -> Iterator[tuple[str, dict[str, Any]]]:
+            ) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 for i, file in enumerate(tree.files):
-                    example: dict[str, Any] = {"image": tree[i], "file_name": file}
+                    path = file.encode("utf-8", "surrogateescape")
+                    example: dict[str, Any] = {"image": tree[i], "file_name": path}
                     if tree.labels is not None:
                         example["label"] = int(tree.labels[i])
-                    yield file, example
+                    yield path, example
 
     return ImageTree(data_dir=out, file_format="array_record")
 

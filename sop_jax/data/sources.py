@@ -5,6 +5,7 @@ worker processes each get a copy. Files are opened when the first record is aske
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -44,13 +45,21 @@ class Source(Protocol):
         """Which records these are, in a few letters, the same wherever they are stored."""
 
 
-def open_source(data_config: Any, split: str) -> Source | None:
+def open_source(
+    data_config: Any,
+    split: str,
+    train: Source | None = None,
+    between: Callable[[], Any] | None = None,
+) -> Source | None:
     """Opens one split of the configured data set.
 
     Args:
         data_config: has `source` ("tfds" | "folder" | "packed" | "digits"), `path`, `name`,
             `train_split` and `test_split`.
         split: "train" or "test", mapped to the two names above.
+        train: the opened train split, whose classes a test split of a folder has; without it that
+            is listed for them.
+        between: called again and again while a folder is listed; it may raise.
 
     Returns:
         The source, or None when there is no test split.
@@ -58,20 +67,27 @@ def open_source(data_config: Any, split: str) -> Source | None:
     Raises:
         UserError: the data is missing, empty or not what `source` says.
     """
-    kinds = {"tfds": open_tfds, "folder": open_folder, "packed": open_packed}
+    kinds = {"tfds": open_tfds, "packed": open_packed}
     if data_config.source == "digits":
         return DigitsSource(split)
-    if data_config.source not in kinds:
+    if data_config.source not in ("folder", *kinds):
         raise UserError(
             f"Unknown data.source {data_config.source!r}. "
-            f"Choose one of: digits, {', '.join(kinds)}."
+            f"Choose one of: digits, folder, {', '.join(kinds)}."
         )
     if not data_config.path and data_config.source != "tfds":
         raise UserError(
             f"data.source={data_config.source} needs to know where the data is. "
             "Set --config.data.path=..."
         )
+    if data_config.source == "folder":
+        return open_folder(data_config, split, train, between)
     return kinds[data_config.source](data_config, split)
+
+
+def notes(*sources: Source | None) -> list[str]:
+    """What a person should know about opened sources: what was left out, and why."""
+    return [note for source in sources for note in getattr(source, "notes", [])]
 
 
 # The embedded default

@@ -48,7 +48,7 @@ class TfdsSource:
             file = self._records[index].get("file_name", b"")
         except RuntimeError:  # the record that cannot be read is the one to be named
             return name
-        return f"{name} {bytes(file).decode(errors='replace')}".strip()
+        return f"{name} {bytes(file).decode(errors='backslashreplace')}".strip()
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
