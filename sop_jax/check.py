@@ -6,7 +6,7 @@ import ml_collections
 
 from sop_jax.config import flatten, misnamed, paper
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES, positions, size_of, token_side
+from sop_jax.models import FAMILIES, linear, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.vit import REMATS
 from sop_jax.optim import CLIPS
@@ -21,6 +21,7 @@ CHOICES = {
     "model.family": tuple(FAMILIES),
     "model.positions": positions.RULES,
     "model.dtype": ("float32", "bfloat16"),
+    "model.precision": tuple(linear.PRECISIONS),
     "model.remat": tuple(REMATS),
     "model.attention": IMPLEMENTATIONS,
     "sop.cls.votes": VOTES,

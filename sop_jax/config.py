@@ -124,6 +124,7 @@ def paper() -> ml_collections.ConfigDict:
             remat="products",  # none | products | dots | full: how much is computed again
             attention="auto",  # auto (cudnn where it works) | xla | cudnn
             dtype="bfloat16",  # of the computation; parameters are float32
+            precision="float32",  # of products of float32 numbers: float32 | high | default
         )
     )
     config.head = ml_collections.ConfigDict(dict(hidden=2048, dim=256))

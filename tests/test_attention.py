@@ -28,7 +28,7 @@ def test_is_softmax_attention() -> None:
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("bnts,bsnh->btnh", weights, v)
-    np.testing.assert_allclose(attend(q, k, v, "xla"), expected, atol=1e-5)
+    np.testing.assert_allclose(attend(q, k, v, implementation="xla"), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("asked", ["auto", "xla"])
@@ -52,7 +52,7 @@ def test_auto_takes_what_a_trial_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(settings("auto"), 64, gpu()) == "xla"
     with pytest.raises(UserError, match="does not work here: .*; choose auto or xla"):
         choose(settings("cudnn"), 64, gpu())
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, implementation: q + k + v)
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, **_: q + k + v)
     assert choose(settings("auto"), 64, gpu()) == "cudnn"
 
 
@@ -62,7 +62,7 @@ def test_cudnn_agrees_with_xla() -> None:
 
     def both(implementation: str) -> Any:
         def loss(q: jax.Array) -> jax.Array:
-            return (attend(q, k, v, implementation).astype(jnp.float32) ** 2).sum()
+            return (attend(q, k, v, implementation=implementation).astype(jnp.float32) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(loss))(q)
 

@@ -1,6 +1,7 @@
 """Backbones and heads: shapes, precision, masks, drop path, and memory for time."""
 
 import functools
+import re
 from typing import Any
 
 import chex
@@ -13,10 +14,12 @@ import pytest
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.flops import flops
+from sop_jax.mesh import make_mesh
 from sop_jax.models import Model, Params, build
 from sop_jax.models.head import unit
 from sop_jax.models.positions import RULES
 from sop_jax.models.vit import drop_path
+from sop_jax.run import assemble
 
 BATCH, SIDE, PATCH, WIDTH, DIM = 3, 16, 4, 16, 8
 
@@ -333,3 +336,67 @@ def test_some_patches_are_those_of_all(model: Model, params: Params) -> None:
     np.testing.assert_allclose(cls, all_cls, atol=1e-6)
     expected = jnp.take_along_axis(everything, places[..., None], axis=1)
     np.testing.assert_allclose(patches, expected, atol=1e-6)
+
+
+def precisions(program: Any, *arguments: Any) -> set[tuple[str, str]]:
+    """Kinds and precisions of all products of a jitted function, as XLA gets them."""
+    lines = program.lower(*arguments).as_text().splitlines()
+    found = [(line, re.search(r"dot_general|convolution(?=\()", line)) for line in lines]
+    return {
+        (kind[0], precision)
+        for line, kind in found
+        if kind
+        for precision in re.findall(r"HIGHEST|HIGH|DEFAULT", line) or ["none"]
+    }
+
+
+def gradients(**changed: Any) -> set[tuple[str, str]]:
+    """`precisions` of a network's gradients, whose layers are computed again."""
+    side = 32
+    model = build(small_config(remat="full", **changed), side)
+    pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
+
+    def loss(params: Params) -> jax.Array:
+        (cls, patches), _ = model.embed_training(params, pixels)
+        return cls.sum() + patches.sum()
+
+    return precisions(jax.jit(jax.grad(loss)), jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def test_a_float32_step_multiplies_in_float32_on_every_device() -> None:
+    """JAX's default would be TF32 on GPUs and bfloat16 on TPUs."""
+    config = small_config()
+    config.batch_size = 4
+    config.augment.update(dict(global_size=8, local_size=4, local_crops=1))
+    config.sop.cls.update(dict(memory=16, anchors=4, supports=2))
+    config.sop.patch.update(dict(memory=16, anchors=4))
+    run = assemble(config, make_mesh(1), images=100)
+    found = precisions(run.train_step, run.abstract, run.batch, jnp.array(True))
+    assert found == {("dot_general", "HIGHEST")}
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("swin", ["dot_general"]), ("resnet", ["convolution", "dot_general"])]
+)
+def test_other_float32_networks_multiply_in_float32_too(family: str, kinds: list[str]) -> None:
+    depths = (1, 1, 1, 1) if family == "resnet" else (2, 2, 2, 2)
+    found = gradients(family=family, stage_depths=depths, stage_heads=(1, 2, 2, 2), window=2)
+    assert found == {(kind, "HIGHEST") for kind in kinds}
+
+
+def test_maps_of_attention_are_of_float32_products_too(model: Model, params: Params) -> None:
+    assert precisions(jax.jit(model.attention), params, images()) == {("dot_general", "HIGHEST")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (dict(precision="high"), {"HIGH"}),
+        (dict(precision="default"), {"DEFAULT"}),
+        # Its products are exact in one pass, so that a higher precision would gain nothing.
+        (dict(dtype="bfloat16"), {"DEFAULT"}),
+    ],
+    ids=str,
+)
+def test_faster_products_can_be_asked_for(changed: dict[str, str], expected: set[str]) -> None:
+    assert {precision for _, precision in gradients(**changed)} == expected

@@ -17,6 +17,7 @@ from sop_jax.errors import UserError
 from sop_jax.models import resnet, swin, vit
 from sop_jax.models.attention import Implementation
 from sop_jax.models.head import Head
+from sop_jax.models.linear import precision_of
 from sop_jax.models.vit import Start
 
 Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
@@ -152,7 +153,14 @@ def build(
     size, patch, dim = size_of(config.model), token_side(config.model), config.head.dim
     family = FAMILIES[config.model.family]
     dtype, numbers = jnp.dtype(config.model.dtype), config.model
-    start = Start(dtype, numbers.init_std, numbers.position_std, numbers.norm_eps, implementation)
+    start = Start(
+        dtype,
+        numbers.init_std,
+        numbers.position_std,
+        numbers.norm_eps,
+        implementation,
+        precision_of(numbers),
+    )
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)

@@ -1,5 +1,6 @@
 """Multi-head attention, by XLA's operations or by cuDNN's fused ones on GPUs."""
 
+import contextlib
 from typing import Any, Literal
 
 import jax
@@ -8,6 +9,7 @@ import ml_collections
 from jaxtyping import Array, Float
 
 from sop_jax.errors import UserError
+from sop_jax.models.linear import Precision
 
 Implementation = Literal["xla", "cudnn"]
 
@@ -18,13 +20,28 @@ def attend(
     q: Float[Array, "B T N h"],
     k: Float[Array, "B T N h"],
     v: Float[Array, "B T N h"],
+    bias: Float[Array, "#B N T T"] | None = None,
+    *,
     implementation: Implementation,
+    precision: Precision = None,
 ) -> Float[Array, "B T N h"]:
     """JAX's own attention over T tokens in N heads, its softmax in float32.
 
     cuDNN's never writes the T x T weights to memory.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: added to the products of queries and keys.
+        implementation: by whom.
+        precision: of both products.
     """
-    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    # It takes no precision of its own; the products keep the one that they are made under, in
+    # their gradients too.
+    named = jax.default_matmul_precision(precision.name.lower()) if precision else None
+    with named or contextlib.nullcontext():
+        return jax.nn.dot_product_attention(q, k, v, bias, implementation=implementation)
 
 
 def choose(model: ml_collections.ConfigDict, head: int, device: Any) -> Implementation:
@@ -59,7 +76,7 @@ def refuses(dtype: str, head: int, device: Any) -> str | None:
         return "it has no float32"
 
     def loss(x: Array) -> Array:
-        return attend(x, x, x, "cudnn").astype(jnp.float32).sum()
+        return attend(x, x, x, implementation="cudnn").astype(jnp.float32).sum()
 
     # Versions and chips differ in what they can do, so it is tried; an odd number of tokens, as
     # [CLS] makes it.

@@ -1,12 +1,31 @@
 """A linear layer whose products may be bfloat16 and whose parameters' gradients never are."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float
 
+Precision = jax.lax.Precision | None  # None: whatever is fastest on the device
+
+# Of products of float32 numbers, by `config.model.precision`. JAX's own default rounds their
+# factors to TF32 on GPUs and to bfloat16 on TPUs.
+PRECISIONS: dict[str, Precision] = {
+    "float32": jax.lax.Precision.HIGHEST,
+    "high": jax.lax.Precision.HIGH,  # TF32 on GPUs, three bfloat16 passes on TPUs
+    "default": None,
+}
+
+
+def precision_of(config: ml_collections.ConfigDict) -> Precision:
+    """The precision of a network's products; `config.precision` is about float32 numbers only."""
+    return PRECISIONS[config.precision] if config.dtype == "float32" else None
+
 
 class Linear(nnx.Linear):
-    """Products in the layer's dtype, with gradients of W and b summed in float32.
+    """Products in the layer's dtype and precision, with gradients of W and b summed in float32.
 
     Flax's own layer rounds a device's gradient to the dtype of the computation before the devices
     add theirs up in that dtype, so that the error grows with their number.
@@ -15,34 +34,45 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*B I"], out_sharding: None = None) -> Array:
         """The layer's outputs [*B, O]."""
         bias = None if self.bias is None else self.bias[...]
-        return linear(inputs.astype(self.dtype), self.kernel[...], bias)
+        return linear(inputs.astype(self.dtype), self.kernel[...], bias, self.precision)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(
-    x: Float[Array, "*B I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None
+    x: Float[Array, "*B I"],
+    kernel: Float[Array, "I O"],
+    bias: Float[Array, " O"] | None,
+    precision: Precision = None,
 ) -> Float[Array, "*B O"]:
     """The product in the dtype of x, plus the bias where there is one."""
-    return _linear(x, kernel, bias)
+    return _linear(x, kernel, bias, precision)
 
 
-def _linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-    product = x @ kernel.astype(x.dtype)
+def _linear(x: Array, kernel: Array, bias: Array | None, precision: Precision) -> Array:
+    product = jnp.matmul(x, kernel.astype(x.dtype), precision=precision)
     return product if bias is None else product + bias.astype(x.dtype)
 
 
-def _forward(x: Array, kernel: Array, bias: Array | None) -> tuple[Array, tuple]:
+def _forward(
+    x: Array, kernel: Array, bias: Array | None, precision: Precision
+) -> tuple[Array, tuple]:
     # Not by way of `linear`, inside which rematerialisation sees no product that it could store.
-    return _linear(x, kernel, bias), (x, kernel, None if bias is None else ())
+    return _linear(x, kernel, bias, precision), (x, kernel, None if bias is None else ())
 
 
-def _backward(saved: tuple[Array, Array, tuple | None], gradient: Array) -> tuple:
+def _backward(
+    precision: Precision, saved: tuple[Array, Array, tuple | None], gradient: Array
+) -> tuple:
     x, kernel, biased = saved  # the last of them is no array, and () where there is a bias
     batch = tuple(range(x.ndim - 1))
     return (
-        gradient @ kernel.astype(gradient.dtype).T,
+        jnp.matmul(gradient, kernel.astype(gradient.dtype).T, precision=precision),
         jax.lax.dot_general(
-            x, gradient, ((batch, batch), ((), ())), preferred_element_type=kernel.dtype
+            x,
+            gradient,
+            ((batch, batch), ((), ())),
+            precision=precision,
+            preferred_element_type=kernel.dtype,
         ),
         gradient.astype(kernel.dtype).sum(batch) if biased is not None else None,
     )

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
+from sop_jax.models.linear import Precision
 from sop_jax.models.vit import REMATS as VIT_REMATS
 from sop_jax.models.vit import Start
 
@@ -49,29 +50,32 @@ class Convolution(nnx.Module):
     """A convolution without bias, padded as PyTorch does: by half the kernel on every side."""
 
     def __init__(self, inputs: int, outputs: int, side: int, stride: int, start: Start, key: Array):
-        self.stride, self.dtype = stride, start.dtype
+        self.stride, self.dtype, self.precision = stride, start.dtype, start.precision
         # torchvision's start: He's normal for ReLU, by the fan of the outputs.
         std = (2 / (side * side * outputs)) ** 0.5
         self.kernel = nnx.Param(std * jax.random.normal(key, (side, side, inputs, outputs)))
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         """The convolution in the layer's dtype."""
-        return convolve(x.astype(self.dtype), self.kernel[...], self.stride)
+        return convolve(x.astype(self.dtype), self.kernel[...], self.stride, self.precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "k k I O"], stride: int
+    x: Float[Array, "B H W I"],
+    kernel: Float[Array, "k k I O"],
+    stride: int,
+    precision: Precision = None,
 ) -> Float[Array, "B h w O"]:
     """A convolution in the dtype of x, whose kernel's gradient is summed in float32.
 
     As in `linear`, that gradient is never rounded before the devices add theirs up. Its factors
     are widened first, which changes none of the products.
     """
-    return _convolve(x, kernel, stride)
+    return _convolve(x, kernel, stride, precision)
 
 
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+def _convolve(x: Array, kernel: Array, stride: int, precision: Precision) -> Array:
     pad = kernel.shape[0] // 2
     return jax.lax.conv_general_dilated(
         x,
@@ -79,18 +83,26 @@ def _convolve(x: Array, kernel: Array, stride: int) -> Array:
         window_strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
     )
 
 
-def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel, stride), (x, kernel)  # in the open, for rematerialisation
+def _forward(
+    x: Array, kernel: Array, stride: int, precision: Precision
+) -> tuple[Array, tuple[Array, Array]]:
+    # In the open, for rematerialisation.
+    return _convolve(x, kernel, stride, precision), (x, kernel)
 
 
-def _backward(stride: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(
+    stride: int, precision: Precision, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, stride), x)
+    to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, precision), x)
     wide, wide_gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
-    to_kernel = jax.linear_transpose(lambda kernel: _convolve(wide, kernel, stride), kernel)
+    to_kernel = jax.linear_transpose(
+        lambda kernel: _convolve(wide, kernel, stride, precision), kernel
+    )
     return to_x(gradient)[0], to_kernel(wide_gradient)[0]
 
 

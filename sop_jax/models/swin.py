@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from sop_jax.models.attention import attend
 from sop_jax.models.linear import Linear
 from sop_jax.models.vit import (
     REMATS,
@@ -120,6 +121,7 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, window: Window, start: Start, rngs: nnx.Rngs):
         self.heads, self.window, self.dtype = heads, window, start.dtype
+        self.precision = start.precision
         self.norm1 = layer_norm(width, start, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
         places = (2 * window.side - 1) ** 2
@@ -153,8 +155,9 @@ class Block(nnx.Module):
         """Multi-head self-attention in each window; JAX's own, with its softmax in float32."""
         batch, _, width = x.shape
         (q, k, v), bias = self.windows(x, grid, shift)
-        attend = jax.vmap(jax.nn.dot_product_attention, (1, 1, 1, 0), 1)
-        mixed = self.proj(attend(q, k, v, bias[:, None]).reshape(*q.shape[:3], width))
+        one_window = functools.partial(attend, implementation="xla", precision=self.precision)
+        mixed = jax.vmap(one_window, (1, 1, 1, 0), 1)(q, k, v, bias[:, None])
+        mixed = self.proj(mixed.reshape(*q.shape[:3], width))
         x = jnp.roll(join(mixed, padded(grid, self.window.side)), (shift, shift), (1, 2))
         return x[:, : grid[0], : grid[1]].reshape(batch, -1, width)
 
@@ -166,7 +169,11 @@ class Block(nnx.Module):
         Rows sum to less than 1 where zeros that a grid was padded with were attended to.
         """
         (q, k, _), bias = self.windows(x, grid, shift)
-        logits = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            *("bnqhd,bnkhd->bnhqk", q, k),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
+        )
         weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + bias)
         high, wide = padded(grid, self.window.side)
         places = np.roll(np.arange(high * wide).reshape(1, high, wide), (-shift, -shift), (1, 2))
@@ -206,6 +213,7 @@ class Merging(nnx.Module):
             kernel_init=init,
             use_bias=False,
             dtype=start.dtype,
+            precision=start.precision,
             rngs=rngs,
         )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.mesh import is_gathered
 from sop_jax.models.attention import Implementation, attend
-from sop_jax.models.linear import Linear
+from sop_jax.models.linear import Linear, Precision
 from sop_jax.models.positions import resize_positions
 
 # What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
@@ -58,7 +58,8 @@ class Start(NamedTuple):
     takes 0.02 for both. At widths far below 384 that leaves all images with nearly the same
     embedding, which SOP leaves slowly or never, and positions that a patch embedding of about
     unit size drowns until they have grown: small networks and short runs want more. `eps` is what
-    LayerNorm adds to the variance, `attention` xla or cudnn, see `models.attention`.
+    LayerNorm adds to the variance, `attention` xla or cudnn, see `models.attention`, `precision`
+    that of all products, see `models.linear`.
     """
 
     dtype: jnp.dtype
@@ -66,6 +67,7 @@ class Start(NamedTuple):
     position_std: float = 0.02
     eps: float = 1e-6
     attention: Implementation = "xla"
+    precision: Precision = None
 
 
 def drop_rates(last: float, depth: int) -> tuple[float, ...]:
@@ -82,7 +84,14 @@ def drop_draws(keys: Key[Array, " B"], depth: int) -> Float[Array, "{depth} B 2"
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
     """A linear layer."""
     init = nnx.initializers.normal(start.std)
-    return Linear(inputs, outputs, kernel_init=init, dtype=start.dtype, rngs=rngs)
+    return Linear(
+        inputs,
+        outputs,
+        kernel_init=init,
+        dtype=start.dtype,
+        precision=start.precision,
+        rngs=rngs,
+    )
 
 
 def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Linear:
@@ -94,7 +103,13 @@ def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Lin
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
     return Linear(
-        inputs, width, kernel_init=uniform, bias_init=uniform, dtype=start.dtype, rngs=rngs
+        inputs,
+        width,
+        kernel_init=uniform,
+        bias_init=uniform,
+        dtype=start.dtype,
+        precision=start.precision,
+        rngs=rngs,
     )
 
 
@@ -127,6 +142,7 @@ class Block(nnx.Module):
 
     def __init__(self, width: int, heads: int, layer_scale: float, start: Start, rngs: nnx.Rngs):
         self.heads, self.implementation = heads, start.attention
+        self.precision = start.precision
         self.ls1 = LayerScale(width, layer_scale) if layer_scale else None
         self.ls2 = LayerScale(width, layer_scale) if layer_scale else None
         self.norm1 = layer_norm(width, start, rngs)
@@ -142,7 +158,7 @@ class Block(nnx.Module):
         q, k, v = jnp.moveaxis(
             self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        mixed = attend(q, k, v, self.implementation)
+        mixed = attend(q, k, v, implementation=self.implementation, precision=self.precision)
         return self.proj(mixed.reshape(batch, tokens, width))
 
     def attention_weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B h T T"]:
@@ -150,7 +166,9 @@ class Block(nnx.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1)
         logits = jnp.einsum(
-            *("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1]), preferred_element_type=jnp.float32
+            *("bqhd,bkhd->bhqk", qkv[:, :, 0], qkv[:, :, 1]),
+            precision=self.precision,
+            preferred_element_type=jnp.float32,
         )
         return jax.nn.softmax(logits * (width // self.heads) ** -0.5)
 
