@@ -18,7 +18,9 @@ from sop_jax.errors import UserError, nearest
 
 # Each version's new settings, with the value by which runs of earlier versions behaved.
 BEFORE: dict[str, dict[str, Any]] = {
-    "0.2.0": {},
+    "0.2.0": {
+        "model.precision": "default",
+    },
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
 

@@ -59,6 +59,35 @@ def schedules(config: ml_collections.ConfigDict, steps: int, epoch: float) -> di
     }
 
 
+def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
+    """What the settings put beyond the end of the run, for a person, a sentence each.
+
+    Args:
+        config: of the whole run.
+        steps: of the run.
+        epoch: steps an epoch.
+    """
+    found = []
+    for section, name, happens in (
+        ("optim", "warmup", "the learning rate rises to its peak"),
+        ("sop", "temperature_warmup", "the teacher's temperature goes to its end"),
+    ):
+        asked = duration(config[section], f"{name}_", epoch)
+        if asked > steps:
+            found.append(
+                f"warning: {section}.{name} is {asked} steps, and the run has {steps}: {happens} "
+                f"within these, {asked / steps:.3g} times as steeply. "
+                f"--config.{section}.{name}_steps=N sets fewer"
+            )
+    start = duration(config.mask, "start_", epoch)
+    if start >= steps and config.sop.patch.tasks:
+        found.append(
+            f"warning: masks start at step {start}, and the run has {steps} steps: nothing is ever "
+            "masked. --config.mask.start_steps=N starts them earlier"
+        )
+    return found
+
+
 def decays(params: Any) -> Any:
     """True for what weight decay applies to: not biases, the scales of norms, running statistics.
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, hosts, pretrained
+from sop_jax import checkpoint, hosts, optim, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
@@ -121,7 +121,8 @@ def train_until(
     unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
 
     progress = Progress(start, steps, shown=chief)
-    for note in (describe(config, run, train_source, test_source, start), *notes):
+    about = describe(config, run, train_source, test_source, start)
+    for note in (about, *optim.cut_short(config, steps, run.epoch), *notes):
         progress.note(note)
     clock = time.monotonic()
     train_step = compiled_step(run)

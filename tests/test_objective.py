@@ -23,8 +23,9 @@ from sop_jax.sop.prototypes import SOPs
 BATCH, VIEWS, PATCHES, DIM = 8, 3, 4, 8
 
 
-def objective(**changed: object) -> Objective:
+def objective(seed: int = 0, **changed: object) -> Objective:
     config = config_lib.paper()
+    config.seed = seed
     config.batch_size = BATCH
     config.sop.cls.update(dict(memory=32, anchors=4, supports=2, tasks=2))
     config.sop.patch.update(dict(memory=16, anchors=3))
@@ -93,6 +94,24 @@ def test_fixed_slots_stay_while_their_rows_change() -> None:
         assert kept == slots(second[name], after[name])
         assert not np.isin(anchors(first[name]), anchors(second[name])).any()
     assert len({tuple(task) for task in slots(first["cls"], before["cls"])}) == 2
+
+
+def test_fixed_slots_follow_the_seed() -> None:
+    def fixed(seed: int) -> list[list[int]]:
+        method = objective(seed, anchors="fixed_slots")
+        memories = method.init(jax.random.key(0))
+        return slots(method.prototypes(memories, jax.random.key(1))["cls"], memories["cls"])
+
+    assert fixed(1) == fixed(1)
+    assert fixed(1) != fixed(2)
+
+
+@pytest.mark.parametrize("kept", ANCHORS)
+def test_no_key_is_drawn_from_twice(kept: str) -> None:
+    method = objective(anchors=kept)
+    with jax.debug_key_reuse(True):
+        memories = jax.jit(method.init)(jax.random.key(0))
+        jax.jit(method.prototypes)(memories, jax.random.key(1))
 
 
 def test_frozen_rows_stay_while_the_memory_and_their_supports_change() -> None:

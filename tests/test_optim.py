@@ -102,6 +102,37 @@ def test_any_warm_up_gives_finite_rates(config: ml_collections.ConfigDict, warmu
     assert plan["teacher_temperature"](9) == pytest.approx(0.07, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"optim.warmup_steps": 1000},
+            "optim.warmup is 1000 steps, and the run has 50: the learning rate rises to its peak "
+            "within these, 20 times as steeply",
+        ),
+        (
+            {"optim.warmup_epochs": 10.0, "optim.warmup_steps": None},
+            "optim.warmup is 100 steps, and the run has 50",
+        ),
+        (
+            {"sop.temperature_warmup_steps": 51},
+            "sop.temperature_warmup is 51 steps, and the run has 50",
+        ),
+        ({"mask.start_steps": 50}, "masks start at step 50, and the run has 50 steps: nothing"),
+    ],
+    ids=str,
+)
+def test_what_lies_beyond_the_end_of_a_run_is_told_with_both_numbers(
+    config: ml_collections.ConfigDict, settings: dict[str, Any], words: str
+) -> None:
+    config.steps = 50
+    config.optim.warmup_steps = config.sop.temperature_warmup_steps = 50
+    assert optim.cut_short(config, 50, epoch=10.0) == []
+    config.update_from_flattened_dict(settings)
+    (told,) = optim.cut_short(config, 50, epoch=10.0)
+    assert words in told
+
+
 def clipped_alone(gradient: np.ndarray, limit: float) -> np.ndarray:
     """iBOT's clip of one tensor."""
     coefficient = limit / (np.linalg.norm(gradient) + 1e-6)

@@ -20,6 +20,8 @@ from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
 from sop_jax.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.sop.prototypes import SOPs, build_sops, cast_votes, draw_anchors, find_supports
 
+SLOTS = 2**31  # folded into the seed's key for fixed slots; nothing else of a run is
+
 LOGITS = 2**28  # bytes of the logits of a device's student views at a time
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
@@ -133,15 +135,17 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         """E_C and E_P full of random rows, and the anchors of runs that keep them fixed."""
-        keys = dict(zip(levels, jax.random.split(key, len(levels)), strict=True))
+        # The first keys of a split do not depend on how many there are.
+        keys = jax.random.split(key, 2 * len(levels))
+        of_rows, of_anchors = keys[: len(levels)], keys[len(levels) :]
         memories: dict[str, Any] = {
-            name: init_memory(keys[name], level.memory, dim, lanes)
-            for name, level in levels.items()
+            name: init_memory(level_key, level.memory, dim, lanes)
+            for (name, level), level_key in zip(levels.items(), of_rows, strict=True)
         }
         if config.anchors == "frozen_rows":
             memories["frozen"] = {
-                name: freeze(memories[name], level, jax.random.split(keys[name], level.tasks))
-                for name, level in levels.items()
+                name: freeze(memories[name], level, jax.random.split(level_key, level.tasks))
+                for (name, level), level_key in zip(levels.items(), of_anchors, strict=True)
                 if level.tasks
             }
         return memories
@@ -156,7 +160,8 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
     def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
         """SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
         if config.anchors == "fixed_slots":
-            key = jax.random.key(0)  # the same slots at every step
+            # The same slots at every step.
+            key = jax.random.fold_in(jax.random.key(run_config.seed), SLOTS)
         drawn = {}
         for name, level_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
             level = levels[name]
