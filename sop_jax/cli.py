@@ -1,8 +1,8 @@
 """What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
 
 A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
-after one in the command line, 130 when interrupted and 75 when another process is lost. One that
-computes on devices may run as several processes, with `--coordinator`, `--processes` and
+after one in the command line, 130 when interrupted and 75 when another process or a worker is lost.
+One that computes on devices may run as several processes, with `--coordinator`, `--processes` and
 `--process`; a process that fails ends the others too.
 """
 
@@ -11,6 +11,7 @@ import importlib.util
 import numbers
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
@@ -24,7 +25,7 @@ from ml_collections.config_flags import config_path
 
 from sop_jax import paths
 from sop_jax.config import MAY_BE_EMPTY, PATHS, flatten
-from sop_jax.errors import Interrupted, UserError, nearest
+from sop_jax.errors import LOST, Interrupted, Lost, UserError, nearest
 
 FLAGS = flags.FLAGS
 
@@ -54,6 +55,7 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
     def guarded(argv: list[str]) -> None:
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
         hosts = _hosts()
         try:
             if hosts:
@@ -71,6 +73,11 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
             hosts.stop()
 
     app.run(guarded, flags_parser=_parse)
+
+
+def _as_ctrl_c(number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the command whatever it does
+    raise KeyboardInterrupt
 
 
 class _PathParser(flags.ArgumentParser):
@@ -163,13 +170,13 @@ def _settings() -> dict[str, Any]:
 
 def _end_among_others(hosts: Any, error: BaseException) -> None:
     message, code = _ending(error)
-    if isinstance(error, Interrupted):  # as all of them are
+    if isinstance(error, Interrupted) and error.together:
         hosts.stop()
         _exit(f"{hosts.name()}: {message}", code)
     text = message or "".join(traceback.format_exception(error))
     words = message or f"{type(error).__name__}: {error}"
     if message is None and _is_lost(error):
-        code = hosts.LOST
+        code = LOST
     hosts.leave(code, text, words.removeprefix("error: "))
 
 
@@ -186,7 +193,8 @@ def _ending(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, Interrupted):
         return str(error), 130
     message = _message(error)
-    return (message if message is None else f"error: {message}"), 1
+    code = LOST if any(isinstance(link, Lost) for link in _chain(error)) else 1
+    return (message if message is None else f"error: {message}"), code
 
 
 def _exit(message: str, code: int) -> NoReturn:

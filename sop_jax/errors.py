@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+LOST = 75  # the exit code where a process is gone: nothing to mend, the command goes on
+
 
 class UserError(Exception):
     """Something that the person at the keyboard can mend.
@@ -12,7 +14,19 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """A run that was asked to stop has saved its state and stopped."""
+    """A run that was asked to stop has stopped, with its state saved if anything was trained.
+
+    Attributes:
+        together: whether all processes of the run stop at the same place; else they must be told.
+    """
+
+    def __init__(self, message: str, together: bool = True) -> None:
+        super().__init__(message)
+        self.together = together
+
+
+class Lost(UserError):
+    """A process that a run needs is gone. A new start may do better: the exit code is LOST."""
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

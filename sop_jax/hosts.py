@@ -36,7 +36,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sop_jax import __version__
-from sop_jax.errors import UserError
+from sop_jax.errors import LOST, UserError
 
 # All in seconds.
 START = 300  # until all processes have joined, or come to the same point of their start
@@ -46,8 +46,6 @@ SHARED = 60  # for a file to be seen elsewhere: what NFS may remember that a fol
 POLL = 0.5  # between two questions whether another process has failed
 LINGER = 4 * POLL  # of a failed process, whose end is an error to those that know nothing yet
 PATIENCE = 15  # of a person who sees nothing happen
-
-LOST = 75  # the exit code where another process is gone: nothing to mend, the command goes on
 
 _FAILURE = "sop_jax/failure"
 _SHOWN = 10  # differences
@@ -263,12 +261,13 @@ def leave(code: int, message: str, words: str) -> NoReturn:
     Python's own end is no way out: there JAX waits for the others, and these for this one.
 
     Args:
-        code: the exit code; of the others too if it is 1, which a person must mend, else LOST.
+        code: the exit code; of the others too if it is 1, which a person must mend, or 130, a wish
+            to stop; else they end with LOST.
         message: for stderr.
         words: what the others say of it.
     """
     with _leaving:
-        print(f"{name()}: {message}", file=sys.stderr, flush=True)
+        print(f"{name()}: {message}" if several() else message, file=sys.stderr, flush=True)
         if _watch is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed before
                 _client().key_value_set(_FAILURE, f"{code} {name()} has ended: {words}")
@@ -284,8 +283,9 @@ def _leave_with_others() -> None:
         except jax.errors.JaxRuntimeError:
             continue  # nobody has; or the service is gone, on which JAX itself ends this process
         if _leaving.acquire(blocking=False):
-            print(f"{name()}: error: {words}", file=sys.stderr, flush=True)
-            _end(1 if code == "1" else LOST)
+            kind = "" if code == "130" else "error: "
+            print(f"{name()}: {kind}{words}", file=sys.stderr, flush=True)
+            _end(int(code) if code in ("1", "130") else LOST)
         return
 
 

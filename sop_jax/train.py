@@ -26,7 +26,7 @@ from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import CorruptImages
 from sop_jax.data import sources
-from sop_jax.data.pipeline import train_batches
+from sop_jax.data.pipeline import check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
@@ -66,12 +66,13 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
 def train_until(
     interruption: Interruption, config: ml_collections.ConfigDict, workdir: epath.Path
 ) -> dict[str, Any]:
-    """As `train`; a wish to stop that comes during the start is granted after a step."""
+    """As `train`; a wish to stop is granted at once during the start, later after a step."""
     chief = jax.process_index() == 0  # writes and speaks for all processes
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
         )
+    interruption.starting = before_training(workdir)
     hosts.check_shared(workdir)
     if (finished := check_workdir(config, workdir)) is not None:
         if chief:
@@ -90,6 +91,8 @@ def train_until(
             "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
         }
     )
+    places = host_rows(mesh, config.batch_size)
+    check_shared_memory(config, len(places))
     run = assemble(config, mesh, len(train_source))
     steps = run.steps
     evaluate = functools.partial(
@@ -138,7 +141,6 @@ def train_until(
     )
     writer = open_writer(workdir, start - owed) if chief else None
     wall_before = rows[-1]["wall_s"] if rows else 0.0
-    places = host_rows(mesh, config.batch_size)
     batches = train_batches(train_source, config, run.model.patch, start, places)
     measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
@@ -173,13 +175,7 @@ def train_until(
 
     try:
         if owed or (start == 0 and config.eval_every):
-            try:
-                record(start, unfinished | evaluate(state.teacher, between=interruption.check))
-            except Interrupted:
-                what = f"step {start} of {steps} is saved" if start else "nothing was trained"
-                raise Interrupted(
-                    f"interrupted in an evaluation; {what}, and the same command goes on"
-                ) from None
+            record(start, unfinished | evaluate(state.teacher, between=interruption.check))
 
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         clock, timed = time.monotonic(), start
@@ -187,6 +183,7 @@ def train_until(
             last = step == steps
             log = last or due(step, config.log_every)
             batch = to_devices(mesh, next(batches))
+            interruption.starting = None
             if trace.before(step):
                 pace.pause()
             arrived = time.monotonic()
@@ -288,6 +285,13 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dic
             f"{workdir} has checkpoints but no config.json that says of what; use another --workdir"
         )
     return None
+
+
+def before_training(workdir: epath.Path) -> str:
+    """What to say when the start of a run is interrupted."""
+    saved = checkpoint.latest_step(workdir)
+    what = f"step {saved} is saved" if saved else "nothing was trained yet"
+    return f"interrupted during the start; {what}, and the same command goes on"
 
 
 def start_from(

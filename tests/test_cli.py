@@ -15,10 +15,10 @@ RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
 )
 
 COMMAND = """
-import errno, logging, sys
+import errno, logging, os, signal, sys, time
 from absl import flags
 from ml_collections import config_flags
-from sop_jax import cli
+from sop_jax import cli, errors
 from sop_jax.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -44,6 +44,11 @@ def fail(how):
             raise RuntimeError("the save failed")
     if how == "interrupt":
         raise KeyboardInterrupt
+    if how == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    if how == "lost":
+        raise errors.Lost("a worker was killed")
     if how == "bug":
         raise ZeroDivisionError("a bug")
 
@@ -322,6 +327,8 @@ def test_a_config_file_that_does_not_load(
             for how in ("disk", "tensorstore")
         ),
         ("interrupt", "interrupted", 130),
+        ("terminate", "interrupted", 130),
+        ("lost", "error: a worker was killed", 75),
     ],
 )
 def test_an_error_of_the_run(command: pathlib.Path, how: str, message: str, code: int) -> None:

@@ -355,6 +355,24 @@ def test_all_stop_at_the_same_step(
         assert each.err == f"process {i} ({HOST}): {message}\n"
 
 
+def test_a_signal_during_the_start_of_one_ends_all_at_once(tmp_path: pathlib.Path) -> None:
+    body = """
+    with Interruption() as interruption:
+        interruption.starting = "interrupted during the start"
+        print("under way", flush=True)
+        time.sleep(600)
+    """
+    name = command(tmp_path, body)
+    with processes.start([[name, *flags] for flags in processes.among(2)], tmp_path) as running:
+        for process in (0, 1):
+            running.wait_for(process, "under way")
+        running.signal(1, signal.SIGTERM)
+        ended = running.end(30)
+    assert [each.code for each in ended] == [130, 130], ended
+    assert ended[1].err == f"process 1 ({HOST}): interrupted during the start\n"
+    assert ended[0].err.startswith(f"process 0 ({HOST}): process 1 ({HOST}) has ended: interrupted")
+
+
 def test_whoever_is_done_first_waits_for_the_other(tmp_path: pathlib.Path) -> None:
     ended = run_pair(
         tmp_path,
@@ -435,7 +453,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: pathlib.Path) -> None:
         (0, signal.SIGKILL, "together()"),
         (1, signal.SIGKILL, "together()"),
         (1, signal.SIGKILL, "time.sleep(0.1)"),
-        (0, signal.SIGTERM, "time.sleep(0.1)"),  # which nobody catches here
+        (0, signal.SIGKILL, "time.sleep(0.1)"),
     ],
 )
 def test_one_that_dies_ends_all(

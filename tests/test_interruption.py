@@ -1,7 +1,10 @@
 """The first signal is a wish, the second an order, and afterwards all is as before."""
 
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,3 +87,47 @@ def test_each_run_is_asked_anew() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     with interruption:
         assert not interruption.asked
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_start_ends_it_at_once(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted, match="nothing was trained"), Interruption() as interruption:
+        interruption.starting = "nothing was trained"
+        try:
+            os.kill(os.getpid(), number)
+            raise AssertionError("goes on")
+        except Exception as error:  # as libraries' errors are caught
+            raise AssertionError("taken for an error") from error
+    with pytest.raises(Ended):
+        os.kill(os.getpid(), number)
+
+
+def test_after_the_start_a_signal_only_asks() -> None:
+    with Interruption() as interruption:
+        interruption.starting = "nothing was trained"
+        interruption.starting = None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+
+
+def test_a_signal_during_a_long_compilation_ends_the_process(tmp_path: pathlib.Path) -> None:
+    script = """
+import ctypes, multiprocessing, threading, os, signal
+from sop_jax import interruption
+if __name__ == "__main__":
+    interruption.GRACE = 0.1
+    with interruption.Interruption() as asked:
+        asked.starting = "nothing was trained"
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        lock = ctypes.CDLL(None).pthread_mutex_lock  # as deaf as XLA's compiler
+        mutex = ctypes.create_string_buffer(64)
+        lock(mutex), lock(mutex)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "nothing was trained\n")

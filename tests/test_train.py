@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -427,17 +428,52 @@ def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     assert_same_state(tmp_path, finished)
 
 
-def test_a_signal_during_the_start_is_granted_after_a_step(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("open_source", {}),
+        ("assemble", {}),
+        ("compiled_step", {}),
+        ("knn_evaluation", {}),
+        ("train_batches", {"eval_every": 0, "data.workers": 1}),
+        ("to_devices", {"eval_every": 0}),
+    ],
+    ids=["listing", "building", "compiling", "first evaluation", "starting workers", "first batch"],
+)
+def test_a_signal_at_any_stage_of_the_start_ends_it_at_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stage: str, changes: dict[str, Any]
 ) -> None:
-    def interrupted(*args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return assemble(*args)
+    signal_after(monkeypatch, stage)
+    with pytest.raises(UserError, match=r"interrupted.* nothing was trained yet.* same command"):
+        train.train(small_config(**changes), tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+    assert not multiprocessing.active_children()
 
-    monkeypatch.setattr(train, "assemble", interrupted)
-    with pytest.raises(UserError, match="interrupted; step 1 of 16 is saved"):
-        train.train(small_config(eval_every=0), tmp_path)
-    assert checkpoint.latest_step(tmp_path) == 1
+
+@pytest.mark.parametrize("stage", ["open_source", "compiled_step", "to_devices"])
+def test_a_signal_while_a_run_is_taken_up_says_what_is_saved(
+    stopped: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    saved = checkpoint.steps(stopped)
+    signal_after(monkeypatch, stage)
+    with pytest.raises(UserError, match=f"interrupted.* step {saved[-1]} is saved.* same command"):
+        train.train(small_config(), stopped)
+    assert checkpoint.steps(stopped) == saved
+    monkeypatch.undo()
+    train.train(small_config(), stopped)
+    assert_same_run(stopped, finished)
+
+
+def signal_after(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """Has one stage of the start end with a signal."""
+    whole = getattr(train, stage)
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        result = whole(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(train, stage, signalled)
 
 
 @pytest.mark.parametrize("asked", [0, 7, 14, 16])

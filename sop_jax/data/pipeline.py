@@ -7,7 +7,6 @@ threads change what they hold, and to resume is to start at a step.
 import gc
 import itertools
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from sop_jax.data import workers
 from sop_jax.data.augment import eval_image, multi_crop
 from sop_jax.data.decode import decode, decode_or_substitute
 from sop_jax.data.masks import first_step, view_mask
@@ -30,7 +30,7 @@ class Batches:
     """An endless iterator of batches."""
 
     def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
+        self._iterator, self._begun = iterator, False
 
     def __iter__(self) -> "Batches":
         return self
@@ -38,11 +38,16 @@ class Batches:
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             raise ValueError("these batches are closed")
-        return next(self._iterator)
+        with workers.losses_in_words():
+            batch = next(self._iterator)
+        self._begun = True
+        return batch
 
     def close(self) -> None:
         """Ends the threads and processes; may be called twice."""
         if self._iterator is not None:
+            if not self._begun:  # nobody waits for workers that are still starting
+                workers.kill()
             self._iterator.close()
             # grain's iterators print errors when they are left until the interpreter ends.
             self._iterator = None
@@ -144,18 +149,37 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers
             flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.data.workers, per_worker_buffer_size=2),
-            worker_init_fn=_leave_signals_to_the_parent,
+            grain.MultiprocessingOptions(
+                num_workers=config.data.workers, per_worker_buffer_size=workers.BUFFER
+            ),
+            worker_init_fn=workers.prepare,
         )
     if config.data.workers or piece < local_batch:
         pieces = pieces.batch(local_batch // piece, batch_fn=_join)
-    return Batches(iter(pieces))
+    iterator = iter(pieces)
+    if config.data.workers:
+        workers.start(iterator)
+    return Batches(iterator)
 
 
-def _leave_signals_to_the_parent(*_: Any) -> None:
-    """Terminals and clusters signal every process: the parent decides, and needs its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def check_shared_memory(config: Any, local_batch: int) -> None:
+    """Checks that the worker processes can hand over what they make.
+
+    Args:
+        config: the run's.
+        local_batch: images of a batch that this process makes.
+
+    Raises:
+        UserError: there is too little shared memory.
+    """
+    piece = _piece_size(local_batch, config.augment)
+    piece_bytes = piece * _image_bytes(config.augment)
+    workers.check_shared_memory(config.data.workers, piece_bytes, local_batch // piece)
+
+
+def _image_bytes(augment: Any) -> int:
+    """Of all views of an image."""
+    return 3 * (2 * augment.global_size**2 + augment.local_crops * augment.local_size**2)
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:
@@ -164,8 +188,7 @@ def _piece_size(local_batch: int, augment: Any) -> int:
     Whole batches of large images would fill the memory of many threads and processes several
     times over, and the first one would take one thread to make; small ones are best left whole.
     """
-    pixels = 2 * augment.global_size**2 + augment.local_crops * augment.local_size**2
-    most = max(1, PIECE_BYTES // (3 * pixels))
+    most = max(1, PIECE_BYTES // _image_bytes(augment))
     return max(size for size in range(1, min(local_batch, most) + 1) if local_batch % size == 0)
 
 

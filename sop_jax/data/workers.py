@@ -1,0 +1,122 @@
+"""Input worker processes: how they start, what they need and how they end."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import connection, resource_tracker
+from typing import Any
+
+from sop_jax.errors import Lost, UserError
+
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
+BUFFER = 2  # pieces that a worker has ready
+# Grain buffers as many again in the parent, and on each side one piece waits to be put there.
+PIECES_PER_WORKER = 2 * (BUFFER + 1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ROOM = (
+    "Give the container more shared memory (Docker: --shm-size=2g; Kubernetes: an emptyDir with "
+    "medium: Memory mounted at /dev/shm), set fewer --config.data.workers, or "
+    "--config.data.workers=0, which needs none."
+)
+
+
+def check_shared_memory(workers: int, piece_bytes: int, pieces: int) -> None:
+    """Checks that there is room for what the workers hand over.
+
+    Args:
+        workers: how many there are.
+        piece_bytes: of one piece of a batch.
+        pieces: in one batch.
+
+    Raises:
+        UserError: there is not.
+    """
+    if not workers or not os.path.isdir(SHARED_MEMORY):
+        return
+    needed = (workers * PIECES_PER_WORKER + pieces) * piece_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise UserError(
+            f"data.workers={workers} hand over images through {SHARED_MEMORY}, of which they need "
+            f"up to {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free. {_ROOM}"
+        )
+
+
+def start(iterator: Any) -> None:
+    """Starts the workers of a Grain iterator; returns before they are ready.
+
+    Terminals and clusters signal all processes of a group. The parent decides what a signal means
+    and needs its workers for that, so they never see one: they start with the signals blocked,
+    which they inherit from the threads that start them, until `prepare` ignores them.
+    """
+    resource_tracker.ensure_running()  # which unblocks the signals where it has to start
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        iterator.get_state()  # makes the iterators whose threads start the workers
+        iterator.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def prepare(*_: Any) -> None:
+    """What a worker does first: leaves signals to its parent, and makes sure to end with it."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    # Linux's parent-death signal would come at the end of the thread that started this process.
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)  # Python's resource tracker frees the shared memory when all processes are gone
+
+
+def kill() -> None:
+    """Ends the workers at once, whatever they are doing."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith("grain-process-prefetch"):
+            child.kill()
+
+
+@contextlib.contextmanager
+def losses_in_words() -> Iterator[None]:
+    """Turns the error of Grain about a dead worker into one that says what happened.
+
+    Raises:
+        Lost: a worker was killed or has crashed, and a new start may do better.
+        UserError: there is too little shared memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error))
+        if found is None:
+            raise
+        raise _loss(int(found[1])) from error
+
+
+def _loss(code: int) -> UserError:
+    if code == -signal.SIGBUS:
+        return UserError(
+            f"an input worker has ended with a bus error: {SHARED_MEMORY} is full. {_ROOM}"
+        )
+    if code == -signal.SIGKILL:
+        return Lost(
+            "an input worker was killed, probably by the system because memory ran out. The same "
+            "command goes on from the last checkpoint. If it happens again, set fewer "
+            "--config.data.workers, or give the machine or the container more memory."
+        )
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Lost(
+        f"an input worker has ended unexpectedly with {how}; what it printed above may say why. "
+        "The same command goes on from the last checkpoint. If it happens again, try "
+        "--config.data.workers=0, where the error shows itself in the main process."
+    )
