@@ -115,7 +115,8 @@ def test_splits_are_found_in_any_letter_case_and_validation_by_any_of_its_names(
     config = data_config("folder", tmp_path, test_split="validation")
     source, held_out = opened(config), opened(config, "test")
     assert source.class_names == held_out.class_names == ["a", "b"]
-    assert (len(source), len(held_out)) == (2, 1) and notes(source, held_out) == []
+    assert (len(source), len(held_out)) == (2, 1)
+    assert notes(source, held_out) == [f"{tmp_path}: splits: {train}, {test}"]
 
 
 def test_splits_that_are_not_used_are_told(tmp_path):
@@ -124,7 +125,7 @@ def test_splits_that_are_not_used_are_told(tmp_path):
     write_tree(tmp_path, ["sample.png"])
     config = data_config("folder", tmp_path, test_split="validation")
     assert notes(opened(config)) == [
-        f"{tmp_path}: not used: Test, val",
+        f"{tmp_path}: splits: train, validation; not used: Test, val",
         f"{tmp_path}: not used: 1 image beside the splits",
     ]
     assert opened(config, "test").name(0) == f"{tmp_path}/validation/a/1.png"
@@ -370,7 +371,9 @@ def test_remote_folders(monkeypatch):
     config = data_config("folder", "gs://bucket/data", test_split="validation")
     train = opened(config)
     assert train.files == ["a/1.png", "b/x/2.png"] and train.labels.tolist() == [0, 1]
-    assert notes(train) == ["gs://bucket/data/Train: left out: 1 file ending in .txt is not images"]
+    assert notes(train)[1:] == [
+        "gs://bucket/data/Train: left out: 1 file ending in .txt is not images"
+    ]
     np.testing.assert_array_equal(decode(train[1]), noise(1))
     assert opened(config, "test").name(0) == "gs://bucket/data/Val/a/3.png"
     bucket.pipe("gs://bucket/data/Train/b/no/4.png", b"")

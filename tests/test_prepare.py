@@ -98,7 +98,7 @@ def test_splits_are_found_in_any_letter_case(tmp_path, capfd):
     assert source.class_names == test.class_names == ["a", "b"]
     assert (len(source), len(test)) == (2, 1)
     told = capfd.readouterr().err
-    assert f"{tree}: not used: test" in told
+    assert f"{tree}: splits: Train, Validation; not used: test" in told
     assert f"{tree}/Train: left out: 1 file ending in .txt is not images" in told
     with pytest.raises(UserError, match="--splits=Train,Validation,test"):
         prepare(tree, out, "other", ["train", "training"])

@@ -802,7 +802,7 @@ def test_what_is_left_out_of_a_folder_is_told_at_the_start(
     told = capsys.readouterr().err
     images = tmp_path / "images"
     for note in (
-        f"{images}: not used: test",
+        f"{images}: splits: train, valid; not used: test",
         f"{images}/train: left out: 1 file ending in .txt is not images",
         f"{images}/valid: left out: 1 file ending in .txt is not images",
     ):

@@ -245,10 +245,9 @@ def find_splits(
             f"say that there are no splits with {setting}= ; if not, give a folder that has the "
             "splits only, or links to them."
         )
-    notes = []
     unused = [name for name in known if name not in used]
-    if unused:
-        notes.append(f"{printable(root)}: not used: {_some(unused)}")
+    rest = f"; not used: {_some(unused)}" if unused else ""
+    notes = [f"{printable(root)}: splits: {_some(list(found.values()))}{rest}"]
     if loose := sum(map(is_image, here.files)):
         notes.append(f"{printable(root)}: not used: {_count(loose, 'image')} beside the splits")
     return Splits(found, unused, notes)
