@@ -67,13 +67,6 @@ class Interruption:
         if self.poll():
             raise Interrupted(self.starting or "interrupted")
 
-    def check_start(self) -> None:
-        """Raises where this process was asked, while it does not yet wait for others."""
-        if self.asked and hosts.several():
-            raise KeyboardInterrupt  # which ends the others too
-        if self.asked:
-            raise Interrupted("interrupted at the start; nothing was trained")
-
     def _ask(self, number: int, _: Any) -> None:
         self.asked = True
         self._heard.set()

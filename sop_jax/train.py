@@ -81,9 +81,9 @@ def train_until(
 
     # What the run is made of.
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    train_source = open_source(config.data, "train", between=interruption.check_start)
+    train_source = open_source(config.data, "train")
     assert train_source is not None  # only the test split may be missing
-    test_source = open_source(config.data, "test", train_source, interruption.check_start)
+    test_source = open_source(config.data, "test", train_source)
     hosts.check_agreement(
         {
             "train images": len(train_source),

@@ -234,19 +234,13 @@ def test_the_train_folder_is_listed_once_for_both_splits(tmp_path, monkeypatch):
     )
 
 
-def test_many_files_are_listed_in_seconds_and_can_be_interrupted(tmp_path):
+def test_many_files_are_listed_in_seconds(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(5_000):
         (tmp_path / "a" / f"{i:06}.jpg").touch()
     clock = time.process_time()
     assert len(list_images(str(tmp_path)).files) == 5_000
     assert time.process_time() - clock < 0.25  # 100,000 take less than 5 s
-
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        list_images(str(tmp_path), stop)
 
 
 # Formats
@@ -290,7 +284,7 @@ def test_a_moving_picture_is_its_first_frame():
 
 
 def test_postscript_is_not_run_whatever_it_is_called():
-    with pytest.raises(ValueError, match="cannot identify"):
+    with pytest.raises(ValueError, match=r"identify|format"):
         decode(encoded(noise(), "EPS"))
 
 

@@ -826,7 +826,7 @@ def test_a_signal_ends_the_listing_of_a_folder(
 
     monkeypatch.setattr(os, "scandir", signalled)
     folder = {"data.source": "folder", "data.path": str(tmp_path / "images")}
-    with pytest.raises(Interrupted, match="at the start; nothing was trained"):
+    with pytest.raises(Interrupted, match="interrupted"):
         train.train(small_config(**folder), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ import collections
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +20,6 @@ from sop_jax.errors import UserError
 HELD_OUT = ("val", "valid", "validation")  # three names of the same split
 SPLITS = ("train", *HELD_OUT, "test")
 SHOWN = 5  # names in a message
-
-Between = Callable[[], Any]
 
 
 class FolderSource:
@@ -66,9 +64,7 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def open_folder(
-    data_config: Any, split: str, train: Any = None, between: Between | None = None
-) -> FolderSource | None:
+def open_folder(data_config: Any, split: str, train: Any = None) -> FolderSource | None:
     """Opens one split of a tree, as `sources.open_source` does.
 
     A tree has splits when it has a folder called `train_split`, in any letter case. Without one,
@@ -77,35 +73,32 @@ def open_folder(
     root = str(epath.Path(data_config.path))
     wanted = [name for name in (data_config.train_split, data_config.test_split) if name]
     if not data_config.train_split:
-        return folder_source(root, between=between) if split == "train" else None
-    folders, _, notes = find_splits(root, wanted, "--config.data.train_split", between)
+        return folder_source(root) if split == "train" else None
+    folders, _, notes = find_splits(root, wanted, "--config.data.train_split")
     if split == "test":
         if data_config.test_split not in folders:
             return None
         if train is None:
-            train = open_folder(data_config, "train", between=between)
-        return folder_source(f"{root}/{folders[data_config.test_split]}", train, between)
+            train = open_folder(data_config, "train")
+        return folder_source(f"{root}/{folders[data_config.test_split]}", train)
     inside = f"/{folders[data_config.train_split]}" if folders else ""
-    source = folder_source(f"{root}{inside}", between=between)
+    source = folder_source(f"{root}{inside}")
     source.notes[:0] = notes
     return source
 
 
-def folder_source(
-    root: str, like: FolderSource | None = None, between: Between | None = None
-) -> FolderSource:
+def folder_source(root: str, like: FolderSource | None = None) -> FolderSource:
     """The images below one folder, whose first-level folders are the classes.
 
     Args:
         root: the folder, local or gs://.
         like: a source whose class ids to use; without it the tree's own folders are the classes.
-        between: called between two files and folders; it may raise.
 
     Raises:
         UserError: no image, or a class that `like` does not have.
     """
     root = str(epath.Path(root))
-    files, notes = list_images(root, between)
+    files, notes = list_images(root)
     names = like.class_names if like else class_folders(files)
     if names is None:
         return FolderSource(root, files, None, None, [*notes, *_why_unlabelled(root, files)])
@@ -120,19 +113,18 @@ def folder_source(
     return FolderSource(root, files, _labels(folders, names), names, notes)
 
 
-def whole_tree(root: str, splits: bool = True, between: Between | None = None) -> FolderSource:
+def whole_tree(root: str, splits: bool = True) -> FolderSource:
     """All images below a folder. The folders of splits are not classes: those in them are.
 
     Args:
         root: the folder, local or gs://.
         splits: whether folders called train, val, valid, validation and test, in any letter case,
             are splits; if not, they are classes.
-        between: called between two files and folders; it may raise.
 
     Raises:
         UserError: no image, or images beside the splits, so that it is not clear what is a class.
     """
-    source = folder_source(root, between=between)
+    source = folder_source(root)
     first = {file.split("/", 1)[0] for file in source.files if "/" in file}
     known = sorted(name for name in first if name.casefold() in SPLITS)
     if not splits or not known:
@@ -192,16 +184,13 @@ class Splits(NamedTuple):
     notes: list[str]  # what a person should know
 
 
-def find_splits(
-    root: str, wanted: Sequence[str], setting: str, between: Between | None = None
-) -> Splits:
+def find_splits(root: str, wanted: Sequence[str], setting: str) -> Splits:
     """Finds the folders of splits, in any letter case; `val`, `valid`, `validation` are the same.
 
     Args:
         root: the tree, local or gs://.
         wanted: names of splits, the one to train on first. One that has a slash in it is a path.
         setting: how a person names the splits; empty, it says that there are none.
-        between: called between two files and folders; it may raise.
 
     Returns:
         The splits; without folders for a tree that has none.
@@ -210,7 +199,7 @@ def find_splits(
         UserError: it is not clear what is a split, or there are images in other folders.
     """
     _check_folder(root)
-    here = _contents(root, between)
+    here = _contents(root)
     known = [name for name in here.folders if name.casefold() in SPLITS]
     found: dict[str, str] = {}
     for name in wanted:
@@ -230,14 +219,12 @@ def find_splits(
         return Splits(found, [], [])
     used = set(found.values())
     others = [name for name in here.folders if name not in used and name not in known]
-    strangers = [name for name in others if _holds_images(f"{root}/{name}", {}, between)]
+    strangers = [name for name in others if _holds_images(f"{root}/{name}", {})]
     if strangers:  # which is well if the splits have links to their folders
         read: dict[str, str] = {}
         for name in sorted(used):
-            collections.deque(_walk(f"{root}/{name}", read, {}, between), maxlen=0)
-        strangers = [
-            name for name in strangers if _holds_images(f"{root}/{name}", dict(read), between)
-        ]
+            collections.deque(_walk(f"{root}/{name}", read, {}), maxlen=0)
+        strangers = [name for name in strangers if _holds_images(f"{root}/{name}", dict(read))]
     if strangers:
         raise UserError(
             f"{printable(root)} has the split {_some(sorted(used))}, but also images in "
@@ -273,9 +260,9 @@ def _find_split(root: str, name: str, here: "Contents") -> str | None:
     return same[0] if same else None
 
 
-def _holds_images(root: str, seen: dict[str, str], between: Between | None) -> bool:
+def _holds_images(root: str, seen: dict[str, str]) -> bool:
     """Whether there are images in a folder, apart from those in folders that were `seen`."""
-    walk = _walk(root, seen, {}, between)
+    walk = _walk(root, seen, {})
     return any(is_image(name) for _, here in walk for name in here.files)
 
 
@@ -298,14 +285,13 @@ class Listing(NamedTuple):
     notes: list[str]
 
 
-def list_images(root: str, between: Between | None = None) -> Listing:
+def list_images(root: str) -> Listing:
     """Lists all image files below `root`; hidden ones are left out, and links are followed.
 
     Every folder is listed once: where links lead to the same one, the first by name has it.
 
     Args:
         root: a folder, local or gs://.
-        between: called between two files and folders; it may raise.
 
     Raises:
         UserError: a folder is missing or cannot be listed, or there is no image.
@@ -317,7 +303,7 @@ def list_images(root: str, between: Between | None = None) -> Listing:
     others: collections.Counter[str] = collections.Counter()
     first: set[str] = set()
     hidden = 0
-    for inside, here in _walk(root, {}, again, between):
+    for inside, here in _walk(root, {}, again):
         for name in here.files:
             if is_image(name):
                 files.append(f"{inside}{name}")
@@ -360,16 +346,13 @@ def _check_folder(root: str) -> None:
         )
 
 
-def _walk(
-    root: str, seen: dict[str, str], again: dict[str, str], between: Between | None
-) -> Iterator[tuple[str, Contents]]:
+def _walk(root: str, seen: dict[str, str], again: dict[str, str]) -> Iterator[tuple[str, Contents]]:
     """Every folder once, as its path below `root` with a slash at its end, and its contents.
 
     Args:
         root: a folder, local or gs://.
         seen: the local folders so far, as they are without links, and their paths; is added to.
         again: gets the folders that were met again through links, and as what they were `seen`.
-        between: called between two files and folders; it may raise.
     """
     remote = "://" in root
     to_come = [""]
@@ -382,19 +365,17 @@ def _walk(
                 again[inside.rstrip("/")] = seen[real]
                 continue
             seen[real] = path
-        here = _contents(path, between)
+        here = _contents(path)
         yield inside, here
         to_come += [f"{inside}{name}/" for name in reversed(here.folders)]
 
 
-def _contents(folder: str, between: Between | None) -> Contents:
+def _contents(folder: str) -> Contents:
     """Lists one folder; one that cannot be listed is an error, because its images would be lost."""
     here = Contents([], [], [], [])
     remote = "://" in folder
     try:
         for name, kind in _remote_entries(folder) if remote else _entries(folder):
-            if between is not None:
-                between()
             # A file system that can be repaired has a lost+found at its root.
             hidden = name.startswith(".") or name == "lost+found"
             (here.hidden if hidden else getattr(here, kind)).append(name)

@@ -5,7 +5,6 @@ worker processes each get a copy. Files are opened when the first record is aske
 """
 
 import hashlib
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -45,12 +44,7 @@ class Source(Protocol):
         """Which records these are, in a few letters, the same wherever they are stored."""
 
 
-def open_source(
-    data_config: Any,
-    split: str,
-    train: Source | None = None,
-    between: Callable[[], Any] | None = None,
-) -> Source | None:
+def open_source(data_config: Any, split: str, train: Source | None = None) -> Source | None:
     """Opens one split of the configured data set.
 
     Args:
@@ -59,7 +53,6 @@ def open_source(
         split: "train" or "test", mapped to the two names above.
         train: the opened train split, whose classes a test split of a folder has; without it that
             is listed for them.
-        between: called again and again while a folder is listed; it may raise.
 
     Returns:
         The source, or None when there is no test split.
@@ -81,7 +74,7 @@ def open_source(
             "Set --config.data.path=..."
         )
     if data_config.source == "folder":
-        return open_folder(data_config, split, train, between)
+        return open_folder(data_config, split, train)
     return kinds[data_config.source](data_config, split)
 
 
