@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: `use_environment WHAT` makes .venv, installs WHAT in it (. or
-# .[extra]) and puts it first in PATH. It installs again only when setup.py has changed.
+# Sourced by the scripts beside it: `use_environment WHAT [FOLDER]` makes a virtual environment in
+# FOLDER (.venv by default), installs WHAT in it (. or .[extra]) and puts it first in PATH. It
+# installs again only when setup.py has changed.
 
 find_python() {
   local python
@@ -16,18 +17,19 @@ find_python() {
 }
 
 use_environment() {
-  local python stamp=".venv/installed-${1//[^a-z]/}"
-  if [[ ! -x .venv/bin/python ]]; then
+  local python folder="${2:-.venv}" stamp
+  stamp="$folder/installed-${1//[^a-z]/}"
+  if [[ ! -x "$folder/bin/python" ]]; then
     python="$(find_python)"
-    echo "Making a virtual environment in .venv with $("$python" --version)."
-    if ! "$python" -m venv .venv; then
-      rm -rf .venv
+    echo "Making a virtual environment in $folder with $("$python" --version)."
+    if ! "$python" -m venv "$folder"; then
+      rm -rf "$folder"
       echo "error: $python cannot make virtual environments. On Debian and Ubuntu, install" >&2
       echo "python3-venv; elsewhere a complete Python." >&2
       return 1
     fi
   fi
-  PATH="$PWD/.venv/bin:$PATH"
+  PATH="$PWD/$folder/bin:$PATH"
   if ! cmp -s setup.py "$stamp"; then
     echo "Installing sop_jax and what it needs: about 1 GB, some minutes."
     python -m pip install --quiet --disable-pip-version-check -e "$1"

@@ -2,9 +2,13 @@
 # Pretrains on the GPUs of a SLURM cluster, one task a GPU. Submitted from the root of a checkout
 # that every node sees:
 #
-#   sbatch --nodes=4 launch/gpu_slurm.sh --config=configs/X.py --workdir=DIR \
+#   sbatch --nodes=4 launch/gpu_slurm.sh --config=NAME|FILE --workdir=DIR \
 #       [--config.KEY=VALUE ...]
 #   bash launch/gpu_slurm.sh --dry-run ...   prints the commands and starts nothing
+#
+#   --config=NAME|FILE  a recipe of configs/ by its name, or a file
+#   --workdir=DIR       where the run is kept, on a disk that all nodes share
+#   --config.KEY=VALUE  changes a setting
 #
 # Before its time limit the job saves, goes back to the queue and resumes. What a cluster or a node
 # wants otherwise (--partition, --account, --mem, other numbers than those below) goes before the
@@ -34,8 +38,13 @@ source launch/arguments.sh
 source launch/environment.sh
 parse gpu_slurm.sh "" "" "$@"
 need config workdir
+check_config
 [[ -n "$dry" || -n "${SLURM_JOB_ID:-}" ]] ||
   die "this is no SLURM job: start it with sbatch, or add --dry-run"
+
+tasks="${SLURM_NTASKS_PER_NODE:-}" gpus="${SLURM_GPUS_ON_NODE:-}"
+[[ -z "$tasks" || -z "$gpus" || "$tasks" == "$gpus" ]] ||
+  die "$tasks tasks and $gpus GPUs a node: give --ntasks-per-node and --gpus-per-node one number"
 
 call use_environment ".[$(gpu_extras)]" # once, for all tasks
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Pretrains on Kubernetes, one pod a host: fills in launch/kubernetes.yaml and applies it.
 #
-#   launch/kubernetes.sh --image=IMAGE --hosts=4 --gpus=8 --config=configs/X.py \
+#   launch/kubernetes.sh --image=IMAGE --hosts=4 --gpus=8 --config=NAME|FILE \
 #       --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   launch/kubernetes.sh --image=IMAGE --tpu=tpu-v6e-slice --topology=4x8 ...   on GKE
 #
 #   --image=IMAGE       holds this checkout, installed; docs/launch.md says how to make it
-#   --hosts=1           how many
+#   --config=NAME|FILE  a recipe of configs/ by its name, or a file as the pods see it
+#   --hosts=1           how many hosts with GPUs
 #   --gpus=8            NVIDIA GPUs of a host
 #   --tpu=KIND          tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, ...
 #   --topology=AxB      of the slice, in chips; the number of hosts follows
@@ -21,12 +22,20 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck source=launch/arguments.sh
 source launch/arguments.sh
-image="" hosts=1 gpus="" tpu="" topology="" chips=4 spot="" claim="" name=sop-jax namespace=""
+image="" hosts="" gpus="" tpu="" topology="" chips="" spot="" claim="" name=sop-jax namespace=""
 (($#)) || set -- --help
 parse kubernetes.sh "image hosts gpus tpu topology chips claim name namespace" "spot" "$@"
 need image config workdir
+[[ "$config" == /* ]] || check_config # other files are the image's or the volume's
 [[ -n "$gpus" || -n "$tpu" ]] || die "--gpus=... or --tpu=... is missing"
 [[ -z "$gpus" || -z "$tpu" ]] || die "--gpus and --tpu exclude each other"
+if [[ -n "$tpu" ]]; then
+  need topology
+  [[ -z "$hosts" ]] || die "--hosts is for GPUs: of a TPU slice it follows from --topology"
+else
+  [[ -z "$topology$chips" ]] || die "--topology and --chips are for TPUs, and --gpus is given"
+fi
+hosts="${hosts:-1}" chips="${chips:-4}"
 [[ "$name" =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] || die "--name=$name cannot name a Service"
 [[ "$workdir" == gs://?* || (-n "$claim" && "$workdir" == /data/?*) ]] ||
   die "--workdir must be gs://... or, with --claim, /data/...: the pods share no other disk"
@@ -47,10 +56,17 @@ list() { # ITEM ...: of YAML
 
 devices="{nvidia.com/gpu: '$gpus'}" nodes="" taints=(nvidia.com/gpu google.com/tpu)
 if [[ -n "$tpu" ]]; then
-  need topology
   [[ "$topology" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || die "--topology=$topology is not like 4x8"
   all=$((${topology//x/*}))
   ((all % chips == 0)) || die "hosts of $chips chips make no slice of $topology"
+  case "$tpu" in
+    tpu-v5-lite-* | tpu-v6e-*)
+      check_size topology "$topology" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16
+      ;;
+    tpu-v4-* | tpu-v5p-* | tpu7x*)
+      [[ "$topology" == *x*x* ]] || die "--topology=$topology is not like 2x2x4, as $tpu has it"
+      ;;
+  esac
   hosts=$((all / chips)) devices="{google.com/tpu: '$chips'}"
   nodes="cloud.google.com/gke-tpu-accelerator: $(quoted "$tpu"),"
   nodes+=" cloud.google.com/gke-tpu-topology: $(quoted "$topology"),"

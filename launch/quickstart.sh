@@ -1,10 +1,20 @@
 #!/usr/bin/env bash
 # Sets everything up in .venv and pretrains a small ViT on scikit-learn's digits: under 5 minutes
-# on 2 CPU cores after the install. Arguments go to the training: --config.steps=300, for one.
+# on 2 CPU cores after the install.
+#
+#   bash launch/quickstart.sh [--config.KEY=VALUE ...]
+#
+# Arguments go to the training. For example: bash launch/quickstart.sh --config.steps=300
 # Run again, it resumes an interrupted run and leaves a finished one as it is.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=launch/arguments.sh
+source launch/arguments.sh
+if [[ " $* " =~ \ (-h|--help)\  ]]; then
+  show_help quickstart.sh
+  exit
+fi
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
 use_environment .

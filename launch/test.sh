@@ -1,12 +1,23 @@
 #!/usr/bin/env bash
-# Runs every check of the project in .venv: style, types, shell scripts and tests, under 20 minutes
-# on 2 CPU cores after the install. Arguments go to pytest: -k checkpoint, for one.
+# Runs every check of the project: style, types, shell scripts and tests, under 20 minutes on 2 CPU
+# cores after the install. Its environment is .venv-test: the compiler of TPUs, which it needs, makes
+# every command complain on a machine without TPUs.
+#
+#   bash launch/test.sh [ARGUMENT ...]
+#
+# Arguments go to pytest. For example: bash launch/test.sh -k checkpoint
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=launch/arguments.sh
+source launch/arguments.sh
+if [[ " $* " =~ \ (-h|--help)\  ]]; then
+  show_help test.sh
+  exit
+fi
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
-use_environment '.[test]'
+use_environment '.[test]' .venv-test
 
 ruff check .
 ruff format --check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains on a Cloud TPU slice of one or many hosts, from this machine, through gcloud.
 #
-#   launch/tpu_pod.sh ACTION --zone=ZONE [--type=v6e-64] [--spot] [--config=configs/X.py
+#   launch/tpu_pod.sh ACTION --zone=ZONE [--type=v6e-64] [--spot] [--config=NAME
 #       --workdir=gs://BUCKET/RUN --config.KEY=VALUE ...]
 #
 #   up        create, install and run; then watches, and does it again after every preemption, until
@@ -14,6 +14,7 @@
 #   stop      has the training save and end (end `up` first: it would start it again)
 #   delete    gives the slice back
 #
+#   --config=NAME       a recipe of configs/, by its name or file; --config.KEY=VALUE changes it
 #   --name=sop-jax      of the slice
 #   --project=ID        gcloud's own unless given
 #   --type=TYPE         v5litepod-64, v5p-128, v6e-64, ...; the number of hosts follows
@@ -43,15 +44,27 @@ case "$action" in
 esac
 if [[ -n "$workdir$config" ]]; then # before anything costs money
   [[ "$workdir" == gs://?* ]] || die "--workdir must be gs://...: the hosts share no disk"
-  [[ "$config" == configs/* && -f "${config%%:*}" ]] ||
-    die "there is no $config: --config must be a file of configs/, which is copied to the hosts"
+  check_config
+  [[ "$config" == configs/* || "$config" != */* ]] ||
+    die "--config must be a file of configs/, which is copied to the hosts, not $config"
 fi
-case "$type" in
-  v5litepod-*) runtime="${runtime:-v2-alpha-tpuv5-lite}" ;;
-  v5p-*) runtime="${runtime:-v2-alpha-tpuv5}" ;;
-  v6e-*) runtime="${runtime:-v2-alpha-tpuv6e}" ;;
-  *) runtime="${runtime:-tpu-ubuntu2204-base}" ;;
+kind="${type%%-*}" sizes=()
+case "$kind" in # the numbers are chips of v5litepod and v6e, of the others TensorCores
+  v5litepod) software=v2-alpha-tpuv5-lite sizes=(1 4 8 16 32 64 128 256) ;;
+  v6e) software=v2-alpha-tpuv6e sizes=(1 4 8 16 32 64 128 256) ;;
+  v5p) software=v2-alpha-tpuv5 sizes=(8 16 32 64 {128..12288..128}) ;;
+  v4) software=tpu-ubuntu2204-base sizes=(8 16 32 64 {128..8192..128}) ;;
+  v3) software=tpu-ubuntu2204-base sizes=(8 32 64 128 256 512 1024 2048) ;;
+  v2) software=tpu-ubuntu2204-base sizes=(8 32 64 128 256 512) ;;
+  "") software="" ;;
+  *) die "there is no --type=$type; kinds are v2, v3, v4, v5litepod, v5p and v6e, as in v6e-64" ;;
 esac
+if [[ -n "$type" ]]; then
+  [[ "$type" =~ ^[^-]+-[1-9][0-9]*$ ]] || die "--type=$type has no size, as v6e-64 has"
+  check_size type "$type" "${sizes[@]/#/$kind-}"
+fi
+runtime="${runtime:-$software}"
+[[ "$poll" =~ ^[0-9]+([.][0-9]+)?$ ]] || die "--poll=$poll is no number of seconds"
 
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
+STARTERS = ("quickstart.sh", "test.sh")
 SCRIPTS = ("gpu_local.sh", "gpu_slurm.sh", "kubernetes.sh", "tpu_pod.sh")
 TOOLS = (
     "basename bash cat cp date dirname env flock grep gzip head mkdir mktemp nohup rm sed sh sleep "
@@ -180,6 +181,68 @@ def test_help_is_the_words_at_the_head_of_the_script(world: World, script: str) 
     assert "#" not in done.stdout and "set -e" not in done.stdout and not done.stderr
 
 
+@pytest.mark.parametrize("script", [*STARTERS, *SCRIPTS])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_does_nothing_else_and_has_an_example(world: World, script: str, flag: str) -> None:
+    world.put(python3=RECORD, python=RECORD, uv=RECORD, nvidia_smi=RECORD, srun=RECORD)
+    world.put(ruff=RECORD, gcloud=RECORD, kubectl=RECORD)
+    done = world.run(script, flag, *([] if script in STARTERS else ["--config=no/such"]))
+    assert not world.calls() and not done.stderr
+    assert f"launch/{script}" in done.stdout
+    assert "For example" in done.stdout or "--config=NAME" in done.stdout
+    assert not list(world.checkout.glob(".venv*"))
+
+
+# Makes virtual environments whose Python is another of its own.
+PYTHON = (
+    RECORD
+    + """
+[[ "$*" != "-m venv "* ]] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; }
+"""
+)
+
+
+def test_tests_have_an_environment_of_their_own(world: World) -> None:
+    """Their compiler of TPUs makes every command complain on a machine without TPUs."""
+    shutil.copy(ROOT / "launch" / "environment.sh", world.checkout / "launch")
+    world.put(python3=PYTHON, ruff=RECORD, mypy=RECORD, shellcheck=RECORD, cmp="exit 1")
+    environments = {}
+    for script in STARTERS:
+        world.run(script)
+        installs = [call for call in world.calls() if call[1:4] == ["-m", "pip", "install"]]
+        (venv,) = [call[3] for call in world.calls() if call[1:3] == ["-m", "venv"]]
+        environments[venv] = installs[0][-1]
+        (world.folder / "calls").unlink()
+    assert environments == {".venv": ".", ".venv-test": ".[test]"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            "--config=configs/digts.py",
+            "there is no configs/digts.py: --config must be .* one of: digits",
+        ),
+        ("--config=digit", "there is no digit: --config must be a Python file or one of: digits"),
+        ("--workdir=", "--workdir is empty: give it a value; is a variable not set"),
+        ("--config=", "--config is empty"),
+        ("--config.data.path=", "--config.data.path is empty"),
+    ],
+)
+def test_dry_run_refuses_what_cannot_be(world: World, script: str, option: str, words: str) -> None:
+    done = world.run(script, "--dry-run", *NEEDED[script], *TRAINING, option, code=2)
+    assert re.search(f"^error: .*{words}", done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("config", ["digits", "digits:argument", "configs/digits.py"])
+def test_recipes_are_found_by_name_and_by_file(world: World, script: str, config: str) -> None:
+    arguments = ["--dry-run", *NEEDED[script], f"--config={config}", "--workdir=gs://bucket/run"]
+    assert f"--config={config}" in world.run(script, *arguments).stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("option", ["--confg=x", "--dry-runs", "word", "--zoned=x", "--poll 3="])
 def test_an_unknown_option_is_one_line(world: World, script: str, option: str) -> None:
@@ -278,6 +341,12 @@ class TestSlurm:
         world.put(uv=RECORD, srun="#!/usr/bin/env bash\nexit 130\n", scontrol=f"{RECORD}exit 1\n")
         done = world.run("gpu_slurm.sh", *TRAINING, code=130, **self.JOB)
         assert "submit it again" in done.stderr
+
+    def test_tasks_that_are_not_as_many_as_gpus(self, world: World) -> None:
+        world.put(uv=RECORD, srun=RECORD)
+        job = self.JOB | {"SLURM_NTASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}
+        done = world.run("gpu_slurm.sh", *TRAINING, code=2, **job)
+        assert "8 tasks and 4 GPUs" in done.stderr and not world.calls()
 
     def test_outside_a_job(self, world: World) -> None:
         world.put(uv=RECORD, srun=RECORD)
@@ -387,6 +456,12 @@ class TestKubernetes:
             (["--tpu=tpu-v6e-slice"], "--topology=... is missing"),
             (["--tpu=tpu-v6e-slice", "--topology=4*8"], "--topology=4*8"),
             (["--tpu=tpu-v6e-slice", "--topology=1x2"], "hosts of 4 chips"),
+            (["--tpu=tpu-v6e-slice", "--topology=4x9"], "no --topology=4x9; did you mean 4x8"),
+            (["--tpu=tpu-v5p-slice", "--topology=4x8"], "--topology=4x8 is not like 2x2x4"),
+            (["--tpu=tpu-v6e-slice", "--topology=4x8", "--hosts=3"], "--hosts is for GPUs"),
+            (["--gpus=8", "--topology=4x8"], "--topology and --chips are for TPUs"),
+            (["--gpus=8", "--chips=4"], "--topology and --chips are for TPUs"),
+            (["--gpus=8", "--claim="], "--claim is empty"),
             (["--gpus=eight"], "eight is no number"),
             (["--gpus=8", "--name=A_b"], "--name=A_b"),
             (["--gpus=8", "--config.x=a\nb"], "more than one line"),
@@ -442,6 +517,25 @@ class TestTpu:
         assert f"--runtime-version={runtime} " in world.run("tpu_pod.sh", *arguments).stdout
         own = world.run("tpu_pod.sh", *arguments, "--runtime=mine").stdout
         assert "--runtime-version=mine " in own
+
+    @pytest.mark.parametrize(
+        ("option", "words"),
+        [
+            ("--type=v6e-65", "there is no --type=v6e-65; did you mean v6e-64"),
+            ("--type=v5litepod-3", "did you mean v5litepod-4"),
+            ("--type=v5p-130", "did you mean v5p-128"),
+            ("--type=v7-8", "kinds are v2, v3, v4, v5litepod, v5p and v6e"),
+            ("--type=v6e", "--type=v6e has no size"),
+            ("--type=v6e-4x4", "--type=v6e-4x4 has no size"),
+            ("--type=", "--type is empty"),
+            ("--zone=", "--zone is empty"),
+            ("--poll=soon", "--poll=soon is no number of seconds"),
+            ("--config=sop_jax/__init__.py", "must be a file of configs/"),
+        ],
+    )
+    def test_what_cannot_be(self, world: World, option: str, words: str) -> None:
+        done = world.run("tpu_pod.sh", *UP, "--dry-run", *TRAINING, option, code=2)
+        assert words in done.stderr and not done.stdout
 
     @pytest.mark.parametrize("action", ["create", "install", "run", "status", "stop", "delete"])
     def test_each_action_has_a_dry_run(self, world: World, action: str) -> None:
