@@ -1,13 +1,14 @@
 """Brings weights in from other projects, and takes them there.
 
-    python -m sop_jax.convert --from=FILE --to=DIR [--key=teacher|student] [--heads=N]
+    python -m sop_jax.convert --from=FILE --to=DIR [--key=teacher|student] [--prefix=P] [--heads=N]
     python -m sop_jax.convert --from=FILE|DIR --export=timm|hf|hf4|ibot --to=FILE.safetensors
 
-FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, timm,
-torchvision or transformers; nothing in it is executed. DIR is what `sop_jax.evaluate`,
-`sop_jax.extract` and `--config.init_from` take: the workdir of a run (for --from, --workdir says
-the same), or the folder that this command makes, with config.json, the network as step 0, and
-converted.json, which says what the file did not have.
+FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, MAE, MSN,
+MoCo-v3, solo-learn, lightly, timm, torchvision or transformers, or the index of several such files
+(`model.safetensors.index.json`, or its folder); nothing in it is executed. DIR is what
+`sop_jax.evaluate`, `sop_jax.extract` and `--config.init_from` take: the workdir of a run (for
+--from, --workdir says the same), or the folder that this command makes, with config.json, the
+network as step 0, and converted.json, which says what the file did not have.
 An export has the backbone alone and loads with `strict=True`; `hf` has the names of transformers 5,
 `hf4` those of the versions before.
 """
@@ -22,7 +23,8 @@ from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
 from sop_jax.models.positions import RULES
-from sop_jax.weights import files, mapping
+from sop_jax.weights import files, mapping, recognition
+from sop_jax.weights.tables import Layout
 
 PROJECTS = ("timm", "hf", "hf4", "ibot")
 
@@ -35,11 +37,13 @@ def convert(
     step: int | None = None,
     heads: int | None = None,
     positions: str | None = None,
+    prefix: str | None = None,
 ) -> list[str]:
     """Makes a folder of a network, or a file for another project.
 
     Args:
-        source: a file of weights, or the folder of a run or of an earlier conversion.
+        source: a file of weights, the index of several or their folder, or the folder of a run or
+            of an earlier conversion.
         to: the folder, which is new; with `project` the .safetensors.
         project: one of PROJECTS, to export.
         key: which network of several; the teacher by default.
@@ -47,6 +51,7 @@ def convert(
         heads: of a ViT whose width and depth are of no known size: weights do not tell.
         positions: the rule for positions of other grids, one of `RULES`; of the project that the
             weights are from by default.
+        prefix: what the names of the network in a file begin with, if it is not found otherwise.
 
     Returns:
         What was done, a line each.
@@ -66,7 +71,9 @@ def convert(
     elif to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to={to} is there already; name a new folder")
     if source.is_dir():
-        for flag, value in (("heads", heads), ("positions", positions)):
+        source = files.index_of(source) or source
+    if source.is_dir():
+        for flag, value in (("heads", heads), ("positions", positions), ("prefix", prefix)):
             if value is not None:
                 raise UserError(
                     f"--{flag} is for a file of weights: config.json in {source} says it already"
@@ -78,7 +85,7 @@ def convert(
     else:
         if step is not None:
             raise UserError(f"--step={step} is of the checkpoints of a folder; {source} is a file")
-        config, params, absent, words = read(source, key, heads, positions, bool(project))
+        config, params, absent, words = read(source, key, prefix, heads, positions, bool(project))
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
@@ -99,6 +106,7 @@ def convert(
 def read(
     path: epath.Path,
     key: str | None,
+    prefix: str | None,
     heads: int | None,
     positions: str | None,
     exports: bool,
@@ -112,23 +120,32 @@ def read(
     Raises:
         UserError: as `convert`.
     """
-    file = pretrained.read_file(path, key)
+    file = pretrained.read_file(path, key, prefix)
     try:
         config, params, start = _network(file, heads, positions, exports)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    words = [
-        f"{other.project}'s names are the same: if these weights are {other.project}'s, say "
-        f"--positions={other.settings['positions']}"
-        for other in file.alike
-        if not positions and "positions" in other.settings
-    ]
+    words = [] if positions else _other_positions(file.alike, config.model.positions)
     absent = [path for path in pretrained.flatten(params) if path not in start.leaves]
     return config, pretrained.replace(params, start.leaves), absent, start.words + words
 
 
+def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
+    """What to say of projects that have a file's names and resize positions by other rules."""
+    projects: dict[str, list[str]] = {}
+    for layout in alike:
+        rule = layout.settings.get("positions", chosen)
+        if rule != chosen:
+            projects.setdefault(rule, []).append(layout.project)
+    return [
+        f"the names of {' and '.join(names)} are the same: if these weights are from there, say "
+        f"--positions={rule}"
+        for rule, names in projects.items()
+    ]
+
+
 def _network(
-    file: mapping.Recognised, heads: int | None, positions: str | None, exports: bool
+    file: recognition.Recognised, heads: int | None, positions: str | None, exports: bool
 ) -> tuple[ml_collections.ConfigDict, Params, pretrained.Start]:
     """What describes the network of a file, how it starts, and what the file gives it."""
     family = file.layout.family
@@ -214,7 +231,16 @@ def main(argv: list[str]) -> None:
     source = args["from"].value or args.workdir
     if not source or (args["from"].value and args.workdir):
         raise UserError("say what to convert: either --from=FILE (or a folder) or --workdir=DIR")
-    told = convert(source, args.to, args.export, args.key, args.step, args.heads, args.positions)
+    told = convert(
+        source,
+        args.to,
+        args.export,
+        args.key,
+        args.step,
+        args.heads,
+        args.positions,
+        args.prefix,
+    )
     print("\n".join(told))
 
 
@@ -227,6 +253,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("export", None, f"The project to export to: {', '.join(PROJECTS)}.")
     flags.DEFINE_string(
         "key", None, "The network to take: teacher (the default where there are both) or student."
+    )
+    flags.DEFINE_string(
+        "prefix", None, "What the names of the network begin with, if it is not found otherwise."
     )
     flags.DEFINE_integer("step", None, "The checkpoint of a folder to take; the newest by default.")
     flags.DEFINE_integer(

@@ -17,7 +17,7 @@ from sop_jax.errors import UserError
 from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import Model, Params, build, size_of
 from sop_jax.models.positions import resize_positions
-from sop_jax.weights import files, mapping
+from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Arrays
 
 
@@ -67,11 +67,11 @@ def load(
         UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
     """
     folder = epath.Path(workdir)
-    weights = [x.name for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
+    weights = [x for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
     if weights and not (folder / "checkpoints").exists():
         raise UserError(
             f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
-            f"{folder / min(weights)}"
+            f"{files.index_of(folder) or min(weights)}"
         )
     if network != "teacher" and origin(folder):
         raise UserError(f"{folder} has no {network}: it holds the teacher alone, as converted")
@@ -116,6 +116,8 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
             differs.
     """
     source = epath.Path(config.init_from)
+    if source.is_dir():
+        source = files.index_of(source) or source
     shapes = {
         path: leaf.shape
         for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()
@@ -135,23 +137,31 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
     return start
 
 
-def read_file(path: epath.PathLike, network: str | None = None) -> mapping.Recognised:
+def read_file(
+    path: epath.PathLike, network: str | None = None, prefix: str | None = None
+) -> recognition.Recognised:
     """The weights of one network of a file, and by which project's names.
+
+    Args:
+        path: of the file, or of the index of several.
+        network: which of several, as `recognition.recognise` has it.
+        prefix: what its names begin with, likewise.
 
     Raises:
         UserError: it cannot be read, or its names are unknown.
     """
     # Of projects with the same names timm has its files so, and DINO in PyTorch's own format.
-    likely = "timm" if epath.Path(path).suffix in (".safetensors", ".npz") else "ibot"
-    arrays = files.read(path, network)
-    try:
-        return mapping.recognise(arrays, likely)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    of_timm = {".safetensors", ".npz"} & set(epath.Path(path).suffixes)
+    likely = "timm" if of_timm else "ibot"
+    with files.opened(path) as arrays:
+        try:
+            return recognition.recognise(arrays, likely, network, prefix)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def of_arrays(
-    file: mapping.Recognised,
+    file: recognition.Recognised,
     shapes: dict[str, tuple[int, ...]],
     settings: ml_collections.ConfigDict,
 ) -> Start:
@@ -179,7 +189,7 @@ def of_arrays(
             theirs = mapping.describe(layout, file.arrays)
             told += ", its numbers: " + ", ".join(f"{name}={x}" for name, x in theirs.items())
         raise UserError(told) from error
-    words = _words(loaded, f"by the names of {who}")
+    words = [*file.words, *_words(loaded, f"by the names of {who}")]
     for name, value in layout.settings.items():
         if settings[name] != value:
             words.append(

@@ -350,10 +350,10 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     convert(tmp_path / "theirs.safetensors", tmp_path / "net", heads=peer.heads)
     agree(peer, theirs, tmp_path / "net", peer.sizes)
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "theirs.pth")
-    read = files.read(tmp_path / "theirs.pth")
-    assert {key: x.tobytes() for key, x in read.items()} == {
-        key: x.tobytes() for key, x in weights.items()
-    }
+    with files.opened(tmp_path / "theirs.pth") as read:
+        assert {key: x.tobytes() for key, x in read.items()} == {
+            f"state_dict.{key}": x.tobytes() for key, x in weights.items()
+        }
     convert(tmp_path / "net", tmp_path / "back.safetensors", project)
     back = load_file(tmp_path / "back.safetensors")
     assert all(back[key].tobytes() == weights[key].tobytes() for key in back)

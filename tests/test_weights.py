@@ -21,7 +21,7 @@ from sop_jax import config as config_lib
 from sop_jax import pretrained
 from sop_jax.errors import UserError
 from sop_jax.models import build
-from sop_jax.weights import files, mapping, pytorch
+from sop_jax.weights import files, mapping, pytorch, recognition
 from sop_jax.weights.tables import LAYOUTS
 
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -43,6 +43,7 @@ EXPORTS = [
     *((network, project) for network in NETWORKS for project in ("hf", "hf4")),
     *((network, "ibot") for network in ("vit", "swin", "resnet")),
     *((network, "dinov2") for network in ("vit with LayerScale", "vit with registers")),
+    *(("vit", project) for project in ("mae", "msn")),
 ]
 
 
@@ -85,8 +86,13 @@ def never(table: np.ndarray, rows: int) -> np.ndarray:
 def load(
     arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], likely: str = "ibot"
 ) -> mapping.Loaded:
-    file = mapping.recognise(arrays, likely)
+    file = recognition.recognise(arrays, likely)
     return mapping.load(file.layout, file.arrays, shapes, never)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with files.opened(path) as arrays:
+        return dict(arrays)
 
 
 def ibot_shapes() -> dict[str, tuple[int, ...]]:
@@ -102,58 +108,23 @@ CONTENT = {"a": numbers(2, 3), "b.c": bfloat16(numbers(5)), "d": np.arange(3)}
 def test_pth_gives_its_arrays_bit_for_bit(tmp_path: pathlib.Path, legacy: bool) -> None:
     base = numbers(6, 8)
     content = CONTENT | {"view": base[1:4, ::2], "transposed": base.T, "half": np.float16([1, 2])}
-    read = files.read(save_pth(tmp_path / "f.pth", content, legacy))
-    assert read.keys() == content.keys()
+    found = read(save_pth(tmp_path / "f.pth", content, legacy))
+    assert found.keys() == content.keys()
     for name, array in content.items():
-        assert read[name].dtype == array.dtype
-        np.testing.assert_array_equal(read[name], array)
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_safetensors_and_npz_give_their_arrays(tmp_path: pathlib.Path) -> None:
     save_file(CONTENT, tmp_path / "f.safetensors")
     plain = {name: array for name, array in CONTENT.items() if name != "b.c"}
     np.savez(tmp_path / "f.npz", **plain)
-    for read, expected in (
-        (files.read(tmp_path / "f.safetensors"), CONTENT),
-        (files.read(tmp_path / "f.npz"), plain),
+    for found, expected in (
+        (read(tmp_path / "f.safetensors"), CONTENT),
+        (read(tmp_path / "f.npz"), plain),
     ):
-        assert read.keys() == expected.keys()
-        assert all((read[name] == array).all() for name, array in expected.items())
-
-
-@pytest.mark.parametrize(
-    "content, key, expected",
-    [
-        ({"student": {"a": 1}, "teacher": {"a": 2}}, None, 2),
-        ({"student": {"a": 1}, "teacher": {"a": 2}}, "student", 1),
-        ({"state_dict": {"teacher.a": 2, "student.a": 1}, "epoch": 3}, None, 2),
-        ({"model": {"a": 3}, "optimizer": {"state": {0: {"step": 4}}}}, None, 3),
-        ({"model": {"a": 3}, "model_ema": {"a": 4}}, None, 4),
-        ({"state_dict": {"a": 1}, "state_dict_ema": {"a": 2}}, "state_dict", 1),
-        ({"a": 5}, None, 5),
-    ],
-)
-def test_network_of_several_is_found(
-    tmp_path: pathlib.Path, content: Any, key: str | None, expected: int
-) -> None:
-    def arrays(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {name: arrays(value) for name, value in part.items()}
-        return np.full(2, part, np.float32)
-
-    file = save_pth(tmp_path / "f.pth", arrays(content))
-    read = files.read(file, key)
-    assert read.keys() == {"a"} and (read["a"] == expected).all()
-    with pytest.raises(UserError, match="has no 'another'; it holds"):
-        files.read(file, "another")
-
-
-def test_of_several_parts_one_must_be_named(tmp_path: pathlib.Path) -> None:
-    parts = {f"net_{name}": {"a": np.zeros(2, np.float32)} for name in "ab"}
-    file = save_pth(tmp_path / "f.pth", parts)
-    with pytest.raises(UserError, match="several parts: net_a, net_b; say which with --key"):
-        files.read(file)
-    assert files.read(file, "net_b").keys() == {"a"}
+        assert found.keys() == expected.keys()
+        assert all((found[name] == array).all() for name, array in expected.items())
 
 
 def test_settings_of_a_training_are_passed_over(tmp_path: pathlib.Path) -> None:
@@ -165,7 +136,7 @@ def test_settings_of_a_training_are_passed_over(tmp_path: pathlib.Path) -> None:
     array = Call(Named("numpy._core.multiarray", "_reconstruct"), Named("numpy", "ndarray"), (0,))
     others = {"seen": {1, 2}, "array": array, "epoch": 3, "lr": [0.1, None]}
     content = {"teacher": {"a": numbers(2)}, "args": settings} | others
-    assert files.read(save_pth(tmp_path / "f.pth", content)).keys() == {"a"}
+    assert read(save_pth(tmp_path / "f.pth", content)).keys() == {"teacher.a"}
 
 
 EVIL = {
@@ -190,7 +161,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(
         evil = EVIL[kind](made)
     content = {"teacher": {"a": numbers(2)}, "args": evil}
     with pytest.raises(UserError, match=r"is refused: it holds .* nothing .* was run or loaded"):
-        files.read(save_pth(tmp_path / "f.pth", content, legacy))
+        read(save_pth(tmp_path / "f.pth", content, legacy))
     assert not made.exists()
 
 
@@ -220,7 +191,7 @@ def test_a_pickle_changes_nothing_that_it_names(
     file = save_pth(tmp_path / "f.pth", content)
     try:
         with pytest.raises(UserError, match="cannot be read"):
-            files.read(file)
+            read(file)
         assert things() == before
         assert bfloat16_type.itemsize == 2
     finally:  # it is the whole process's: for the tests after a failure
@@ -246,7 +217,7 @@ def test_truncated_file_is_one_error(tmp_path: pathlib.Path, name: str, share: f
     data = file.read_bytes()
     file.write_bytes(data[: int(share * len(data))])
     with pytest.raises(UserError, match=f"{name} cannot be read: .*It may be truncated"):
-        files.read(file)
+        read(file)
 
 
 def test_changed_bytes_are_noticed(tmp_path: pathlib.Path) -> None:
@@ -255,7 +226,7 @@ def test_changed_bytes_are_noticed(tmp_path: pathlib.Path) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="cannot be read"):
-        files.read(file)
+        read(file)
 
 
 @pytest.mark.parametrize(
@@ -272,19 +243,19 @@ def test_array_beyond_its_bytes_is_refused(
         archive.writestr("archive/data.pkl", data)
         archive.writestr("archive/data/0", numbers(6).tobytes())
     with pytest.raises(UserError, match="cannot be read: an array"):
-        files.read(tmp_path / "f.pth")
+        read(tmp_path / "f.pth")
 
 
 def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="there is no file of weights"):
-        files.read(tmp_path / "absent.pth")
+        read(tmp_path / "absent.pth")
     np.savez(tmp_path / "f.npz", a=np.array([{"a": 1}], object))
     (tmp_path / "text.pth").write_text("once upon a time")
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("readme", "an archive")
     for name in ("f.npz", "text.pth", "other.pth"):
         with pytest.raises(UserError, match="cannot be read"):
-            files.read(tmp_path / name)
+            read(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------ layouts
@@ -299,7 +270,7 @@ def test_round_trip_is_bit_exact(network: str, project: str) -> None:
     arrays, left, _ = mapping.export(project, config.model.family, leaves)
     assert all(path.startswith("head/") or path == "backbone/mask_token" for path in left)
 
-    file = mapping.recognise(arrays, project)
+    file = recognition.recognise(arrays, project)
     assert file.layout.project in (project, {"hf4": "hf"}.get(project))  # a ResNet's are the same
     loaded = mapping.load(file.layout, file.arrays, shapes_of(leaves), never)
     assert sorted(loaded.lacking) == sorted(left) and not loaded.ignored
@@ -337,10 +308,11 @@ def test_layout_is_recognised_by_names() -> None:
         (vit | gammas, "timm"),
         (vit | gammas | {"mask_token": numbers(1, 32)}, "dinov2"),
     ):
-        assert mapping.recognise(arrays, "ibot").layout.project == expected
-    file = mapping.recognise(vit, "timm")
-    assert file.layout.project == "timm" and [x.project for x in file.alike] == ["ibot"]
-    assert mapping.recognise(checkpoints.ibot(), "timm").layout.project == "ibot"
+        assert recognition.recognise(arrays, "ibot").layout.project == expected
+    file = recognition.recognise(vit, "timm")
+    assert file.layout.project == "timm"
+    assert [x.project for x in file.alike] == ["ibot", "mae", "msn"]
+    assert recognition.recognise(checkpoints.ibot(), "timm").layout.project == "ibot"
 
 
 @pytest.mark.parametrize("family", ["vit", "swin"])
@@ -433,12 +405,9 @@ def test_network_of_another_kind_is_refused(changes: dict[str, Any], words: str)
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="of no backbone that is known .*: bert.layer.0"):
-        mapping.recognise({"bert.layer.0": numbers(2), "bert.pooler": numbers(2)}, "ibot")
+        recognition.recognise({"bert.layer.0": numbers(2), "bert.pooler": numbers(2)}, "ibot")
     with pytest.raises(UserError, match="names at all|none at all"):
-        mapping.recognise({}, "ibot")
-    both = {f"{wrapper}.norm.weight": numbers(2) for wrapper in ("backbone", "module")}
-    with pytest.raises(UserError, match="several networks"):
-        mapping.recognise(both, "ibot")
+        recognition.recognise({}, "ibot")
 
 
 def test_export_says_which_networks_a_project_lacks() -> None:

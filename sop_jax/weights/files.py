@@ -1,6 +1,12 @@
-"""Files of weights: PyTorch's (`.pth` and its other endings), `.safetensors` and `.npz`."""
+"""Files of weights: PyTorch's (`.pth` and its other endings), `.safetensors` and `.npz`.
 
-from collections.abc import Mapping
+Those of Hugging Face may come in several files, with an index that says what is in which.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -13,10 +19,9 @@ from sop_jax.errors import UserError
 from sop_jax.weights import pytorch
 from sop_jax.weights.pytorch import Tensor
 
-# Of several networks in a file, whose weights are taken where nobody says.
-NETWORKS = ("teacher", "student")
-# Under which name a file of one network may hold it; averaged weights before the last ones.
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# The names of one of several files, and of their index.
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
+_INDEX = ".index.json"
 
 _SAFETENSORS_DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -30,30 +35,63 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_SHOWN = 8  # names
+_SHOWN = 4  # names
 
 
-def read(path: epath.PathLike, network: str | None = None) -> dict[str, np.ndarray]:
-    """The weights of one network of a file.
+class _Arrays(Mapping[str, np.ndarray]):
+    """Arrays by their names, each read when it is asked for."""
+
+    def __init__(self, path: epath.Path, tensors: dict[str, Tensor]):
+        self._path, self._tensors = path, tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with _reading(self._path):
+            return self._tensors[name].load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@contextlib.contextmanager
+def opened(path: epath.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of a file, or of several that an index names, for as long as it is open.
 
     Args:
-        path: local or remote (`gs://`).
-        network: which of several, such as `teacher` or `student`; the teacher where a file has
-            both and nothing is said.
+        path: of the file, or of the index (`.index.json`) of several; local or remote (`gs://`).
 
-    Returns:
-        Arrays by the names that the file gives them, of the types that it has.
+    Yields:
+        Arrays by their names, parts of the file before those of the arrays with dots between them,
+        of the types that the file has. Each is read when it is asked for.
 
     Raises:
-        UserError: there is no such file or network, it cannot be read, or it holds code.
+        UserError: there is no such file, it cannot be read, it holds code, or it is one of several.
     """
     path = epath.Path(path)
     if not path.is_file():
         raise UserError(f"there is no file of weights {path}")
+    with contextlib.ExitStack() as stack:
+        if path.name.endswith(_INDEX):
+            tensors = _of_index(path, stack)
+        else:
+            _refuse_shard(path)
+            tensors = _of_file(path, stack)
+        yield _Arrays(path, tensors)
+
+
+def index_of(folder: epath.Path) -> epath.Path | None:
+    """The index of weights that lie in several files of a folder, if there is one."""
+    found = [folder / name for name in _names(folder) if name.endswith(_INDEX)]
+    return min(found, key=lambda path: (".safetensors" not in path.name, path.name), default=None)
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Says of which file it is that something cannot be read."""
     try:
-        with path.open("rb") as file:
-            tensors = _choose(_content(path, file), network, path)
-            return {name: tensor.load() for name, tensor in tensors.items()}
+        yield
     except pytorch.Code as error:
         raise UserError(f"{path} is refused: {error}") from None
     except UserError:
@@ -85,6 +123,59 @@ def write(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"cannot write {path}: {error}; choose another --to") from error
 
 
+def _names(folder: epath.Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def _of_index(index: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    """The tensors of all files that an index names."""
+    with _reading(index):
+        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        parts = sorted(set(places.values()))
+        lost = [part for part in parts if not (index.parent / part).is_file()]
+    if lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise UserError(
+            f"{index} names {len(parts)} files, of which these are missing beside it: "
+            f"{', '.join(lost[:_SHOWN])}{more}"
+        )
+    content = {part: _of_file(index.parent / part, stack) for part in parts}
+    absent = [name for name, part in places.items() if name not in content[part]]
+    if absent:
+        raise UserError(
+            f"{index} says that {absent[0]} is in {places[absent[0]]}, which does not have it; "
+            "take index and files from the same download"
+        )
+    return {name: content[part][name] for name, part in places.items()}
+
+
+def _refuse_shard(path: epath.Path) -> None:
+    """Raises UserError where a file is one of several."""
+    match = _SHARD.fullmatch(path.name)
+    if match and int(match[2]) > 1:
+        index = f"{match[1]}{match[3]}{_INDEX}"
+        where = "beside it" if (path.parent / index).is_file() else "which is to lie beside all"
+        raise UserError(
+            f"{path} is one of {int(match[2])} files that make a network together; give their "
+            f"index, {index}, {where}"
+        )
+
+
+def _of_file(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    """The tensors of one file, by their names in full."""
+    with _reading(path):
+        content = _content(path, stack.enter_context(path.open("rb")))
+        return dict(_flat(content if isinstance(content, Mapping) else {}))
+
+
+def _flat(tree: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Tensor]]:
+    for name, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{before}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+
+
 def _content(path: epath.Path, file: Any) -> Any:
     """What a file holds: containers with `Tensor`s in them."""
     if path.suffix == ".safetensors":
@@ -106,32 +197,3 @@ def _from_safetensors(entry: Mapping[str, Any]) -> Tensor:
 
 def _loaded(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, lambda: array)
-
-
-def _choose(content: Any, network: str | None, path: epath.Path) -> dict[str, Tensor]:
-    """The tensors of one network."""
-    tree = content if isinstance(content, Mapping) else {}
-    parts = {str(name): value for name, value in tree.items() if isinstance(value, Mapping)}
-    for prefix in NETWORKS:
-        if under := {
-            n[len(prefix) + 1 :]: tree[n] for n in tree if str(n).startswith(f"{prefix}.")
-        }:
-            parts[prefix] = under
-    for name in [network] if network else NETWORKS:
-        if name in parts:
-            return _tensors(parts[name])
-    for name in _WRAPPERS:
-        if name in parts:
-            return _choose(parts[name], network, path)
-    if network:
-        known = ", ".join([*parts][:_SHOWN]) or "one network, without a name"
-        raise UserError(f"{path} has no {network!r}; it holds: {known}")
-    found = _tensors(tree)
-    if parts and not found:
-        known = ", ".join([*parts][:_SHOWN])
-        raise UserError(f"{path} holds several parts: {known}; say which with --key")
-    return found
-
-
-def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {str(name): value for name, value in tree.items() if isinstance(value, Tensor)}

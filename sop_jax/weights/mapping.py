@@ -16,10 +16,6 @@ from sop_jax.weights.tables import LAYOUTS, Arrays, Layout, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# What wrappers of networks put before all names.
-_PREFIX = re.compile(
-    r"((module|_orig_mod|backbone|vit|dinov2|dinov2_with_registers|swin|resnet)\.)*"
-)
 # A head of other layers than those of the tables is no part of the backbone.
 _HEAD = re.compile(r"head\.mlp\.([024])\.(weight|bias)")
 _POSITIONS = "backbone/pos_embed"
@@ -33,20 +29,6 @@ class Entry(NamedTuple):
     path: str
     layer: int | None
     row: Row
-
-
-class Recognised(NamedTuple):
-    """What a file is by its names.
-
-    Attributes:
-        layout: that of its names.
-        arrays: by names without what wrappers of networks put before them.
-        alike: layouts with the same names and other settings.
-    """
-
-    layout: Layout
-    arrays: Arrays
-    alike: list[Layout]
 
 
 class Exported(NamedTuple):
@@ -77,43 +59,6 @@ class Loaded(NamedTuple):
     ignored: list[str]
     lacking: list[str]
     resized: list[str]
-
-
-def recognise(arrays: Mapping[str, np.ndarray], likely: str) -> Recognised:
-    """The layout that fits the names of a file best.
-
-    Args:
-        arrays: of one network, by their names.
-        likely: the project to take where names of several are alike and nothing was put before
-            them: DINO's backbones and timm's ViTs without classifier are.
-
-    Raises:
-        UserError: none fits, or there is more than one network.
-    """
-    bare = {_PREFIX.sub("", name, count=1): array for name, array in arrays.items()}
-    if len(bare) < len(arrays):
-        raise UserError("it holds several networks without saying which is which; save one alone")
-    if bare.keys() != arrays.keys():
-        likely = "ibot"
-
-    def fit(layout: Layout) -> int:
-        rows = [(name, row) for row in layout.rows for name in row.names]
-        placed = [name for name in bare if any(_regex(known).fullmatch(name) for known, _ in rows)]
-        ignored = [name for name in bare if _is_ignored(layout, name)]
-        lacking = [name for name, row in rows if not row.optional and _fill(name, 0, 0) not in bare]
-        return 2 * len(placed) + len(ignored) - 2 * len(lacking)
-
-    fits = [fit(layout) for layout in LAYOUTS]
-    best = [layout for layout, how_well in zip(LAYOUTS, fits, strict=True) if how_well == max(fits)]
-    if not bare or max(fits) <= 0:
-        names = ", ".join([*arrays][:_SHOWN]) or "none at all"
-        raise UserError(
-            "its names are of no backbone that is known (ViT, Swin or ResNet by iBOT, DINO, "
-            f"DINOv2, timm, torchvision or transformers): {names}"
-        )
-    layout = next((layout for layout in best if layout.project == likely), best[0])
-    alike = [other for other in best if other.settings != layout.settings]
-    return Recognised(layout, layout.read(bare), alike)
 
 
 def own(family: str, paths: Collection[str]) -> Layout:
@@ -150,7 +95,7 @@ def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
     for row in layout.rows:
         for pattern in row.names:
             for name in arrays:
-                if match := _regex(pattern).fullmatch(name):
+                if match := regex(pattern).fullmatch(name):
                     known.add(name)
                     seen.append((_stage(pattern, match), int(match.groupdict().get("i", 0))))
                     if len(row.names) == 1 and _shape(row, arrays[name]) is None:
@@ -163,11 +108,11 @@ def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
                 continue
             if "{i}" in pattern:
                 stages = [s for s in layers if (s is not None) == ("{s}" in pattern)] or [None]
-                names = [_fill(pattern, s, i) for s in stages for i in range(layers.get(s, 1))]
+                names = [fill(pattern, s, i) for s in stages for i in range(layers.get(s, 1))]
                 missing += [name for name in names if name not in arrays]
-            elif not any(map(_regex(pattern).fullmatch, arrays)):
-                missing.append(pattern if "{s" not in pattern else _fill(pattern, 0, 0))
-    unexpected = [x for x in arrays if x not in known and not _is_ignored(layout, x)]
+            elif not any(map(regex(pattern).fullmatch, arrays)):
+                missing.append(pattern if "{s" not in pattern else fill(pattern, 0, 0))
+    unexpected = [x for x in arrays if x not in known and not is_ignored(layout, x)]
     return {"of another shape": wrong, "missing": missing, "unexpected": unexpected}
 
 
@@ -226,7 +171,7 @@ def load(
     """The leaves of a network from the arrays of a file: all that it needs, or none.
 
     Args:
-        layout: from `recognise`, as the next.
+        layout: from `recognition.recognise`, as the next.
         arrays: by their names.
         shapes: of the network's leaves, by their paths.
         resize: from positions [1+n, D], [CLS] first, of a square grid to so many rows of another.
@@ -234,7 +179,7 @@ def load(
     Raises:
         UserError: the file is not of this network; lists the differences.
     """
-    head = [x for x in arrays if x.startswith("head.") and not _is_ignored(layout, x)]
+    head = [x for x in arrays if x.startswith("head.") and not is_ignored(layout, x)]
     known_head = all(map(_HEAD.fullmatch, head))
     other_head = [] if known_head else head
     arrays = {name: array for name, array in arrays.items() if name not in other_head}
@@ -273,7 +218,7 @@ def load(
             parts.setdefault(entry.path, []).append(leaf)
     used = {name for entry in entries for name in entry.names}
     others = [name for name in arrays if name not in used]
-    ignored = [name for name in others if _is_ignored(layout, name)]
+    ignored = [name for name in others if is_ignored(layout, name)]
     unexpected = [name for name in others if name not in ignored]
     _check(
         {
@@ -312,7 +257,7 @@ def export(project: str, family: str, leaves: Arrays) -> Exported:
         lacking = [
             row.path
             for row in layout.rows
-            if not row.optional and not any(map(_regex(row.path).fullmatch, leaves))
+            if not row.optional and not any(map(regex(row.path).fullmatch, leaves))
         ]
         if not lost and not lacking:
             return _export(layout, leaves)
@@ -348,12 +293,12 @@ def _entries(layout: Layout, shapes: Shapes) -> Iterator[Entry]:
     """What the table says of the leaves that a network has."""
     for row in layout.rows:
         for path, shape in shapes.items():
-            if not (match := _regex(row.path).fullmatch(path)):
+            if not (match := regex(row.path).fullmatch(path)):
                 continue
             stacked = any("{i" in name for name in row.names)
             for i in range(shape[0]) if stacked else [None]:
                 yield Entry(
-                    tuple(_fill(name, match.groupdict().get("s"), i) for name in row.names),
+                    tuple(fill(name, match.groupdict().get("s"), i) for name in row.names),
                     path,
                     i,
                     row,
@@ -365,7 +310,7 @@ def _shapes(layout: Layout, arrays: Arrays) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for row in layout.rows:
         for name in arrays:
-            if not (match := _regex(row.names[0]).fullmatch(name)):
+            if not (match := regex(row.names[0]).fullmatch(name)):
                 continue
             shape = _shape(row, arrays[name])
             if shape is None:
@@ -390,7 +335,7 @@ def _stage(pattern: str, match: re.Match[str]) -> int | None:
 
 
 @functools.cache
-def _regex(pattern: str) -> re.Pattern[str]:
+def regex(pattern: str) -> re.Pattern[str]:
     """What a pattern with `{s}` and `{i}` stands for; the numbers are groups of these names."""
     text = re.escape(pattern)
     for place in "is":
@@ -399,7 +344,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _fill(pattern: str, stage: int | str | None, layer: int | None) -> str:
+def fill(pattern: str, stage: int | str | None, layer: int | None) -> str:
+    """The name that a pattern with `{s}` and `{i}` stands for."""
     for place, number in (("s", stage), ("i", layer)):
         if number is not None:
             pattern = pattern.replace(f"{{{place}}}", str(number))
@@ -421,7 +367,8 @@ def _write(row: Row, leaf: np.ndarray) -> list[np.ndarray]:
     return np.split(np.asarray(row.transform.write(leaf)), len(row.names))
 
 
-def _is_ignored(layout: Layout, name: str) -> bool:
+def is_ignored(layout: Layout, name: str) -> bool:
+    """Whether a layout knows a name and has no place for it."""
     return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
 
 

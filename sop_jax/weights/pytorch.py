@@ -71,6 +71,13 @@ class _Gap:
     def __setstate__(self, state: Any) -> None:
         del state
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        del key, value
+
+    def append(self, value: Any) -> None:
+        """Leaves out an item of a list of its own kind."""
+        del value
+
 
 def _as_given(value: Any = (), *rest: Any) -> Any:
     del rest
@@ -109,6 +116,8 @@ class _Function(NamedTuple):
 # All that a file may name. What a training leaves beside its weights is read as gaps.
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): _Gap,
+    ("typing", "Any"): _Gap,
     ("torch._utils", "_rebuild_tensor"): _Function(_rebuild),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild),
     ("torch._utils", "_rebuild_parameter"): _Function(_as_given),
@@ -131,6 +140,10 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
+# Projects whose objects a training leaves beside its weights: settings, callbacks.
+_SETTINGS = {"lightning", "lightning_fabric", "omegaconf", "pytorch_lightning"}
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds containers and `Tensor`s, and refuses to so much as import anything."""
 
@@ -140,6 +153,14 @@ class _Unpickler(pickle.Unpickler):
         self.storages: dict[str, _Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] in _SETTINGS:
+            return _Gap
+        if module.startswith("torch.distributed"):
+            raise Code(
+                f"it holds {module}.{name}: it is the part of one process in a checkpoint of "
+                "several. Take a file with the whole network: DINOv2's trainer writes "
+                "eval/*/teacher_checkpoint.pth"
+            )
         if (module, name) not in _NAMES:
             raise Code(
                 f"it holds {module}.{name}, which is no array, number, text or container of them; "

@@ -5,8 +5,9 @@ left to right to load weights and from right to left to export them. `{i}` in a 
 layers that lie stacked in one leaf, `{s}` the stages; `{s+1}` is the stage after it.
 
 Sources: iBOT's `models/{vision_transformer,swin_transformer,head}.py`, whose names DINO, SOP and
-MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`; DINOv2's
-`vision_transformer.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers
+MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`, whose ViTs MoCo-v3,
+solo-learn and lightly train; DINOv2's `vision_transformer.py`; MAE's `models_mae.py`; MSN's
+`deit.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers
 5 (`hf`) and of those before it, which are also the names of the files on its hub (`hf4`).
 """
 
@@ -175,6 +176,9 @@ _HEAD = tuple(
 _MADE = (r".*\.(relative_position_index|attn_mask|num_batches_tracked)",)
 _IBOT_IGNORED = (*_MADE, r"head\.last_layer2?\..*")
 _TIMM_IGNORED = (*_MADE, r"(head|head\.fc|fc|fc_norm|head_dist)\.(weight|bias)")
+# Heads of several layers in the place of a classifier, as MoCo's on a ResNet and MSN's.
+_HEADS_IGNORED = (r"(fc|pred)\..*",)
+_MAE_IGNORED = (*_MADE, r"decoder_\w+(\..*)?", "mask_token")  # the token is the decoder's
 _HF_IGNORED = (*_MADE, r"(classifier|cls_classifier|pooler|decoder|lm_head)\..*")
 
 # ---------------------------------------------------------------------------------------------- ViT
@@ -230,6 +234,7 @@ _HF_REGISTERS = Row(("embeddings.register_tokens",), "backbone/register_tokens",
 
 _IBOT_RULE = {"positions": "ibot", "norm_eps": 1e-6}
 _ANTIALIASED = {"positions": "antialiased", "norm_eps": 1e-6}
+_SIZE_RULE = {"positions": "size", "norm_eps": 1e-6}
 
 
 def _hf_vits(project: str, vit: tuple[str, Names], dinov2: Names) -> tuple[Layout, ...]:
@@ -238,7 +243,7 @@ def _hf_vits(project: str, vit: tuple[str, Names], dinov2: Names) -> tuple[Layou
     scaled = (*_HF_DINOV2, *_layer("encoder.layer.{i}", dinov2, "backbone/blocks"))
     return (
         Layout(project, "vit", plain, {"positions": "size", "norm_eps": 1e-12}, _HF_IGNORED),
-        Layout(project, "vit", scaled, {"positions": "size", "norm_eps": 1e-6}, _HF_IGNORED),
+        Layout(project, "vit", scaled, _SIZE_RULE, _HF_IGNORED),
         Layout(project, "vit", (*scaled, _HF_REGISTERS), _ANTIALIASED, _HF_IGNORED),
     )
 
@@ -272,6 +277,8 @@ _VITS = (
         _ANTIALIASED,
         _IBOT_IGNORED,
     ),
+    Layout("mae", "vit", _VIT, _SIZE_RULE, _MAE_IGNORED),
+    Layout("msn", "vit", _VIT, _SIZE_RULE, (*_MADE, *_HEADS_IGNORED)),
     *_hf_vits("hf", ("layers.{i}", _HF), _HF_DINOV2_LAYER),
     *_hf_vits("hf4", ("encoder.layer.{i}", _HF4), _HF4_DINOV2_LAYER),
 )
@@ -408,8 +415,14 @@ _HF_RESNET = _resnet(
     ("shortcut.convolution", "shortcut.normalization"),
 )
 _RESNETS = (
-    Layout("ibot", "resnet", (*_TORCHVISION, *_HEAD), {}, (*_IBOT_IGNORED, *_TIMM_IGNORED)),
-    Layout("timm", "resnet", _TORCHVISION, {}, _TIMM_IGNORED),
+    Layout(
+        "ibot",
+        "resnet",
+        (*_TORCHVISION, *_HEAD),
+        {},
+        (*_IBOT_IGNORED, *_TIMM_IGNORED, *_HEADS_IGNORED),
+    ),
+    Layout("timm", "resnet", _TORCHVISION, {}, (*_TIMM_IGNORED, *_HEADS_IGNORED)),
     Layout("hf", "resnet", _HF_RESNET, {}, _HF_IGNORED),
     Layout("hf4", "resnet", _HF_RESNET, {}, _HF_IGNORED),
 )

@@ -1,0 +1,252 @@
+"""What a file of weights is by its names: which of its networks is taken, and whose layout it has.
+
+A checkpoint of a training holds more than a backbone: teacher and student, projection heads,
+queues, decoders, the state of the optimizer. Backbones are found by the names of their layers,
+whatever stands before these.
+"""
+
+import collections
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sop_jax.errors import UserError
+from sop_jax.weights import mapping
+from sop_jax.weights.tables import LAYOUTS, Arrays, Layout
+
+# Under which names backbones keep their layers; a ResNet's first stage is `4` where its modules
+# were put into one nn.Sequential, as lightly's examples do.
+_LAYERS = ("blocks", "layers", "encoder.layer", "encoder.layers", "encoder.stages", "layer1", "4.0")
+_SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# What wrappers put into names, anywhere, and what a network calls its backbone, beside its head.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_BACKBONE = re.compile(
+    r"(?:(?<=\.)|^)((module|_orig_mod|backbone|vit|dinov2|dinov2_with_registers|swin|resnet)\.)+$"
+)
+# Under what a file keeps the arrays of its networks, beside the state of the optimizer.
+_PARTS = re.compile(r"^(state_dict|model)(_ema)?\.")
+# DINOv2's trainer puts several blocks into a chunk; their own numbers run on from chunk to chunk.
+_CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
+_SWIGLU = re.compile(r".*\.(w12|w3|weights_in|weights_out)\.(weight|bias)")
+
+# Words in the names of a network that is averaged over the training, and of one that is not.
+_TEACHER = {"teacher", "momentum", "ema", "target", "key", "k"}
+_STUDENT = {"student", "online", "anchor", "query", "q"}
+# solo-learn's, lightly's and MoCo-v3's networks, whose ViTs are timm's.
+_OF_TIMM = re.compile(r"(^|\.)(base_encoder|momentum_encoder|\w+_backbone|backbone\.vit)\.")
+_SHOWN = 8  # names
+
+
+class Recognised(NamedTuple):
+    """What a file is by its names.
+
+    Attributes:
+        layout: that of its names.
+        arrays: of the network that is taken, by names without what stood before them.
+        alike: layouts with the same names and other settings.
+        words: for a person, a line each: what was taken of several networks, what was set aside.
+    """
+
+    layout: Layout
+    arrays: Arrays
+    alike: list[Layout]
+    words: list[str]
+
+
+def recognise(
+    arrays: Mapping[str, np.ndarray],
+    likely: str,
+    network: str | None = None,
+    prefix: str | None = None,
+) -> Recognised:
+    """Finds the backbone in a file, with the head that belongs to it.
+
+    Args:
+        arrays: all of a file, by their names; only those of the network are read.
+        likely: the project to take where names of several are alike and nothing stands before
+            them: DINO's backbones and timm's ViTs without classifier are.
+        network: which of several: `teacher`, `student` or a part of what their names begin with.
+            By default the teacher where there is one.
+        prefix: what the names of the network begin with, if it is not found otherwise.
+
+    Raises:
+        UserError: there is no network of a known layout, or none like that, or more than one.
+    """
+    starts = _starts(arrays)
+    if prefix:
+        starts = _under(prefix, arrays, starts)
+    start = _choose(starts, network) if starts else ""
+    names, aside = _divide(arrays, start, [other for other in starts if other != start])
+
+    if start:
+        likely = "timm" if _OF_TIMM.search(start) else "ibot"
+    fits = [_fit(layout, names) for layout in LAYOUTS]
+    best = [layout for layout, how_well in zip(LAYOUTS, fits, strict=True) if how_well == max(fits)]
+    if not names or max(fits) <= 0:
+        known = "; ".join(mapping.shortened([*names])) or "none at all"
+        raise UserError(
+            "its names are of no backbone that is known (ViT, Swin or ResNet by iBOT, DINO, "
+            f"DINOv2, timm, torchvision or transformers): {known}"
+        )
+    layout = next((layout for layout in best if layout.project == likely), best[0])
+    own = {bare: arrays[name] for bare, name in names.items()}
+    _refuse_swiglu(own)
+    alike = [other for other in best if other.settings != layout.settings]
+    return Recognised(layout, layout.read(own), alike, _words(start, starts, aside))
+
+
+def _starts(names: Collection[str]) -> list[str]:
+    """What the names of each backbone begin with: nothing, or words that end with a dot."""
+    found = {
+        name[:at]
+        for name in names
+        for layers in _LAYERS
+        if (at := f".{name}".find(f".{layers}.")) >= 0
+    }
+    starts: list[str] = []
+    for start in sorted(found, key=lambda start: (len(start), start)):
+        if any(start.startswith(outer) for outer in starts):
+            continue  # layers of a backbone may look like one themselves
+        if max(_fit(layout, _own(names, start)) for layout in LAYOUTS) > 0:
+            starts.append(start)
+    return starts
+
+
+def _under(prefix: str, names: Collection[str], starts: Sequence[str]) -> list[str]:
+    """The backbones below a prefix; where none is found there, the prefix itself."""
+    wanted = f"{prefix.strip('.')}."
+    begin = {
+        name[: at + len(wanted)] for name in names if (at := f".{name}".find(f".{wanted}")) >= 0
+    }
+    if len(begin) != 1:
+        there = begin or {*starts} - {""} or {name.split(".")[0] for name in names}
+        what = "names of several networks have" if begin else "no name of it has"
+        raise UserError(f"{what} the prefix {prefix}; there are: {_shown(sorted(there))}")
+    (full,) = begin
+    return [start for start in starts if start.startswith(full)] or [full]
+
+
+def _choose(starts: Sequence[str], network: str | None) -> str:
+    """Which of several backbones is taken: the teacher's, unless another is asked for."""
+    fitting = list(starts)
+    if network:
+        fitting = [start for start in starts if f".{network}." in f".{start}"]
+        if not fitting and network in ("teacher", "student"):
+            ranks = sorted({_rank(start) for start in starts})
+            rank = ranks[-1] if network == "teacher" else ranks[0]
+            if len(ranks) > 1 or rank == (1 if network == "teacher" else -1):
+                fitting = [start for start in starts if _rank(start) == rank]
+        if not fitting:
+            raise UserError(f"it has no {network!r}; it holds: {_shown(starts)}")
+    highest = max(map(_rank, fitting))
+    taken = [start for start in fitting if _rank(start) == highest]
+    if len(taken) > 1:
+        raise UserError(
+            f"it holds several networks: {_shown(taken)}; choose one with --prefix=... of "
+            "sop_jax.convert"
+        )
+    return taken[0]
+
+
+def _rank(start: str) -> int:
+    """1 of a teacher, -1 of a student, as far as a name tells; else 0."""
+    words = {*re.split(r"[._]", start.lower())}
+    return bool(words & _TEACHER) - bool(words & _STUDENT)
+
+
+def _divide(
+    arrays: Collection[str], start: str, others: Sequence[str]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """The names of a network without what stands before them, and how many others there are.
+
+    Returns:
+        For each name as layouts have it the one of the file; and numbers of arrays that belong
+        neither to this network nor to another backbone, by the parts that they belong to.
+    """
+    outside = _BACKBONE.sub("", start)  # where the head is, beside the backbone
+    heads: dict[str, str] = {}
+    aside: collections.Counter[str] = collections.Counter()
+    for name in arrays:
+        if not name.startswith((start, *others)):
+            part = _WRAPPERS.sub("", name.removeprefix(outside))
+            if name.startswith(outside) and part.startswith("head."):
+                heads[part] = name
+            else:
+                aside[_PARTS.sub("", part).split(".")[0]] += 1
+    return heads | _own(arrays, start), aside
+
+
+def _own(arrays: Iterable[str], start: str) -> dict[str, str]:
+    """For each name below a backbone's start, as layouts have it, the one of the file."""
+    below = [name for name in arrays if name.startswith(start)]
+    numbered = _SEQUENTIAL if f"{start}4.0.conv1.weight" in below else {}
+    names: dict[str, str] = {}
+    for name in below:
+        bare = _CHUNK.sub("blocks.", _WRAPPERS.sub("", name.removeprefix(start)))
+        first, dot, rest = bare.partition(".")
+        bare = f"{numbered.get(first, first)}{dot}{rest}"
+        if bare in names:
+            raise UserError(f"{names[bare]} and {name} are both the network's {bare}")
+        names[bare] = name
+    return names
+
+
+def _fit(layout: Layout, names: Iterable[str]) -> int:
+    """How well names are those of a layout; positive where they may be."""
+    names = set(names)
+    rows = [(name, row) for row in layout.rows for name in row.names]
+    known = _any(tuple(name for name, _ in rows))
+    placed = sum(bool(known.fullmatch(name)) for name in names)
+    ignored = sum(mapping.is_ignored(layout, name) for name in names)
+    lacking = [
+        name for name, row in rows if not row.optional and mapping.fill(name, 0, 0) not in names
+    ]
+    return 2 * placed + ignored - 2 * len(lacking)
+
+
+@functools.cache
+def _any(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """What fits any of some patterns."""
+    return re.compile(
+        "|".join(re.sub(r"\?P<.>", "?:", mapping.regex(pattern).pattern) for pattern in patterns)
+    )
+
+
+def _refuse_swiglu(arrays: Arrays) -> None:
+    """Raises UserError where layers have gates, apart or within one array, as timm keeps them."""
+    gates = [name for name in arrays if _SWIGLU.fullmatch(name)]
+    fc1, fc2 = (arrays.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
+    if fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2:
+        gates += ["blocks.0.mlp.fc1.weight"] * (fc1.shape[0] == 2 * fc2.shape[1])
+    if gates:
+        raise UserError(
+            f"its layers have SwiGLU feed-forward networks ({gates[0]}), as DINOv2's giant ViT "
+            "has; only those of two linear layers with GELU between them are supported: take a "
+            "small, base or large one"
+        )
+
+
+def _words(start: str, starts: Sequence[str], aside: Mapping[str, int]) -> list[str]:
+    words = []
+    if len(starts) > 1:
+        others = [other for other in starts if other != start]
+        as_teacher = ", as the teacher" if all(_rank(start) > _rank(x) for x in others) else ""
+        words.append(
+            f"taken: {_shown([start])}{as_teacher}; not taken: {_shown(others)} (--key or --prefix "
+            "of sop_jax.convert takes another)"
+        )
+    if aside:
+        parts = [f"{part} ({n} array{'s' * (n > 1)})" for part, n in aside.items()]
+        words.append(f"set aside: {_shown(parts)}")
+    return words
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = [name.removesuffix(".") or "one without a prefix" for name in names[:_SHOWN]]
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return ", ".join([*shown, *more]) or "one network, without a name"
