@@ -16,6 +16,7 @@ from sop_jax.sop.prototypes import POOLS, VOTES
 
 CHOICES = {
     "data.source": ("tfds", "folder", "packed", "digits"),
+    "data.orientation": ("auto", "exif", "ignore"),
     "augment.resample": ("opencv", "pillow"),
     "mask.kind": ("block", "random"),
     "model.family": tuple(FAMILIES),
@@ -36,6 +37,7 @@ POSITIVE = (
     "batch_size",
     "accumulate",
     "mesh.fsdp",
+    "data.max_pixels",
     "augment.global_size",
     "augment.local_size",
     "model.patch",
@@ -60,6 +62,8 @@ NOT_NEGATIVE = (
     "augment.local_crops",
     "data.workers",
     "data.threads",
+    "data.white",
+    "data.retry_seconds",
     "log_every",
     "eval_every",
     "checkpoint_every",

@@ -20,6 +20,10 @@ from sop_jax.errors import UserError, nearest
 BEFORE: dict[str, dict[str, Any]] = {
     "0.2.0": {
         "model.precision": "default",
+        "data.orientation": "ignore",
+        "data.white": 0.0,
+        "data.max_pixels": 178_956_970,
+        "data.retry_seconds": 60.0,
     },
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
@@ -33,6 +37,8 @@ RESUMABLE = (
     "checkpoint.keep_every",
     "data.workers",
     "data.threads",
+    "data.retry_seconds",
+    "data.max_corrupt_share",
     "mesh.data",
     "mesh.fsdp",
     "accumulate",
@@ -74,6 +80,10 @@ def paper() -> ml_collections.ConfigDict:
             workers=8,  # processes; 0 stays in this one
             threads=4,  # a process
             max_corrupt_share=0.01,
+            orientation="auto",  # exif | ignore | auto: exif for folders of images, else ignore
+            white=0.0,  # of a single channel of more than 8 bits; 0 for what the file says
+            max_pixels=178_956_970,  # of an image; larger ones are not decoded
+            retry_seconds=60.0,  # to wait for storage that does not answer; 0 for not at all
         )
     )
     config.augment = ml_collections.ConfigDict(

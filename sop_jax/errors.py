@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Sequence
 
-LOST = 75  # the exit code where a process is gone: nothing to mend, the command goes on
+LOST = 75  # the exit code where a process or the data is gone: the same command goes on
 
 
 class UserError(Exception):
@@ -27,6 +27,10 @@ class Interrupted(UserError):
 
 class Lost(UserError):
     """A process that a run needs is gone. A new start may do better: the exit code is LOST."""
+
+
+class Unreachable(Lost):
+    """Data that was there cannot be reached."""
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 
 from sop_jax import hosts
 from sop_jax.compilation import keep_compiled
+from sop_jax.corrupt import tell
 from sop_jax.data import sources
+from sop_jax.data.decode import decoding
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import Extract, make_extractor
@@ -36,6 +38,7 @@ def knn_evaluation(
     eval_config: ml_collections.ConfigDict,
     mesh: Mesh,
     between: Callable[[], Any] | None = None,
+    unreadable: Callable[[Source, list[int]], Any] | None = None,
 ) -> dict[str, float | int | None]:
     """Weighted k-NN accuracy of the test images among the train images, as DINO measures it.
 
@@ -48,6 +51,7 @@ def knn_evaluation(
         eval_config: has `knn_k` and `knn_temperature`.
         mesh: devices that share the train images among them.
         between: called after each batch of images and chunk of the search; it may raise.
+        unreadable: called with each source and its records that cannot be read.
 
     Returns:
         `knn_top1`, the best over k, `knn_k`, the k that gave it, and `knn_top1_k<k>` for each k,
@@ -60,6 +64,9 @@ def knn_evaluation(
     if test is None or train.labels is None or test.labels is None:
         return result
     known, asked = (extract(params, source, between=between) for source in (train, test))
+    if unreadable:
+        unreadable(train, known.corrupt)
+        unreadable(test, asked.corrupt)
     top1 = knn_top1(
         known.vectors,
         train.labels[known.index],
@@ -115,7 +122,12 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
     hosts.check_agreement({"train images": len(train), "test images": len(test)})
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
-    result = knn_evaluation(extract, teacher, train, test, config.eval, mesh)
+
+    def unreadable(source: Source, corrupt: list[int]) -> None:
+        if jax.process_index() == 0:
+            tell(source, corrupt, decoding(config.data, source))
+
+    result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
     record = {"task": "knn", "step": step, **result}
     if jax.process_index() > 0:
         return record  # the first process speaks and writes

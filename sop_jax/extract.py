@@ -22,6 +22,8 @@ from etils import epath
 
 from sop_jax import hosts
 from sop_jax.compilation import keep_compiled
+from sop_jax.corrupt import tell
+from sop_jax.data.decode import decoding
 from sop_jax.data.folders import whole_tree
 from sop_jax.errors import UserError
 from sop_jax.features import make_extractor
@@ -69,12 +71,12 @@ def export(
             features = extract(teacher, source, bar.update)
         if draft is None:
             return
-        if features.corrupt:
-            print(f"{len(features.corrupt)} images cannot be read:", file=sys.stderr)
-            for index in features.corrupt:
-                print(f"  {source.name(index)}", file=sys.stderr)
+        tell(source, features.corrupt, decoding(config.data, source))
         if not len(features.index):
-            raise UserError(f"none of the {len(source)} images below {images} can be read")
+            raise UserError(
+                f"none of the {len(source)} images below {images} can be read; the list above "
+                "says why"
+            )
         arrays = {
             "features": features.vectors,
             "names": np.array(source.files)[features.index],

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float16, Float32, Int32
 
+from sop_jax.data.decode import AS_STORED, Decoding, decoding
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.sources import Source
 from sop_jax.mesh import replicated, to_devices
@@ -42,9 +43,9 @@ def make_extractor(
 ) -> Extract:
     """A function that computes the features of a source; compiled once, however often it is used.
 
-    Images are resized to `config.eval.resize` and centre-cropped to `config.eval.crop`; a batch
-    has `config.eval.batch_size` of them, rounded up to what the devices divide. Every host of
-    several decodes its share, and all of them get all features.
+    Images are decoded as `config.data` says, resized to `config.eval.resize` and centre-cropped to
+    `config.eval.crop`; a batch has `config.eval.batch_size` of them, rounded up to what the devices
+    divide. Every host of several decodes its share, and all of them get all features.
 
     Args:
         model: the network.
@@ -74,7 +75,8 @@ def make_extractor(
     def outputs(params: Params, source: Source) -> Iterator[dict[str, np.ndarray]]:
         """Results of the batches, fetched while the devices work on the next one."""
         pending = None
-        for batch in host_batches(source, config.eval, batch_size // hosts, host, hosts):
+        how = decoding(config.data, source)
+        for batch in host_batches(source, config.eval, batch_size // hosts, host, hosts, how):
             done, pending = pending, forward(params, to_devices(mesh, batch))
             if done is not None:
                 yield jax.device_get(done)
@@ -139,7 +141,12 @@ class HostShare:
 
 
 def host_batches(
-    source: Source, eval_config: Any, batch_size: int, host: int, hosts: int
+    source: Source,
+    eval_config: Any,
+    batch_size: int,
+    host: int,
+    hosts: int,
+    how: Decoding = AS_STORED,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One host's part of the batches that `eval_batches` makes, with indices of the whole source.
 
@@ -147,7 +154,7 @@ def host_batches(
     corrupt, on exactly one of them.
     """
     share = HostShare(source, host, hosts)
-    for batch in eval_batches(share, eval_config.resize, eval_config.crop, batch_size):
+    for batch in eval_batches(share, eval_config.resize, eval_config.crop, batch_size, how):
         index = batch["index"] * hosts + host
         inside = index < len(source)
         yield batch | {

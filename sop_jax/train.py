@@ -24,8 +24,9 @@ from sop_jax import checkpoint, hosts, optim, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
-from sop_jax.corrupt import CorruptImages
+from sop_jax.corrupt import CorruptImages, lines_of
 from sop_jax.data import sources
+from sop_jax.data.decode import decoding
 from sop_jax.data.pipeline import check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
@@ -143,11 +144,22 @@ def train_until(
     wall_before = rows[-1]["wall_s"] if rows else 0.0
     batches = train_batches(train_source, config, run.model.patch, start, places)
     measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
-    corrupt = CorruptImages(train_source, config.data.max_corrupt_share)
+    how = decoding(config.data, train_source)
+    corrupt = CorruptImages(train_source, config.data.max_corrupt_share, how)
     pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
     began = time.monotonic()
     logged = [row for row in rows if "loss" in row]
     told = held_up = False  # that it is collapsing, that the input is slow
+    left_out = set[str]()
+
+    def tell_left_out(source: Source, found: list[int]) -> None:
+        """Names, once each, images that an evaluation does without."""
+        for line in lines_of(source, found, decoding(config.data, source)) if chief else []:
+            if line not in left_out:
+                left_out.add(line)
+                progress.note(f"cannot be read, left out of the evaluation: {line}")
+
+    evaluate = functools.partial(evaluate, unreadable=tell_left_out)
 
     def record(step: int, row: dict[str, Any], waiting: tuple[str, str] | None = None) -> None:
         """Writes the row of a step, and shows what a person watches."""
@@ -208,8 +220,8 @@ def train_until(
                 continue
             row, unreadable = fetch(pending, saved, corrupt)
             pending.clear()
-            for name in unreadable:
-                progress.note(f"cannot be read, replaced by another image: {name}")
+            for line in unreadable:
+                progress.note(f"cannot be read, replaced by another image: {line}")
             if not log:
                 pace.pause()
             else:
@@ -341,16 +353,16 @@ def fetch(
         corrupt: counts images that had to be replaced.
 
     Returns:
-        The metrics, and the names of images found corrupt.
+        The metrics, and the images found corrupt, a line each.
 
     Raises:
         UserError: a loss is not finite, or too many images are corrupt.
     """
-    names = []
+    lines = []
     row: dict[str, Any] = {}
     for step, metrics in jax.device_get(pending):
         batch_corrupt = metrics.pop("corrupt")
-        names += corrupt.add(batch_corrupt)
+        lines += corrupt.add(batch_corrupt)
         row = {name: float(value) for name, value in metrics.items()}
         row["corrupt"] = int((batch_corrupt >= 0).sum())
         terms = {name: row[name] for name in ("cls", "mim", "loss", "grad_norm") if name in row}
@@ -364,7 +376,7 @@ def fetch(
                 "optim.warmup_steps or model.dtype=float32 in a new --workdir"
             )
     corrupt.check()
-    return row, names
+    return row, lines
 
 
 def checkpoint_bytes(abstract: TrainState) -> int:

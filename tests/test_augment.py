@@ -1,6 +1,7 @@
 """Each operation beside Pillow's, and the recipe's probabilities, sizes and crop statistics."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -258,3 +259,32 @@ def test_eval_image_is_the_centre(height, width):
 def test_eval_image_of_the_right_size_is_the_image():
     image = photo(32, 32)
     np.testing.assert_array_equal(augment.eval_image(image, 32, 32), image)
+
+
+@pytest.mark.parametrize("height, width", [(30, 500), (500, 30), (400, 4000)])
+def test_of_a_thin_image_the_centre_is_what_it_would_be(height, width):
+    image = photo(height, width)
+    scale = 40 / min(height, width)
+    size = (int(scale * width), int(scale * height))
+    resized = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    left, top = round((size[0] - 32) / 2), round((size[1] - 32) / 2)
+    expected = resized[top : top + 32, left : left + 32].astype(int)
+    assert np.abs(augment.eval_image(image, 40, 32) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 40000, 3), (40000, 1, 3), (1, 4000, 3)])
+def test_a_thin_image_does_not_take_memory_by_its_length(shape, monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: Any) -> Image.Image:
+        sizes.append(size)
+        assert size[0] * size[1] < 1e6
+        return resize(self, size, *args)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    view = augment.eval_image(image, 256, 224)
+    assert view.shape == (224, 224, 3) and sizes
+    middle = image.reshape(-1, 3)[max(shape) // 2]
+    assert np.abs(view[112, 112].astype(int) - middle).max() < 128

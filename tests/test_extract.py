@@ -72,7 +72,8 @@ def test_corrupt_images_are_left_out_and_listed(
         assert "red/red1.png" not in found["names"] and "green/green4.png" not in found["names"]
     shown = capfd.readouterr().err
     assert "2 images cannot be read" in shown
-    assert "red/red1.png" in shown and "green/green4.png" in shown
+    assert "red/red1.png: it is not an image in a format" in shown
+    assert "green/green4.png: image file is truncated" in shown
 
 
 def test_labels_are_not_the_names_of_splits(

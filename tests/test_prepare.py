@@ -171,3 +171,26 @@ def test_the_command(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and "Traceback" not in again.stderr
     assert again.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_file_of_records_that_is_gone_is_not_a_damaged_record(tmp_path):
+    prepare(write_tree(tmp_path / "tree"), str(tmp_path), "tiny", ["train", "val"])
+    config = SimpleNamespace(source="tfds", path=str(tmp_path), name="tiny")
+    config.train_split, config.test_split = "train", "val"
+    source = pickle.loads(pickle.dumps(open_source(config, "train")))
+    (records,) = (tmp_path / "tiny" / "1.0.0").glob("*train.array_record*")
+    records.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError):
+        source[0]
+    (tmp_path / "away").rename(records)
+    expected = source[0]  # it is found when it is back
+    content = records.read_bytes()
+    records.write_bytes(content.replace(expected[:200], bytes(200)))
+    source = pickle.loads(pickle.dumps(source))
+    with pytest.raises(ValueError, match="Corrupted"):
+        [source[i] for i in range(len(source))]
+
+
+def test_the_flags_turn_photos_as_the_folder_would_have(tmp_path):
+    flags = prepare(write_tree(tmp_path / "tree"), str(tmp_path / "out"), "tiny", ["train"])
+    assert "--config.data.orientation=exif" in flags.split()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -140,7 +141,7 @@ def test_how_a_worker_ended_is_told_in_words(code: int, words: str, lost: bool) 
         yield
 
     with pytest.raises(UserError, match=words) as caught:
-        next(pipeline.Batches(grain()))
+        next(pipeline.Batches(grain(), threading.Event()))
     assert isinstance(caught.value, errors.Lost) == lost
 
 

@@ -21,6 +21,7 @@ cv2.setNumThreads(0)  # parallel over images, not within one
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow and OpenCV
 LOG_RATIO = math.log(3 / 4), math.log(4 / 3)  # torchvision's default
+THIN = 8  # times longer than wide: where an evaluation scales only what it looks at
 MOST_FILTERED = 2.5  # times smaller: where areas come nearer to Pillow than three weights do
 JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
 
@@ -227,6 +228,9 @@ def solarized(image: np.ndarray) -> np.ndarray:
 def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     """The view of the k-NN protocol: short side to `resize`, then the centre.
 
+    Of images more than THIN times as long as they are wide, which would be scaled to any size at
+    all, only the centre is scaled.
+
     Args:
         image: uint8 [h, w, 3].
         resize: the short side, pixels; bicubic with antialiasing (Pillow).
@@ -238,8 +242,13 @@ def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     height, width = image.shape[:2]
     short = min(height, width)
     w, h = int(resize * width / short), int(resize * height / short)
+    top, left = round((h - crop) / 2), round((w - crop) / 2)
     pixels = image
     if (h, w) != (height, width):
-        pixels = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
-    top, left = round((h - crop) / 2), round((w - crop) / 2)
+        picture, cubic = Image.fromarray(image), Image.Resampling.BICUBIC
+        if max(h, w) > THIN * min(h, w):
+            x, y = width / w, height / h
+            box = (left * x, top * y, (left + crop) * x, (top + crop) * y)
+            return np.asarray(picture.resize((crop, crop), cubic, box))
+        pixels = np.asarray(picture.resize((w, h), cubic))
     return pixels[top : top + crop, left : left + crop]

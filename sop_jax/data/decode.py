@@ -1,76 +1,244 @@
 """From a stored record to RGB pixels, and what replaces a record that cannot be read."""
 
 import io
+import logging
+import threading
+import warnings
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, TiffTags, UnidentifiedImageError
 
+from sop_jax.data.folders import FolderSource
 from sop_jax.data.formats import FORMATS
+from sop_jax.data.read import read
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
 SUBSTITUTES = 32  # tries before the data set is given up
+MAX_PIXELS = 178_956_970  # what Pillow refuses to exceed by default
+
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS, PHOTOMETRIC, BLACK, WHITE = (
+    TiffTags.lookup(number).value
+    for number in (258, 262, 340, 341)  # BitsPerSample to SMaxSampleValue
+)
+FULL_RANGE = ("PNG", "PPM", "JPEG2000")  # their grey values of mode I fill 16 bits, by definition
+
+Image.MAX_IMAGE_PIXELS = None  # `decode` has a limit of its own, which a setting raises
+# What Pillow says of a file reaches the person as the reason why it cannot be read.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def decode(record: bytes | np.ndarray) -> np.ndarray:
-    """Decodes one record as Pillow's `convert("RGB")` does.
+class Decoding(NamedTuple):
+    """How records become pixels: the same in training, evaluation and extraction.
 
-    So alpha is dropped and the EXIF orientation is left alone; only 16-bit grey keeps its high
-    byte, where Pillow would clip. Pillow and not OpenCV, because it reports truncated data and
-    broken streams as errors and writes nothing about broken files to stderr. OpenCV's JPEG pixels
-    are the same, 15 % sooner, which is 4 % of the time that the views of an image take.
+    Attributes:
+        upright: whether images are turned as their EXIF orientation says.
+        white: the value that is white in single-channel images of more than 8 bits, where black
+            is 0; 0 for what the file says.
+        max_pixels: larger images are not decoded.
+        retry_seconds: how long a record is waited for whose storage does not answer.
+    """
+
+    upright: bool = False
+    white: float = 0.0
+    max_pixels: int = MAX_PIXELS
+    retry_seconds: float = 60.0
+
+
+AS_STORED = Decoding()
+
+
+def decoding(data_config: Any, source: Source) -> Decoding:
+    """How the records of a source are decoded by the settings of a run.
+
+    Args:
+        data_config: has `orientation` ("auto" | "exif" | "ignore"), `white`, `max_pixels` and
+            `retry_seconds`.
+        source: whose records. "auto" turns images that come from a folder: cameras and phones
+            write such files, whereas prepared data sets mostly come with codebases that ignore
+            the orientation.
+    """
+    c = data_config
+    upright = {"exif": True, "ignore": False}.get(c.orientation, isinstance(source, FolderSource))
+    return Decoding(upright, c.white, c.max_pixels, c.retry_seconds)
+
+
+def decode(record: bytes | np.ndarray, how: Decoding = AS_STORED) -> np.ndarray:
+    """Decodes one record as Pillow's `convert("RGB")` does; of an animation, the first frame.
+
+    Alpha is therefore dropped. A single channel of more than 8 bits, which Pillow would clip, is
+    scaled: by `how.white`, or by the TIFF tags SMinSampleValue and SMaxSampleValue, or by its type
+    where that has a range (BitsPerSample of 9 to 16, unsigned), of which the high byte is kept.
+    Pillow and not OpenCV, because it reports truncated data and broken streams as errors and
+    writes nothing about broken files to stderr. OpenCV's JPEG pixels are the same, 15 % sooner,
+    which is 4 % of the time that the views of an image take.
 
     Args:
         record: an encoded image, or pixels uint8 [h, w, 3], which are returned as they are.
+        how: see there.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        ValueError: the data is empty, truncated, corrupt or no image.
+        ValueError: the data is empty, truncated, corrupt, no image, larger than is allowed, or
+            does not say which value is white.
     """
     if isinstance(record, np.ndarray):
         if record.dtype != np.uint8 or record.ndim != 3 or record.shape[2] != 3:
             raise ValueError(f"expected uint8 [h, w, 3], got {record.dtype} {record.shape}")
         return record
     if not record:
-        raise ValueError("the record is empty")
+        raise ValueError("it is empty")
     try:
         image = Image.open(io.BytesIO(record), formats=FORMATS)
-        if image.mode.startswith("I"):
-            grey = np.asarray(image).astype(np.int64) >> 8
-            return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        _check_size(image, how.max_pixels)
+        if image.mode.startswith(("I", "F")):
+            rgb = _eight_bits(image, how.white).convert("RGB")
+        else:
+            _check_white(image)
+            rgb = image.convert("RGB")
+        turn = TURNS.get(_orientation(image)) if how.upright else None
+        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+    except UnidentifiedImageError as error:
+        tiff = record[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        raise ValueError(
+            "it is a TIFF with pixels of a kind that Pillow cannot read"
+            if tiff
+            else "it is not an image in a format that Pillow can read"
+        ) from error
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         reason = str(error).partition(" <_io.")[0]  # without the address of a buffer
-        raise ValueError(f"{type(error).__name__}: {reason}") from error
+        told = isinstance(error, OSError | ValueError) and reason
+        raise ValueError(reason if told else f"{type(error).__name__}: {reason}") from error
 
 
-def decode_or_substitute(source: Source, index: int) -> tuple[np.ndarray, int, int]:
-    """Reads record `index`, or when that fails one that `index` alone decides.
+def _check_size(image: Image.Image, most: int) -> None:
+    pixels = image.width * image.height
+    if pixels > most:
+        raise ValueError(
+            f"it has {image.width} x {image.height} = {pixels} pixels, more than "
+            f"data.max_pixels={most}; allow it with --config.data.max_pixels={pixels}"
+        )
+
+
+def _check_white(image: Image.Image) -> None:
+    """Refuses colours that are meant to be scaled: of 16 bits, Pillow has kept the high byte."""
+    if not (tags := getattr(image, "tag_v2", None)):
+        return
+    bits, white = max(np.ravel(tags.get(BITS, 8))), max(np.ravel(tags.get(WHITE, 0)))
+    if bits > 8 and 0 < white < 2**bits - 1:
+        raise ValueError(
+            f"its colours of {bits} bits end at {white:g}, which Pillow cannot scale; convert it "
+            "to 8 bits a channel"
+        )
+
+
+def _eight_bits(image: Image.Image, white: float) -> Image.Image:
+    """A single channel of more than 8 bits, scaled to 8.
+
+    Raises:
+        ValueError: neither `white` nor the file says which value is white.
+    """
+    tags = getattr(image, "tag_v2", {})
+    values = np.asarray(image)
+    bits = int(np.ravel(tags.get(BITS, 16 if image.mode[1:] else 32))[0])
+    black = 0.0
+    if not white and WHITE in tags:
+        black, white = (float(np.ravel(tags.get(tag, 0))[0]) for tag in (BLACK, WHITE))
+        if not white > black:
+            raise ValueError(f"its TIFF tags say that white is {white:g} and black {black:g}")
+    if white:
+        scaled = (values.astype(np.float32) - black) * (255 / (white - black))
+        grey = np.rint(np.nan_to_num(scaled)).clip(0, 255).astype(np.uint8)
+    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in FULL_RANGE):
+        shift = (bits if image.mode != "I" else 16) - 8
+        grey = (values.astype(np.int32) >> shift).clip(0, 255).astype(np.uint8)
+    else:
+        kind = "floating-point" if image.mode == "F" else "integer"
+        raise ValueError(
+            f"nothing says which of its {bits}-bit {kind} values is white; say it for all such "
+            "images with --config.data.white=VALUE, such as 1 or 255"
+        )
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF has it, 1 where it says nothing that can be understood."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow's parser raises whatever broken bytes lead it to
+        return 1
+
+
+def load(
+    source: Source, index: int, how: Decoding, stop: threading.Event | None = None
+) -> np.ndarray:
+    """Reads and decodes record `index`: uint8 [h, w, 3].
+
+    Args:
+        source: the data set.
+        index: of the record.
+        how: see `Decoding`.
+        stop: ends the wait for storage that does not answer, see `read`.
+
+    Raises:
+        ValueError: the record cannot be read, and why.
+        UserError: its storage cannot be reached, or denies it.
+    """
+    return decode(read(source, index, how.retry_seconds, stop), how)
+
+
+def decode_or_substitute(
+    source: Source, index: int, how: Decoding, stop: threading.Event | None = None
+) -> tuple[np.ndarray, int, int]:
+    """Reads record `index`, or when that is corrupt one that `index` alone decides.
 
     Args:
         source: the data set.
         index: the record that is wanted.
+        how: see `Decoding`.
+        stop: see `load`.
 
     Returns:
         The image uint8 [h, w, 3], the index of the record that it really is, and -1, or `index`
         when that record could not be read.
 
     Raises:
-        UserError: no substitute could be read either.
+        UserError: no substitute could be read either, or the storage cannot be reached.
     """
     try:
-        return decode(source[index]), index, -1
-    except (ValueError, OSError) as error:
+        return load(source, index, how, stop), index, -1
+    except ValueError as error:
         reason = error
     for substitute in np.random.default_rng(index).integers(len(source), size=SUBSTITUTES):
         try:
-            return decode(source[int(substitute)]), int(substitute), index
-        except (ValueError, OSError):
+            return load(source, int(substitute), how, stop), int(substitute), index
+        except ValueError:
             continue
     raise UserError(
         f"Neither {source.name(index)!r} nor {SUBSTITUTES} other records picked at random could be "
-        f"read as images; most of the data set must be broken. The first failed with: {reason}. "
-        "Check data.path, or that the copy of the data is complete."
+        f"read as images. Of the first: {reason}. Where that is not to be mended by a setting, "
+        "check data.path, or that the copy of the data is complete."
     )
+
+
+def reason(source: Source, index: int, how: Decoding) -> str:
+    """Why a record that was found corrupt cannot be read, for a person."""
+    try:
+        load(source, index, how._replace(retry_seconds=0.0))
+    except (ValueError, UserError) as error:
+        return str(error)
+    return "it could not be read before, but can be now"

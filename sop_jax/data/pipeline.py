@@ -7,6 +7,7 @@ threads change what they hold, and to resume is to start at a step.
 import gc
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from absl import flags
 
 from sop_jax.data import workers
 from sop_jax.data.augment import eval_image, multi_crop
-from sop_jax.data.decode import decode, decode_or_substitute
+from sop_jax.data.decode import AS_STORED, Decoding, decode_or_substitute, decoding, load
 from sop_jax.data.masks import first_step, view_mask
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
@@ -29,8 +30,9 @@ PIECE_BYTES = 2**24  # what a thread makes and a process hands over at a time
 class Batches:
     """An endless iterator of batches."""
 
-    def __init__(self, iterator: Any) -> None:
-        self._iterator, self._begun = iterator, False
+    def __init__(self, iterator: Any, stop: threading.Event) -> None:
+        """Takes Grain's iterator, and what ends the waits of this process for storage."""
+        self._iterator, self._stop, self._begun = iterator, stop, False
 
     def __iter__(self) -> "Batches":
         return self
@@ -46,6 +48,7 @@ class Batches:
     def close(self) -> None:
         """Ends the threads and processes; may be called twice."""
         if self._iterator is not None:
+            self._stop.set()
             if not self._begun:  # nobody waits for workers that are still starting
                 workers.kill()
             self._iterator.close()
@@ -57,14 +60,26 @@ class Batches:
 class MakeViews(grain.transforms.RandomMap):
     """Turns the index of a record into its views and masks."""
 
-    def __init__(self, source: Source, augment: dict[str, Any], mask: dict[str, Any], patch: int):
+    def __init__(
+        self,
+        source: Source,
+        how: Decoding,
+        augment: dict[str, Any],
+        mask: dict[str, Any],
+        patch: int,
+        stop: threading.Event | None,
+    ) -> None:
         # Plain attributes, because a ConfigDict takes longer to read than a crop to make.
-        self.source, self.patch = source, patch
+        self.source, self.how, self.patch = source, how, patch
         self.augment, self.mask = SimpleNamespace(**augment), SimpleNamespace(**mask)
+        self.stop = stop
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"stop": None}  # another process is ended as a whole
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         """One element of the batches that `train_batches` describes."""
-        image, used, corrupt = decode_or_substitute(self.source, int(element))
+        image, used, corrupt = decode_or_substitute(self.source, int(element), self.how, self.stop)
         side = self.augment.global_size // self.patch
         masks = [view_mask((side, side), rng, self.mask) for _ in range(2)]
         global_views, local_views = multi_crop(image, rng, self.augment)
@@ -119,8 +134,7 @@ def train_batches(
 
     Args:
         source: the training split.
-        config: the run's; reads `seed`, `batch_size`, `data.workers`, `data.threads`, `augment`
-            and `mask`.
+        config: the run's; reads `seed`, `batch_size`, `data`, `augment` and `mask`.
         patch_size: of the encoder, pixels.
         start_step: the first batch is the one of this step.
         places: in the global batch, of the images that this process makes; all by default.
@@ -134,7 +148,10 @@ def train_batches(
     places = range(config.batch_size) if places is None else places
     local_batch = len(places)
     piece = _piece_size(local_batch, config.augment)
-    views = MakeViews(source, config.augment.to_dict(), config.mask.to_dict(), patch_size)
+    how = decoding(config.data, source)
+    augment, mask = config.augment.to_dict(), config.mask.to_dict()
+    stop = threading.Event()
+    views = MakeViews(source, how, augment, mask, patch_size, stop)
     # The random numbers of an image come from its place in the global stream, hence random_map
     # before the share: after it, all hosts would draw the same.
     images = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
@@ -159,7 +176,7 @@ def train_batches(
     iterator = iter(pieces)
     if config.data.workers:
         workers.start(iterator)
-    return Batches(iterator)
+    return Batches(iterator, stop)
 
 
 def check_shared_memory(config: Any, local_batch: int) -> None:
@@ -198,7 +215,7 @@ def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def eval_batches(
-    source: Source, resize: int, crop: int, batch_size: int
+    source: Source, resize: int, crop: int, batch_size: int, how: Decoding = AS_STORED
 ) -> Iterator[dict[str, np.ndarray]]:
     """The images of a source in order, centre-cropped as in the k-NN protocol, one pass.
 
@@ -207,6 +224,7 @@ def eval_batches(
         resize: the short side is scaled to this, pixels.
         crop: side of the centre crop, pixels.
         batch_size: images a batch; the last one is filled up with the last image.
+        how: records become pixels.
 
     Yields:
         `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt` int32
@@ -214,27 +232,29 @@ def eval_batches(
         False for what fills up the last batch and for unreadable records, whose image is black.
 
     Raises:
-        UserError: the crop is larger than the resized image.
+        UserError: the crop is larger than the resized image, or, in the course, the storage of
+            the records cannot be reached.
     """
     if not 0 < crop <= resize:
         raise UserError(
             f"A centre crop of {crop} pixels does not fit an image resized to {resize}. "
             "Make the resized side at least as large as the crop."
         )
-    return _eval_batches(source, resize, crop, batch_size)
+    return _eval_batches(source, resize, crop, batch_size, how)
 
 
 def _eval_batches(
-    source: Source, resize: int, crop: int, batch_size: int
+    source: Source, resize: int, crop: int, batch_size: int, how: Decoding
 ) -> Iterator[dict[str, np.ndarray]]:
     threads = os.cpu_count() or 1
+    stop = threading.Event()
 
-    def load(indices: np.ndarray) -> list[np.ndarray | None]:
+    def make(indices: np.ndarray) -> list[np.ndarray | None]:
         images: list[np.ndarray | None] = []
         for index in indices:
             try:
-                images.append(eval_image(decode(source[int(index)]), resize, crop))
-            except (ValueError, OSError):
+                images.append(eval_image(load(source, int(index), how, stop), resize, crop))
+            except ValueError:
                 images.append(None)
         return images
 
@@ -242,23 +262,27 @@ def _eval_batches(
         """Starts the work on one batch; its indices, and its images in pieces."""
         indices = np.minimum(np.arange(start, start + batch_size, dtype=np.int32), last)
         real = indices[: min(batch_size, len(source) - start)]
-        return indices, [pool.submit(load, piece) for piece in np.array_split(real, threads)]
+        return indices, [pool.submit(make, piece) for piece in np.array_split(real, threads)]
 
     last = len(source) - 1
     with ThreadPoolExecutor(threads) as pool:
-        pending = submit(0)
-        for start in range(0, len(source), batch_size):
-            indices, pieces = pending
-            if start + batch_size < len(source):
-                pending = submit(start + batch_size)  # made while this one is used
-            loaded = list(itertools.chain.from_iterable(piece.result() for piece in pieces))
-            image = np.zeros((batch_size, crop, crop, 3), np.uint8)
-            valid = np.zeros(batch_size, bool)
-            corrupt = np.full(batch_size, -1, np.int32)
-            for row, pixels in enumerate(loaded):
-                if pixels is None:
-                    corrupt[row] = indices[row]
-                else:
-                    image[row], valid[row] = pixels, True
-            image[len(loaded) :] = image[len(loaded) - 1]
-            yield {"image": image, "index": indices, "corrupt": corrupt, "valid": valid}
+        try:
+            pending = submit(0)
+            for start in range(0, len(source), batch_size):
+                indices, pieces = pending
+                if start + batch_size < len(source):
+                    pending = submit(start + batch_size)  # made while this one is used
+                loaded = list(itertools.chain.from_iterable(piece.result() for piece in pieces))
+                image = np.zeros((batch_size, crop, crop, 3), np.uint8)
+                valid = np.zeros(batch_size, bool)
+                corrupt = np.full(batch_size, -1, np.int32)
+                for row, pixels in enumerate(loaded):
+                    if pixels is None:
+                        corrupt[row] = indices[row]
+                    else:
+                        image[row], valid[row] = pixels, True
+                image[len(loaded) :] = image[len(loaded) - 1]
+                yield {"image": image, "index": indices, "corrupt": corrupt, "valid": valid}
+        finally:
+            stop.set()  # nobody waits for images that nobody will see
+            pool.shutdown(wait=False, cancel_futures=True)

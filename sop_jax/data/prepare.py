@@ -65,6 +65,7 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
         f"--config.data.name={name}",
         f"--config.data.train_split={found[0]}",
         f"--config.data.test_split={found[1] if len(found) > 1 else ''}",
+        "--config.data.orientation=exif",  # the bytes of the files are kept as they are
     ]
     return " ".join(flags_)
 

@@ -1,12 +1,17 @@
 """TensorFlow Datasets in array_record files, read without TensorFlow."""
 
+import errno
 import functools
 import hashlib
+import os
+import re
 from typing import Any
 
 import numpy as np
 
 from sop_jax.errors import UserError
+
+SYSTEM_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")  # in the words of array_record
 
 
 class TfdsSource:
@@ -38,8 +43,13 @@ class TfdsSource:
     def __getitem__(self, index: int) -> bytes:
         try:
             return self._records[index]["image"]
-        except RuntimeError as error:  # what array_record raises for missing and damaged files
-            raise OSError(str(error)) from error
+        except RuntimeError as error:  # what array_record raises, whatever is wrong
+            call = SYSTEM_CALL.search(str(error))
+            if call is None:
+                raise ValueError(str(error)) from error
+            self.__dict__.pop("_records", None)  # a reader that failed never reads again
+            numbers = {os.strerror(number): number for number in errno.errorcode}
+            raise OSError(numbers.get(call[1], errno.EIO), call[1]) from error
 
     def name(self, index: int) -> str:
         """Folder, split and number, and the original file's name where it is kept."""
