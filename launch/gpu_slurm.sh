@@ -53,7 +53,7 @@ call use_environment ".[$(gpu_extras)]" # once, for all tasks
 status=0
 call srun --gpu-bind=none --kill-on-bad-exit=0 --wait=300 \
   --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" \
-  .venv/bin/python -m sop_jax.train "${train[@]}" || status=$?
+  .venv/bin/python -m sop_jax.train --wait=600 "${train[@]}" || status=$?
 
 # 130: saved after a signal. There is no trap above, so that scancel ends this shell before it could
 # put the job back.

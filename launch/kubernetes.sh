@@ -94,6 +94,7 @@ else
   command+=("'--coordinator=$name-0.$name:8476'" "'--processes=$hosts'")
   command+=("'--process=\$(JOB_COMPLETION_INDEX)'")
 fi
+command+=("'--wait=600'")
 for argument in "${train[@]}"; do
   command+=("$(quoted "${argument//\$/\$\$}")")
 done

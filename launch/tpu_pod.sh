@@ -77,7 +77,7 @@ setup="mkdir -p sop_jax && cd sop_jax && { $idle || { echo a training runs here;
 && { [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; } \
 && { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python=3.12 .venv; } \
 && ~/.local/bin/uv pip install --quiet -e '.[tpu,gcs]'"
-training="$(printf '%q ' .venv/bin/python -m sop_jax.train ${train[@]+"${train[@]}"})"
+training="$(printf '%q ' .venv/bin/python -m sop_jax.train --wait=600 ${train[@]+"${train[@]}"})"
 training="$(printf %q "$training; echo \$? > run.exit")"
 start="cd sop_jax && { flock --nonblock 9 || { echo it runs already; exit 0; }; rm -f run.exit; \
 nohup bash -c $training >> run.log 2>&1 < /dev/null & } 9> run.lock"

@@ -1,8 +1,8 @@
 """What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
 
 A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
-after one in the command line, 130 when interrupted and 75 when another process, a worker or the data
-is lost.
+after one in the command line, 130 when interrupted and 75 when another process, a worker or the
+data is lost.
 One that computes on devices may run as several processes, with `--coordinator`, `--processes` and
 `--process`; a process that fails ends the others too.
 """

@@ -7,6 +7,7 @@ starts, so that overriding one key cannot leave another behind.
 
 import json
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -28,8 +29,11 @@ BEFORE: dict[str, dict[str, Any]] = {
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
 
-# What a resumed run may change: nothing that decides which numbers come out, but for rounding.
+# What a resumed run may change: nothing that decides which numbers come out, but for rounding. The
+# images that `data.path` leads to are compared by themselves, and `init_from` is behind it.
 RESUMABLE = (
+    "init_from",
+    "data.path",
     "log_every",
     "eval_every",
     "checkpoint_every",
@@ -221,6 +225,11 @@ def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
+def made_by(workdir: epath.PathLike) -> str:
+    """The version that made a workdir, whose settings `load` gives."""
+    return _read(epath.Path(workdir) / _FILE)[0]
+
+
 def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
     """The version that wrote a config.json, and all settings by which that version behaved."""
     remedy = "restore it, or use another workdir"
@@ -311,11 +320,19 @@ def resumable(config: ml_collections.ConfigDict) -> list[str]:
     return [key for key in RESUMABLE if key not in fixed]
 
 
-def changes(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """What differs between two configs and may not differ in one run, a line each."""
+def changes(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, but: Sequence[str] = ()
+) -> list[str]:
+    """What differs between two configs and may not differ in one run, a line each.
+
+    Args:
+        old: the settings that made a workdir.
+        new: those that are asked for.
+        but: settings that are not compared.
+    """
     before, after = flatten(old), flatten(new)
     return [
         f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
         for key in sorted(before.keys() | after.keys())
-        if key not in resumable(new) and before.get(key) != after.get(key)
+        if key not in (*resumable(new), *but) and before.get(key) != after.get(key)
     ]

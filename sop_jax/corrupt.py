@@ -1,5 +1,6 @@
 """Images that could not be read: named, counted over all hosts, and at some point too many."""
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -34,12 +35,14 @@ class CorruptImages:
         if len(self.found) <= self.allowed * images:
             return
         lines = cut_short([line for _, line in sorted(self.found.items())])
+        enough = math.ceil(100 * len(self.found) / images) / 100
         raise UserError(
             f"{len(self.found)} of {images} images cannot be read, more than the share of "
             f"data.max_corrupt_share={self.allowed:g}:\n  "
             + "\n  ".join(lines)
-            + "\nRepair or remove them, or allow more with --config.data.max_corrupt_share; with "
-            "another setting that decides about pixels, or other images, use a new --workdir"
+            + "\nRepair or remove them, or allow more with --config.data.max_corrupt_share="
+            f"{enough:g} and the same command, which goes on from the last checkpoint. A run "
+            "without them, or with another setting that decides about pixels, needs a new --workdir"
         )
 
 

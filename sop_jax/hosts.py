@@ -150,9 +150,19 @@ def name() -> str:
     return f"process {global_state.process_id} ({socket.gethostname()})"
 
 
+def is_first() -> bool:
+    """Whether this is process 0, which writes and speaks for all; touches no device."""
+    return not global_state.process_id
+
+
 def agree(value: int) -> int:
     """Process 0's value, on all processes."""
-    return int(_gather(str(value))[0])
+    return int(tell(str(value)))
+
+
+def tell(text: str) -> str:
+    """Process 0's text, on all processes; all call it at the same places."""
+    return _gather(text)[0]
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

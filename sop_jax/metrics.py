@@ -62,11 +62,11 @@ class Writer:
         if self._remote:
             self._rewrite()
 
-    def close(self) -> None:
-        """Writes what is left and closes the files."""
+    def close(self, write: bool = True) -> None:
+        """Closes the files; writes what is left, unless the workdir is now another run's."""
         if self._file:
             self._file.close()
-        else:
+        elif write:
             self._rewrite()
         self._board.close()
 

@@ -6,7 +6,6 @@ Any setting can be changed on the command line: --config.batch_size=128. The sam
 resumes an interrupted run, exactly; a finished one it leaves as it is.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -20,8 +19,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, hosts, optim, pretrained
-from sop_jax import config as config_lib
+from sop_jax import checkpoint, hosts, optim, pretrained, resume
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import CorruptImages, lines_of
@@ -35,8 +33,10 @@ from sop_jax.features import make_extractor
 from sop_jax.interruption import Interruption
 from sop_jax.mesh import host_rows, make_mesh, place, replicated, to_devices
 from sop_jax.metrics import Progress, open_writer, read_metrics
+from sop_jax.owner import Owner, owned
 from sop_jax.pace import PaceKeeper
 from sop_jax.pace import in_words as pace_in_words
+from sop_jax.paths import expand
 from sop_jax.profiling import Trace
 from sop_jax.run import Run, assemble, compiled_step
 from sop_jax.state import TrainState
@@ -45,12 +45,16 @@ IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 UNSEEN = 100  # steps at most whose metrics nobody has looked at
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, wait: float = 0.0
+) -> dict[str, Any]:
     """Runs a config to its end, from wherever `workdir` stands.
 
     Args:
         config: see `sop_jax.config`.
-        workdir: gets config.json, metrics.jsonl, tensorboard/, checkpoints/ and summary.json.
+        workdir: gets config.json, data.json, metrics.jsonl, tensorboard/, checkpoints/ and
+            summary.json, and while the run goes on the owner file of `sop_jax.owner`.
+        wait: seconds to wait for another run that has the workdir.
 
     Returns:
         The summary.
@@ -60,38 +64,49 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> dict[st
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
-    with Interruption(ahead=IN_FLIGHT) as interruption:
-        return train_until(interruption, config, epath.Path(workdir))
-
-
-def train_until(
-    interruption: Interruption, config: ml_collections.ConfigDict, workdir: epath.Path
-) -> dict[str, Any]:
-    """As `train`; a wish to stop is granted at once during the start, later after a step."""
-    chief = jax.process_index() == 0  # writes and speaks for all processes
+    workdir = epath.Path(expand(str(workdir)))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
         )
-    interruption.starting = before_training(workdir)
-    hosts.check_shared(workdir)
-    if (finished := check_workdir(config, workdir)) is not None:
-        if chief:
-            print(f"{workdir} is finished; its summary:\n{json.dumps(finished)}")
-        return finished
+    with Interruption(ahead=IN_FLIGHT) as interruption:
+        interruption.starting = before_training(workdir)
+        hosts.check_shared(workdir)
+        standing = resume.check_workdir(config, workdir)
+        if standing.summary is not None:
+            return tell_finished(standing, workdir)
+        with owned(workdir, wait) as owner:
+            interruption.starting = before_training(workdir)  # after a wait for another run
+            return train_until(interruption, owner, config, workdir)
+
+
+def train_until(
+    interruption: Interruption,
+    owner: Owner,
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+) -> dict[str, Any]:
+    """As `train`; a wish to stop is granted at once during the start, later after a step."""
+    chief = jax.process_index() == 0  # writes and speaks for all processes
+    standing = resume.check_workdir(config, workdir)  # again, after a wait for another run
+    if standing.summary is not None:
+        return tell_finished(standing, workdir)
+    config, notes = standing.config, standing.notes
 
     # What the run is made of.
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     train_source = open_source(config.data, "train")
     assert train_source is not None  # only the test split may be missing
     test_source = open_source(config.data, "test", train_source)
+    data = resume.data_of(train_source, test_source)
     hosts.check_agreement(
         {
-            "train images": len(train_source),
-            "test images": None if test_source is None else len(test_source),
+            **resume.facts(data),
             "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
         }
     )
+    notes += sources.notes(train_source, test_source)
+    notes += resume.check_data(config, data, workdir)
     places = host_rows(mesh, config.batch_size)
     check_shared_memory(config, len(places))
     run = assemble(config, mesh, len(train_source))
@@ -111,7 +126,6 @@ def train_until(
     to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
     checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
     start = saved = hosts.agree(max(there, default=0))
-    notes = sources.notes(train_source, test_source)
     if start:
         state = checkpoint.restore(workdir, run.abstract, start)
     else:
@@ -134,9 +148,10 @@ def train_until(
     progress.note(f"The step is compiled, in {compile_s:.1f} s.")
 
     # Nothing was written so far, so that an error above leaves no trace.
+    owner.check()
     if chief:
         workdir.mkdir(parents=True, exist_ok=True)
-        config_lib.save(config, workdir)
+        resume.save(config, data, workdir)
     checkpoints = checkpoint.Checkpoints(
         workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
     )
@@ -218,6 +233,7 @@ def train_until(
             judge = judged(config, step, steps)
             if not (log or save or judge or len(pending) == UNSEEN):
                 continue
+            owner.check()
             row, unreadable = fetch(pending, saved, corrupt)
             pending.clear()
             for line in unreadable:
@@ -239,6 +255,7 @@ def train_until(
             if row:
                 record(step, row, waiting if log else None)
             if save:
+                owner.check()
                 if writer is not None:
                     writer.flush()  # a checkpoint's rows are there before it is
                 checkpoints.save(step, state)
@@ -257,12 +274,13 @@ def train_until(
         progress.close()
         checkpoints.close()
         if writer is not None:
-            writer.close()
+            writer.close(write=not owner.lost)
         pace.close()
         trace.close()
 
     summary = summarise(rows, steps, compile_s)
     if writer is not None:
+        owner.check()
         draft = workdir / "summary.tmp"
         draft.write_text(json.dumps(summary, indent=2) + "\n")
         draft.replace(workdir / "summary.json")  # whole or not at all: it says that all is done
@@ -271,32 +289,19 @@ def train_until(
     return summary
 
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> dict[str, Any] | None:
-    """Checks that the folder of a run is new or of this config.
-
-    Returns:
-        The summary if the run is finished.
+def tell_finished(standing: resume.Standing, workdir: epath.Path) -> dict[str, Any]:
+    """Prints and returns the summary of a finished run.
 
     Raises:
-        UserError: another config made the folder, or it holds something else.
+        UserError: its data is not what the run used.
     """
-    summary, made = workdir / "summary.json", workdir / "config.json"
-    if made.exists():
-        if different := config_lib.changes(config_lib.load(workdir), config):
-            raise UserError(
-                f"{workdir} belongs to a run with other settings:\n  "
-                + "\n  ".join(different)
-                + "\nUse those settings to go on with it, or another --workdir. Only "
-                f"{', '.join(config_lib.resumable(config))} may change."
-            )
-        if summary.exists():
-            with contextlib.suppress(ValueError):  # damaged: the end of the run is made again
-                return json.loads(summary.read_text())
-    elif workdir.exists() and checkpoint.latest_step(workdir) is not None:
-        raise UserError(
-            f"{workdir} has checkpoints but no config.json that says of what; use another --workdir"
-        )
-    return None
+    assert standing.summary is not None
+    notes = [*standing.notes, *resume.check_finished_data(standing.config, workdir)]
+    if jax.process_index() == 0:
+        for note in notes:
+            print(note, file=sys.stderr)
+        print(f"{workdir} is finished; its summary:\n{json.dumps(standing.summary)}")
+    return standing.summary
 
 
 def before_training(workdir: epath.Path) -> str:
@@ -453,7 +458,7 @@ def main(argv: list[str]) -> None:
     """Trains what the flags name."""
     del argv
     keep_compiled()
-    train(flags.FLAGS.config, flags.FLAGS.workdir)
+    train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.wait)
 
 
 if __name__ == "__main__":
@@ -461,4 +466,6 @@ if __name__ == "__main__":
 
     cli.define_config()
     cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
+    wait = "Seconds to wait for another run that has the workdir; launchers wait."
+    flags.DEFINE_float("wait", 0.0, wait, lower_bound=0.0)
     cli.run(main)

@@ -325,7 +325,8 @@ class TestSlurm:
         environment, srun, requeue = commands(done.stdout)
         assert environment == ["use_environment", ".[cuda,gcs]"]
         assert srun[0] == "srun" and "--cpus-per-task=8" in srun and "--gpu-bind=none" in srun
-        assert srun[-6:] == [".venv/bin/python", "-m", "sop_jax.train", *TRAINING]
+        waiting = ["sop_jax.train", "--wait=600"]  # for the job before, which may still save
+        assert srun[-7:] == [".venv/bin/python", "-m", *waiting, *TRAINING]
         assert requeue[-3:] == ["scontrol", "requeue", "JOB"]
 
     @pytest.mark.parametrize("code", [0, 1, 2, 130, 137])
@@ -400,7 +401,7 @@ class TestKubernetes:
         processes = [f"--coordinator={name}-0.{name}:8476", f"--processes={hosts}"]
         processes += ["--process=$(JOB_COMPLETION_INDEX)"]
         expected = processes if hosts > 1 else ["--processes=1"]
-        assert container["command"][3:-3] == expected
+        assert container["command"][3:-3] == [*expected, "--wait=600"]
         # Kubernetes reads $$ as $ and looks behind a single one.
         given = container["command"][-3:]
         assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", " ".join(given))
@@ -564,7 +565,7 @@ class TestTpu:
         world.cloud()
         done = world.run("tpu_pod.sh", *UP, *TRAINING)
         assert world.verbs() == ["create", "scp", "install", "start"]
-        assert world.argv() == ["-m", "sop_jax.train", *TRAINING]
+        assert world.argv() == ["-m", "sop_jax.train", "--wait=600", *TRAINING]
         assert "a line of the log" in done.stdout
         assert "tpu_pod.sh delete --name=sop-jax --zone=z" in done.stdout
         assert (world.folder / "host/sop_jax/configs/digits.py").exists()

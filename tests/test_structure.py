@@ -13,10 +13,10 @@ LAYERS = [
     {"errors", "flops", "collectives", "compilation", "pace", "profiling"},
     {"paths"},
     {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data", "weights"},
-    {"cli", "interruption", "models", "search", "corrupt"},
+    {"cli", "interruption", "models", "search", "corrupt", "owner"},
     {"sop", "knn", "features"},
     {"check", "pretrained", "state"},
-    {"step", "evaluate", "extract", "convert"},
+    {"step", "evaluate", "extract", "convert", "resume"},
     {"run"},
     {"train", "plan"},
 ]

@@ -26,7 +26,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sop_jax
-from sop_jax import checkpoint, metrics, run, train
+from sop_jax import checkpoint, metrics, owner, run, train
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
@@ -566,6 +566,230 @@ def test_another_setting_is_named_and_changes_nothing(
     assert "another --workdir" in message and "checkpoint_every" in message
     assert len(message.splitlines()) == 3  # no other setting is named
     assert snapshot(workdir) == before
+
+
+# One run at a time
+
+
+def test_a_second_start_in_a_running_workdir_is_refused_and_changes_nothing(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, refused = checkpoint.Checkpoints.save, []
+
+    def start_again(self: checkpoint.Checkpoints, step: int, state: Any) -> None:
+        save(self, step, state)
+        if step == 6:
+            self.wait()
+            half_written = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+            half_written.mkdir()
+            before = snapshot(tmp_path)
+            with pytest.raises(UserError, match=f"process {os.getpid()} on .* one run at a time"):
+                train.train(small_config(), tmp_path)
+            refused.append(snapshot(tmp_path) == before)
+            half_written.rmdir()
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", start_again)
+    assert train.train(small_config(), tmp_path)["steps"] == STEPS
+    assert refused == [True]
+    assert [row["step"] for row in rows(tmp_path)] == [0, 2, 4, 6, 7, 8, 10, 12, 14, 16]
+    assert not list(tmp_path.glob("owner*"))
+
+
+def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "SURE", 0)
+    save = checkpoint.Checkpoints.save
+
+    def taken_over(self: checkpoint.Checkpoints, step: int, state: Any) -> None:
+        save(self, step, state)
+        self.wait()
+        store = owner.Disk(tmp_path)
+        assert store.take(store.look(), "{}")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", taken_over)
+    with pytest.raises(UserError, match="this run has stopped, because another process has taken"):
+        train.train(small_config(), tmp_path)
+    assert checkpoint.steps(tmp_path) == [3]
+    assert [row["step"] for row in rows(tmp_path)] == [0, 2]
+    assert [path.name for path in tmp_path.glob("owner*")] == ["owner-2.json"]
+
+
+def test_a_job_that_comes_back_waits_for_the_one_that_still_saves(
+    tmp_path: pathlib.Path, finished: pathlib.Path
+) -> None:
+    first = start(tmp_path, eval_every=1)
+    wait_for_step(first, tmp_path, 4)
+    waiting = [*command(tmp_path), "--wait=240"]
+    with subprocess.Popen(waiting, cwd=ROOT, stderr=subprocess.PIPE, text=True) as second:
+        assert second.stderr
+        said = second.stderr.readline()
+        assert f"process {first.pid} on " in said and "waiting for 240 s at most" in said
+        first.terminate()
+        _, words = first.communicate()
+        assert first.returncode == 130, words
+        rest = second.stderr.read()
+    saved = re.search(r"step (\d+) of 16 is saved", words)
+    assert second.returncode == 0 and saved and f"steps {saved[1]} to 16" in rest, rest
+    assert_same_state(tmp_path, finished)
+
+
+# What decides a run is kept with it
+
+
+def folder_config(images: pathlib.Path | str, **changes: Any) -> ml_collections.ConfigDict:
+    """A short run on a folder of images without evaluations."""
+    folder = {"data.source": "folder", "data.path": str(images), "eval_every": 0}
+    return small_config(**folder | {"checkpoint_every": 2} | changes)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, workdir: pathlib.Path) -> int:
+    """Trains until the first save and leaves the workdir as a kill after it would."""
+    with monkeypatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise ZeroDivisionError
+
+        patch.setattr(checkpoint.Checkpoints, "save", killed_after(1, killed))
+        with pytest.raises(ZeroDivisionError):
+            train.train(config, workdir)
+    (step,) = checkpoint.steps(workdir)
+    return step
+
+
+def killed_after(times: int, kill: Callable[..., None]) -> Callable[..., None]:
+    save, calls = checkpoint.Checkpoints.save, iter(range(times))
+
+    def saves(self: checkpoint.Checkpoints, step: int, state: Any) -> None:
+        save(self, step, state) if next(calls, None) is not None else kill()
+
+    return saves
+
+
+@pytest.mark.parametrize("change", ["added", "deleted", "renamed"])
+@pytest.mark.parametrize("state", ["stopped", "finished"])
+def test_other_images_are_told_when_a_run_goes_on(
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    state: str,
+) -> None:
+    images, workdir = tmp_path / "images", tmp_path / "run"
+    paint(images, 24)
+    config = folder_config(images, steps=None, epochs=9.0)
+    if state == "stopped":
+        stop_after(monkeypatch, config, workdir)
+    else:
+        train.train(config, workdir)
+    before = snapshot(workdir)
+    if change == "added":
+        for i in range(20):
+            shutil.copy(images / "000.png", images / f"more{i}.png")
+    elif change == "deleted":
+        for i in range(1, 24):
+            (images / f"{i:03}.png").unlink()
+    else:
+        (images / "000.png").rename(images / "zero.png")
+    told = {
+        "added": "train: 24 images then, 44 now",
+        "deleted": "train: 24 images then, 1 now",
+        "renamed": "train: the same number of images, 24, but other names",
+    }
+    with pytest.raises(UserError, match=told[change]):
+        train.train(config, workdir)
+    assert snapshot(workdir) == before
+
+
+def test_images_and_first_weights_may_be_moved(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(tmp_path / "images", 24)
+    step = stop_after(monkeypatch, folder_config(tmp_path / "images"), tmp_path / "run")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    config = folder_config(tmp_path / "moved", init_from="/scratch/gone.npz")
+    assert train.train(config, tmp_path / "run")["steps"] == STEPS > step
+
+
+def test_the_images_of_a_run_without_a_record_are_recorded(
+    tmp_path: pathlib.Path,
+    fake_step: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paint(tmp_path / "images", 24)
+    config = folder_config(tmp_path / "images")
+    stop_after(monkeypatch, config, tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()
+    train.train(config, tmp_path / "run")
+    assert "no record of the data that the run began with" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 24
+
+
+def test_a_finished_run_needs_no_images(
+    tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(tmp_path / "images", 24)
+    config = folder_config(tmp_path / "images")
+    summary = train.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "images")
+    assert train.train(config, tmp_path / "run") == json.loads(json.dumps(summary))
+    assert "Its data was not compared with what the run used" in capsys.readouterr().err
+
+
+def test_a_length_in_epochs_is_the_same_in_steps(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(steps=None, epochs=0.1, eval_every=0)
+    config.optim.warmup_steps, config.optim.warmup_epochs = None, 0.02
+    stop_after(monkeypatch, config, tmp_path)
+    same = small_config(steps=9, eval_every=0, **{"optim.warmup_steps": 2})
+    assert train.train(same, tmp_path)["steps"] == 9
+
+
+def test_a_finished_run_that_is_asked_for_more_says_how_to_go_on(
+    tmp_path: pathlib.Path, fake_step: None
+) -> None:
+    train.train(small_config(steps=None, epochs=0.1), tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        train.train(small_config(), tmp_path / "run")
+    message = str(caught.value)
+    assert "steps: 9 (epochs=0.1) made this workdir, 16 is asked for" in message
+    assert f"--config.init_from={tmp_path / 'run'} --workdir=NEW" in message
+
+
+def test_more_corrupt_images_may_be_allowed_on_resume(
+    tmp_path: pathlib.Path, fake_step: None
+) -> None:
+    paint(tmp_path / "images", 12, broken=(3, 7))
+    with pytest.raises(UserError, match="--config.data.max_corrupt_share=0.17 and the same comm"):
+        train.train(folder_config(tmp_path / "images"), tmp_path / "run")
+    config = folder_config(tmp_path / "images", **{"data.max_corrupt_share": 0.17})
+    assert train.train(config, tmp_path / "run")["steps"] == STEPS
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(
+    stopped: pathlib.Path,
+    finished: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = json.loads((stopped / "config.json").read_text())
+    del made["version"], made["sop"]["pool"]
+    (stopped / "config.json").write_text(json.dumps(made))
+    assert small_config().sop.pool == "non_anchors"
+    monkeypatch.setitem(config_lib.BEFORE["0.2.0"], "sop.pool", "all")
+    with pytest.raises(UserError, match="lacks sop.pool"):  # as a version that knows it
+        (stopped / "config.json").write_text(json.dumps(made | {"version": "0.2.0"}))
+        train.train(small_config(), stopped)
+    (stopped / "config.json").write_text(json.dumps(made))
+    for _ in range(2):  # a workdir that has been resumed is still of the version that made it
+        train.train(small_config(steps=STEPS), stopped)
+        assert config_lib.load(stopped).sop.pool == "all"
+        assert config_lib.made_by(stopped) == "0.1.0"
+    assert "sop_jax 0.1.0 began this run, which goes on as it did" in capsys.readouterr().err
+    with pytest.raises(UserError, match="sop.smoothing: 0.1 made this workdir, 0.2 is asked for"):
+        train.train(small_config(**{"sop.smoothing": 0.2}), stopped)
 
 
 # Bad input

@@ -5,7 +5,7 @@ worker processes each get a copy. Files are opened when the first record is aske
 """
 
 import hashlib
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -42,6 +42,23 @@ class Source(Protocol):
     @property
     def digest(self) -> str:
         """Which records these are, in a few letters, the same wherever they are stored."""
+
+
+class Identity(TypedDict):
+    """What tells the records of one split from others.
+
+    Attributes:
+        images: how many there are.
+        names: the `digest` of the source.
+    """
+
+    images: int
+    names: str
+
+
+def identity(source: Source) -> Identity:
+    """Which records a source has, wherever they are stored."""
+    return Identity(images=len(source), names=source.digest)
 
 
 def open_source(data_config: Any, split: str, train: Source | None = None) -> Source | None:
