@@ -95,7 +95,7 @@ def recognise(
         )
     layout = next((layout for layout in best if layout.project == likely), best[0])
     own = {bare: arrays[name] for bare, name in names.items()}
-    _refuse_swiglu(own)
+    _refuse_other_layers(own)
     alike = [other for other in best if other.settings != layout.settings]
     return Recognised(layout, layout.read(own), alike, _words(start, starts, aside))
 
@@ -217,17 +217,24 @@ def _any(patterns: tuple[str, ...]) -> re.Pattern[str]:
     )
 
 
-def _refuse_swiglu(arrays: Arrays) -> None:
-    """Raises UserError where layers have gates, apart or within one array, as timm keeps them."""
+def _refuse_other_layers(arrays: Arrays) -> None:
+    """Raises UserError where a network has the names of one that is known, and other layers."""
     gates = [name for name in arrays if _SWIGLU.fullmatch(name)]
     fc1, fc2 = (arrays.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2:
+        # timm keeps both halves in one array.
         gates += ["blocks.0.mlp.fc1.weight"] * (fc1.shape[0] == 2 * fc2.shape[1])
     if gates:
         raise UserError(
             f"its layers have SwiGLU feed-forward networks ({gates[0]}), as DINOv2's giant ViT "
             "has; only those of two linear layers with GELU between them are supported: take a "
             "small, base or large one"
+        )
+    block = "layer1.0.conv{}.weight".format
+    if block(2) in arrays and not any(name.endswith(".conv3.weight") for name in arrays):
+        raise UserError(
+            f"its blocks have two convolutions ({block(1)}, {block(2)}), as those of ResNet-18 and "
+            "ResNet-34; only blocks of three, as of ResNet-50, are supported"
         )
 
 
