@@ -9,6 +9,7 @@ One that computes on devices may run as several processes, with `--coordinator`,
 
 import errno
 import importlib.util
+import io
 import numbers
 import os
 import re
@@ -54,6 +55,9 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
             "processes", None, "The number of processes; 1 ignores clusters.", lower_bound=1
         )
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is printed as it came
+        sys.stdout.reconfigure(errors="surrogateescape")
 
     def guarded(argv: list[str]) -> None:
         signal.signal(signal.SIGTERM, _as_ctrl_c)
@@ -323,7 +327,7 @@ def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> 
     Some settings may be made empty, but only where they are not: there it would say nothing.
     """
     settings = flatten(config or {})
-    for flag, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for flag, following in zip(argv[1:], [*argv[2:], None], strict=False):
         match = re.fullmatch(r"--?([^=]+)(=\s*)?", flag)
         if not match or (match[2] is None and (following is None or following.strip())):
             continue

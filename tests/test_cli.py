@@ -1,6 +1,7 @@
 """The commands' errors: one short message that says what to do, and no traceback."""
 
 import getpass
+import os
 import pathlib
 import re
 import subprocess
@@ -385,3 +386,27 @@ def test_help_with_a_recipe_lists_its_settings(command: pathlib.Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "  --config.model.width=192\n" in result.stdout
     assert "  --config.augment.global_scale=(0.25, 1.0)\n" in result.stdout
+
+
+def test_paths_that_are_not_utf8_are_printed_byte_for_byte() -> None:
+    program = (
+        "import os, sys\nfrom sop_jax import cli\n"
+        "cli.run(lambda argv: print(os.fsdecode(b'caf\\xe9.npz')), devices=False)"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONUTF8": "0",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, b"caf\xe9.npz\n"), done.stderr
+
+
+def test_a_command_without_flags_says_what_is_required() -> None:
+    command = [sys.executable, "-m", "sop_jax.data.prepare"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "is required" in done.stderr

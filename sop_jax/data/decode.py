@@ -229,7 +229,7 @@ def decode_or_substitute(
         except ValueError:
             continue
     raise UserError(
-        f"Neither {source.name(index)!r} nor {SUBSTITUTES} other records picked at random could be "
+        f"Neither {source.name(index)} nor {SUBSTITUTES} other records picked at random could be "
         f"read as images. Of the first: {reason}. Where that is not to be mended by a setting, "
         "check data.path, or that the copy of the data is complete."
     )
