@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM: granted at once while a run starts, afterwards between two batches."""
 
 import collections
+import contextlib
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -38,6 +40,7 @@ class Interruption:
     def __enter__(self) -> "Interruption":
         self.asked = False
         self.starting: str | None = None
+        self._waits = False
         self._heard = threading.Event()  # the main thread has run the handler
         self._polls: collections.deque[jax.Array] = collections.deque()
         self._before = {
@@ -67,11 +70,24 @@ class Interruption:
         if self.poll():
             raise Interrupted(self.starting or "interrupted")
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Where a run of one process may be ended at any place, such as while it waits for images.
+
+        Raises:
+            KeyboardInterrupt: the first signal came.
+        """
+        self._waits = not hosts.several()
+        try:
+            yield
+        finally:
+            self._waits = False
+
     def _ask(self, number: int, _: Any) -> None:
         self.asked = True
         self._heard.set()
         signal.signal(number, self._before[signal.Signals(number)])
-        if self.starting:
+        if self.starting or self._waits:
             raise KeyboardInterrupt  # which no `except Exception` takes for something else
 
     def _insist(self, bell: socket.socket) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
@@ -200,6 +200,23 @@ def train_until(
             told = words is not None
         progress.show(step, shown)
 
+    def save_state(step: int) -> None:
+        nonlocal saved
+        if step > saved:
+            owner.check()
+            if writer is not None:
+                writer.flush()  # a checkpoint's rows are there before it is
+            checkpoints.save(step, state)
+            saved = step
+
+    def stop_after(step: int) -> NoReturn:
+        """Ends the run, which `step` was the last one of, with its state saved."""
+        save_state(step)
+        checkpoints.wait()
+        raise Interrupted(
+            f"interrupted; step {step} of {steps} is saved, and the same command goes on from there"
+        )
+
     try:
         if owed or (start == 0 and config.eval_every):
             record(start, unfinished | evaluate(state.teacher, between=interruption.check))
@@ -209,7 +226,15 @@ def train_until(
         for step in range(start + 1, steps + 1):
             last = step == steps
             log = last or due(step, config.log_every)
-            batch = to_devices(mesh, next(batches))
+            try:
+                with interruption.at_once():
+                    made = next(batches)
+            except KeyboardInterrupt:
+                if interruption.starting or hosts.several():
+                    raise
+                fetch(pending, saved, corrupt)  # a state that is not finite is not saved
+                stop_after(step - 1)
+            batch = to_devices(mesh, made)
             interruption.starting = None
             if trace.before(step):
                 pace.pause()
@@ -249,23 +274,20 @@ def train_until(
             row = row if log else {}
             if judge and not stop:
                 try:
-                    row |= evaluate(state.teacher, between=interruption.check)
+                    with interruption.at_once():
+                        row |= evaluate(state.teacher, between=interruption.check)
                 except Interrupted:
+                    stop = save = True
+                except KeyboardInterrupt:
+                    if hosts.several():
+                        raise
                     stop = save = True
             if row:
                 record(step, row, waiting if log else None)
             if save:
-                owner.check()
-                if writer is not None:
-                    writer.flush()  # a checkpoint's rows are there before it is
-                checkpoints.save(step, state)
-                saved = step
+                save_state(step)
             if stop:
-                checkpoints.wait()
-                raise Interrupted(
-                    f"interrupted; step {step} of {steps} is saved, and the same command goes "
-                    "on from there"
-                )
+                stop_after(step)
             clock, timed = time.monotonic(), step
             pace.resume()
         checkpoints.wait()

@@ -505,6 +505,33 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     assert rows(tmp_path, TIMINGS) == rows(finished, TIMINGS)
 
 
+def test_a_signal_while_images_are_waited_for_saves_the_last_step(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = train.train_batches
+
+    class Stalled:
+        """Batches of which the sixth does not come, as when a disk is gone."""
+
+        def __init__(self, *args: Any) -> None:
+            self.batches, self.made = make(*args), 0
+
+        def __next__(self) -> Any:
+            self.made += 1
+            if self.made == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(20)
+            return next(self.batches)
+
+        def close(self) -> None:
+            self.batches.close()
+
+    monkeypatch.setattr(train, "train_batches", Stalled)
+    with pytest.raises(Interrupted, match="step 5 of 16 is saved"):
+        train.train(small_config(eval_every=0), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 5
+
+
 def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
     finished: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
