@@ -47,6 +47,9 @@ POLL = 0.5  # between two questions whether another process has failed
 LINGER = 4 * POLL  # of a failed process, whose end is an error to those that know nothing yet
 PATIENCE = 15  # of a person who sees nothing happen
 
+THREADS = 4  # of XLA for each virtual device, see `enough_threads`
+_VIRTUAL = r"--xla_force_host_platform_device_count=(\d+)"
+
 _FAILURE = "sop_jax/failure"
 _SHOWN = 10  # differences
 
@@ -106,6 +109,7 @@ def start(
             other versions.
     """
     check(coordinator, processes, process)
+    enough_threads()
     if processes == 1:
         return
     # JAX would catch SIGTERM for a service of its own; `Interruption` is this project's.
@@ -138,6 +142,19 @@ def start(
     _watch = threading.Thread(target=_leave_with_others, daemon=True)
     _watch.start()
     check_agreement({"--processes": global_state.num_processes} | versions())
+
+
+def enough_threads() -> None:
+    """Has XLA make more threads where virtual CPU devices are more than cores.
+
+    It makes one for each device, all of which may wait in collectives for work that would need
+    one more; XLA then ends the process. What NPROC says already stays. Threads are made with the
+    first device, and this has no effect after that.
+    """
+    asked = re.findall(_VIRTUAL, os.environ.get("XLA_FLAGS", ""))  # the last of them counts
+    devices = int(asked[-1]) if asked else jax.config.values["jax_num_cpu_devices"]
+    if devices > (os.cpu_count() or 1):
+        os.environ.setdefault("NPROC", str(THREADS * devices))
 
 
 def several() -> bool:

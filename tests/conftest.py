@@ -14,12 +14,16 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     ]
 ).strip()
+# Nor does it with more threads than devices, all of which may be waiting; see
+# `sop_jax.hosts.enough_threads`, which gives the commands as many.
+os.environ.setdefault("NPROC", "32")
 # Workers and processes of tests compile the same programs: they share what is compiled.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # as `keep_compiled` does
 # Most of the time of small tests is XLA's, spent on programs that run for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The tests share the cores already.

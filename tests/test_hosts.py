@@ -1,9 +1,12 @@
 """Several processes find each other, agree, stop and fail together, and never hang."""
 
 import json
+import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import textwrap
 import time
 from typing import Any
@@ -508,3 +511,37 @@ def test_half_a_cluster(tmp_path: pathlib.Path) -> None:
     assert ended.code == 1
     assert ended.err.startswith("error: this looks like a cluster")
     assert "--processes=1" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "expected"),
+    [
+        ("--xla_force_host_platform_device_count=8", None, "32"),
+        ("--a=1 --xla_force_host_platform_device_count=8 --b=2", "5", "5"),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_virtual_devices_beyond_the_cores_get_threads_to_spare(
+    flags: str, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as devices are too few: XLA waits for one more, and aborts."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("NPROC", given or "")
+    if given is None:
+        monkeypatch.delenv("NPROC")
+    hosts.start(processes=1)
+    assert os.environ.get("NPROC") == expected
+
+
+def test_the_threads_are_there_when_devices_are() -> None:
+    program = (
+        "import os, jax; from sop_jax import hosts; os.cpu_count = lambda: 2; "
+        "hosts.start(processes=1); jax.devices(); print(len(os.listdir('/proc/self/task')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 32  # 8 devices
