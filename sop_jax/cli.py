@@ -2,9 +2,8 @@
 
 A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
 after one in the command line, 130 when interrupted and 75 when another process, a worker or the
-data is lost.
-One that computes on devices may run as several processes, with `--coordinator`, `--processes` and
-`--process`; a process that fails ends the others too.
+data is lost. One that computes on devices may run as several processes, with `--coordinator`,
+`--processes` and `--process`; a process that fails ends the others too.
 """
 
 import errno
@@ -41,7 +40,8 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
     """Parses the flags, runs `main(argv)` and exits; an error people can mend is one message.
 
     Among those are a `UserError`, a config file that is missing or does not load, an unknown
-    setting or flag, a value of the wrong type, and a full disk. Other errors keep their traceback.
+    setting or flag, a value of the wrong type, a full disk, and too little memory. Other errors
+    keep their traceback.
 
     Args:
         main: what the command does; prints to stdout in process 0 alone.
@@ -394,7 +394,23 @@ def _message(error: BaseException) -> str | None:
             f"the disk is full: no space was left while {where}. Free some space and run the same "
             f"command again{then}."
         )
+    if reason := next((str(link) for link in chain if _is_out_of_memory(link)), None):
+        first = re.sub(r"^RESOURCE_EXHAUSTED:? *", "", reason.strip()).splitlines() or [""]
+        return f"out of memory{': ' * bool(first[0])}{first[0].rstrip('.')}. {_less_memory()}"
     return None
+
+
+def _less_memory() -> str:
+    """What makes a command that computes take less memory."""
+    if "config" in FLAGS:
+        return (
+            "If it came in a step, raise --config.accumulate (microbatches of a step), which a "
+            "resumed run may do too, or lower --config.batch_size; if in an evaluation, lower "
+            "--config.eval.batch_size. --config.model.remat=full takes less as well."
+        )
+    if "batch_size" in FLAGS:
+        return "Lower --batch_size, the images that are computed at a time."
+    return "Free some memory, or use a machine or a device with more."
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -402,6 +418,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     following = error.__cause__ or error.__context__
     if following is not None:
         yield from _chain(following)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+    return isinstance(error, MemoryError) or (of_jax and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def _is_full_disk(error: BaseException) -> bool:

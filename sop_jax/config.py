@@ -39,6 +39,7 @@ RESUMABLE = (
     "checkpoint_every",
     "profile_steps",
     "checkpoint.keep_every",
+    "eval.batch_size",
     "data.workers",
     "data.threads",
     "data.retry_seconds",

@@ -86,13 +86,19 @@ def knn_evaluation(
     }
 
 
-def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dict[str, Any]:
+def knn(
+    workdir: epath.PathLike,
+    step: int | None,
+    data_path: str | None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
     """Evaluates a checkpoint of a run with k-NN, prints the table and writes the JSON file.
 
     Args:
         workdir: of the run.
         step: of which checkpoint; the newest by default.
         data_path: where the run's data lies now; by default where it lay in training.
+        batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
 
     Returns:
         What `knn_evaluation` returns, and `task` and `step`.
@@ -101,6 +107,7 @@ def knn(workdir: epath.PathLike, step: int | None, data_path: str | None) -> dic
         UserError: no run, no checkpoint, no data, or data without labels or test split.
     """
     config, model, teacher, step = load(workdir, step)
+    config.eval.batch_size = batch_size or config.eval.batch_size
     if data_path is not None:
         config.data.path = data_path
     train = open_source(config.data, "train")
@@ -169,7 +176,7 @@ def main(argv: list[str]) -> None:
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
-    record = TASKS[args.task](args.workdir, args.step, args.data_path)
+    record = TASKS[args.task](args.workdir, args.step, args.data_path, args.batch_size)
     if jax.process_index() == 0:
         print(json.dumps(record))
 
@@ -181,4 +188,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
     flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
     cli.define_path("data_path", "Where the data lies now, if it was moved.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
+    )
     cli.run(main)

@@ -38,6 +38,7 @@ def export(
     step: int | None = None,
     patches: bool = False,
     splits: bool = True,
+    batch_size: int | None = None,
 ) -> None:
     """Writes the features of all images below a folder.
 
@@ -48,6 +49,7 @@ def export(
         step: of which checkpoint; the newest by default.
         patches: also write the tokens of patches.
         splits: whether folders that are called as splits are no classes.
+        batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
 
     Raises:
         UserError: no run, no checkpoint, no readable image, or `out` cannot be written.
@@ -63,6 +65,7 @@ def export(
     draft = start_draft(epath.Path(out)) if chief else None
     try:
         config, model, teacher, step = load(workdir, step)
+        config.eval.batch_size = batch_size or config.eval.batch_size
         mesh = make_mesh()
         extract = make_extractor(model, config, mesh, patches)
         with tqdm.tqdm(
@@ -113,7 +116,10 @@ def main(argv: list[str]) -> None:
     del argv
     keep_compiled()
     args = flags.FLAGS
-    export(args.workdir, args.images, args.out, args.step, args.patches, args.splits)
+    export(
+        *(args.workdir, args.images, args.out, args.step, args.patches, args.splits),
+        batch_size=args.batch_size,
+    )
     if jax.process_index() == 0:
         print(args.out)
 
@@ -127,4 +133,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
     flags.DEFINE_bool("patches", False, "Write the features of patches too.")
     flags.DEFINE_bool("splits", True, "Folders called train, val or test are splits, not classes.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
+    )
     cli.run(main)

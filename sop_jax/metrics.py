@@ -15,6 +15,8 @@ Scalar = float | int | str | None
 
 _FILE = "metrics.jsonl"
 _REMOTE_INTERVAL = 60.0  # seconds
+_WORTH_TELLING = 60.0  # seconds left
+_UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
 _BOARD_INTERVAL = 5  # seconds; a killed run loses as much of its TensorBoard curves
 
 
@@ -115,11 +117,25 @@ class Progress:
             disable=not shown or self._lines,
         )
         self._shown: dict[str, float | str] = {}
+        self._done, self._told = step, False  # that the time left was shown
 
     def advance(self) -> None:
-        """Counts one step."""
+        """Counts one step that has ended; after the second one says how long the rest will take.
+
+        Where lines are shown, that is, and unless one of them has said so.
+        """
+        self._done += 1
         if not self._start:  # the time left is judged by what comes after the first step
-            self._first, self._start = self._first + 1, time.monotonic()
+            self._first, self._start = self._done, time.monotonic()
+        elif self._lines and not self._told:
+            self._told = True
+            each = (time.monotonic() - self._start) / (self._done - self._first)
+            left = each * (self._steps - self._done)
+            if left >= _WORTH_TELLING:
+                self._print(
+                    f"about {in_words(left)} left, at {in_words(each)} a step and without the "
+                    "evaluations"
+                )
         self._bar.update()
 
     def show(self, step: int, scalars: Mapping[str, Scalar]) -> None:
@@ -135,6 +151,7 @@ class Progress:
         self._shown.update(fresh)
         self._bar.set_postfix(self._shown, refresh=False)
         if self._lines:
+            self._told = self._told or step > self._first
             values = "  ".join(f"{name} {value}" for name, value in fresh.items())
             self._print(f"step {step}/{self._steps}  {values}  {self._time_left(step)} left")
 
@@ -157,6 +174,12 @@ class Progress:
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+def in_words(seconds: float) -> str:
+    """A duration in the unit that suits it, such as 3.2 h."""
+    unit, size = next((pair for pair in _UNITS if seconds >= pair[1]), _UNITS[-1])
+    return f"{seconds / size:.3g} {unit}"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -5,56 +5,35 @@
 
 Compiles the run's own train step, for a TPU topology on a machine that has no TPU
 (`pip install -e .[tpu]`) or for the devices of this machine. Prints a table and one line of JSON;
-exits with 1 where the step does not fit. Needs no data: ImageNet's size stands in for it, which
-decides schedules alone. --largest_batch finds the largest batch a chip that fits.
+exits with 1 where the step does not fit, on a CPU in the memory that is available now. Needs no
+data: ImageNet's size stands in for it, which decides schedules alone. --largest_batch finds the
+largest batch a chip that fits.
 """
 
 import importlib.util
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
 from sop_jax import flops
 from sop_jax.check import check
 from sop_jax.collectives import Collective, collectives
+from sop_jax.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
 from sop_jax.errors import UserError
-from sop_jax.mesh import make_mesh, replicated
-from sop_jax.run import Run, assemble
+from sop_jax.mesh import make_mesh
+from sop_jax.run import Run, assemble, traced_step
 
 IMAGES = 1_281_167  # of ImageNet's train split
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 SCOPES = ("teacher", "student", "prototypes", "losses", "update", "memories", "health")
-
-
-class Chip(NamedTuple):
-    """What a chip offers.
-
-    Attributes:
-        memory: bytes that a program may use: less than the chip has, and as libtpu's compiler
-            names them when they do not suffice.
-        rate: of matrix products in bfloat16, operations a second at best.
-    """
-
-    memory: float
-    rate: float
-
-
-CHIPS = {  # by `jax.Device.device_kind`
-    "TPU v4": Chip(30.75 * GIB, 275e12),
-    "TPU v5 lite": Chip(15.75 * GIB, 197e12),
-    "TPU v5": Chip(95.74 * GIB, 459e12),
-    "TPU v6 lite": Chip(31.25 * GIB, 918e12),
-}
 
 
 class Plan(NamedTuple):
@@ -147,26 +126,14 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     run = assemble(config, mesh, IMAGES)
     device: Any = mesh.devices.flat[0]
-    limit = bytes_limit(device)
-    measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(mesh))
-    step: Any = run.train_step  # compiled by jax.jit, so that it can be traced too
-    traced = step.trace(run.abstract, run.batch, measure)
+    traced = traced_step(run)
     memory = state_bytes(run)
-    wanted: int | str
-    fits: bool | None
     sent: list[Collective] = []
     began = time.monotonic()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        wanted, fits = exhausted(str(error)), False
-    else:
-        memory |= program_bytes(compiled.memory_analysis(), sum(memory.values()))
-        wanted = sum(memory.values())
-        fits = None if limit is None else wanted <= limit
-        sent = collectives(compiled.as_text())
+    fit = compile_and_compare(traced.lower(), list(mesh.devices.flat))
+    if fit.compiled is not None:
+        memory |= program_bytes(fit.compiled.memory_analysis(), sum(memory.values()))
+        sent = collectives(fit.compiled.as_text())
     return Plan(
         mesh=dict(mesh.shape),
         kind=device.device_kind,
@@ -174,9 +141,9 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         accumulate=config.accumulate,
         bound=min(memory_sizes(config)),
         memory=memory,
-        wanted=wanted,
-        limit=limit,
-        fits=fits,
+        wanted=fit.wanted,
+        limit=fit.limit,
+        fits=fit.fits,
         flops=flops.by_scope(traced.jaxpr, SCOPES),
         rate=CHIPS[device.device_kind].rate if device.device_kind in CHIPS else None,
         collectives=sent,
@@ -194,11 +161,11 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         UserError: as `plan`, or the devices do not say how much memory they have.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    device: Any = mesh.devices.flat[0]
-    if bytes_limit(device) is None:
+    devices = list(mesh.devices.flat)
+    if bytes_limit(devices) is None:
         raise UserError(
-            f"{device.device_kind} devices do not say how much memory they have, so no batch is "
-            "too large; name a --topology"
+            f"{devices[0].device_kind} devices do not say how much memory they have, so no batch "
+            "is too large; name a --topology"
         )
     unit = mesh.devices.size * config.accumulate
     best = None
@@ -229,14 +196,6 @@ def memory_sizes(config: ml_collections.ConfigDict) -> list[tuple[int, str]]:
     return [row for row in rows if row[0]]
 
 
-def bytes_limit(device: Any) -> float | None:
-    """Bytes that programs may use: of a TPU as known, of another device as it says, if it does."""
-    if device.device_kind in CHIPS:
-        return CHIPS[device.device_kind].memory
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return None if limit is None else float(limit)
-
-
 def state_bytes(run: Run) -> dict[str, int]:
     """Bytes a chip of what a step is given, by part."""
     state = run.abstract
@@ -263,15 +222,6 @@ def program_bytes(analysis: Any, given: int) -> dict[str, int]:
         "program": analysis.generated_code_size_in_bytes,
         "padding": analysis.argument_size_in_bytes - given + max(0, outputs),
     }
-
-
-def exhausted(error: str) -> int | str:
-    """The bytes that a program wanted that was too large, or the compiler's first line."""
-    # It puts this in two ways, by whether it gave up before or after it assigned memory.
-    match = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", error)
-    if match is None:
-        return error.splitlines()[0]
-    return round(float(match[1]) * 1024 ** (" KMGT".index(match[2])))
 
 
 def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, int | None]]:

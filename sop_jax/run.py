@@ -1,5 +1,6 @@
 """The parts of a run that follow from its config: the step, and where each array lies."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,16 @@ from jaxtyping import Array, Key
 
 from sop_jax import optim
 from sop_jax.data.masks import most_masked
+from sop_jax.device_memory import Fit, compile_and_compare, in_gib
+from sop_jax.errors import UserError
 from sop_jax.mesh import check_split, gatherer, placed, replicated, shardings, split
 from sop_jax.models import Model, build, size_of
 from sop_jax.models.attention import Implementation, choose
 from sop_jax.sop.objective import Objective, sop
 from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
+
+TRIES = 4  # steps that are compiled to find one that fits
 
 
 class Run(NamedTuple):
@@ -91,11 +96,94 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     )
 
 
-def compiled_step(run: Run) -> Callable[..., Any]:
-    """The step, compiled before there is a state: what does not fit is said at once."""
+def traced_step(run: Run) -> Any:
+    """The step for what a run gives it, traced and not yet compiled."""
     measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(run.mesh))
-    step: Any = run.train_step
-    return step.lower(run.abstract, run.batch, measure).compile()
+    step: Any = run.train_step  # compiled by jax.jit, so that it can be traced too
+    return step.trace(run.abstract, run.batch, measure)
+
+
+def compiled_step(
+    config: ml_collections.ConfigDict, run: Run, note: Callable[[str], Any]
+) -> Callable[..., Any]:
+    """The step, compiled before the first batch is there.
+
+    Args:
+        config: of the run.
+        run: assembled from it.
+        note: tells a person about work that takes long.
+
+    Raises:
+        UserError: the step takes more memory than the devices have; says what would fit.
+    """
+    fit = fit_of_step(run)
+    if fit.fits is False:
+        raise UserError(too_large(config, run, fit, note))
+    assert fit.compiled is not None
+    return fit.compiled
+
+
+def fit_of_step(run: Run) -> Fit:
+    """The compiled step beside the memory of the run's devices."""
+    return compile_and_compare(traced_step(run).lower(), list(run.mesh.devices.flat))
+
+
+def too_large(
+    config: ml_collections.ConfigDict, run: Run, fit: Fit, note: Callable[[str], Any]
+) -> str:
+    """That the step does not fit, and what would, for a person."""
+    there = "" if fit.limit is None else f", more than the {in_gib(fit.limit)} there are"
+    words = f"the train step takes {in_gib(fit.wanted)} of memory per device{there}"
+    note(f"{words}; looking for a smaller one that fits ...")
+    parts, found = smaller_step(config, run, fit)
+    remat = [] if config.model.remat == "full" else ["--config.model.remat=full"]
+    if parts is None:
+        return (
+            f"{words}, and with one image per device at a time it would not fit either. Try "
+            + ", ".join([*remat, "a smaller model", "smaller images"])
+            + ", or more devices with --config.mesh.fsdp"
+        )
+    smaller = config.batch_size * config.accumulate // parts
+    sure = f"{in_gib(found.wanted)} when compiled" if found else "by estimate"
+    changes = ", each normed by itself" if config.model.family == "resnet" else ""
+    return (
+        f"{words}. These would fit ({sure}): --config.accumulate={parts}, which takes the same "
+        f"batch of {config.batch_size} in {parts} microbatches{changes}, or "
+        f"--config.batch_size={smaller}, which learns from fewer images a step"
+        + "".join(f". {setting} takes less memory too" for setting in remat)
+    )
+
+
+def smaller_step(
+    config: ml_collections.ConfigDict, run: Run, fit: Fit
+) -> tuple[int | None, Fit | None]:
+    """The fewest microbatches whose step probably fits, and what it takes if it was compiled.
+
+    Temporary arrays are taken to grow with the images of a microbatch, and the rest to stay. A
+    process that is one of several does not compile, which might wait for the others.
+    """
+    most = config.batch_size // run.mesh.devices.size
+    choices = [n for n in range(config.accumulate + 1, most + 1) if most % n == 0]
+    parts = config.accumulate
+    for attempt in range(TRIES):
+        excess = 2.0  # where the compiler told too little
+        if isinstance(fit.wanted, int) and fit.temporary and fit.limit:
+            room = fit.limit - (fit.wanted - fit.temporary)
+            excess = fit.temporary / room if room > 0 else math.inf
+        larger = [n for n in choices if n > parts]
+        if not larger or math.isinf(excess):
+            return None, None
+        enough = [n for n in larger if n >= parts * excess]
+        parts = enough[0] if enough and attempt < TRIES - 1 else larger[-1]
+        if jax.process_count() > 1:
+            return parts, None
+        trial = config.copy_and_resolve_references()
+        trial.accumulate = parts
+        images = round(run.epoch * config.batch_size)
+        fit = fit_of_step(assemble(trial, run.mesh, images))
+        if fit.fits:
+            return parts, fit
+    return None, None
 
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, patch: int) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def train_until(
     for note in (about, *optim.cut_short(config, steps, run.epoch), *notes):
         progress.note(note)
     clock = time.monotonic()
-    train_step = compiled_step(run)
+    train_step = compiled_step(config, run, progress.note)
     compile_s = time.monotonic() - clock
     progress.note(f"The step is compiled, in {compile_s:.1f} s.")
 
@@ -249,6 +249,8 @@ def train_until(
                 stop = interruption.poll() and not last
             if len(pending) > IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
+            if step <= start + 2:
+                jax.block_until_ready(metrics["loss"])  # so that the time of a step is soon known
             progress.advance()
             if words := trace.after(step, metrics["loss"]):
                 progress.note(words)

@@ -43,6 +43,11 @@ def fail(how):
             raise ValueError("Failed to write: No space left on device [os_error_code='28']")
         except ValueError:
             raise RuntimeError("the save failed")
+    if how == "python memory":
+        raise MemoryError("Unable to allocate 9.5 GiB for an array")
+    if how == "device memory":
+        JaxRuntimeError = type("JaxRuntimeError", (RuntimeError,), {})
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 51039674304 bytes.")
     if how == "interrupt":
         raise KeyboardInterrupt
     if how == "terminate":
@@ -326,6 +331,20 @@ def test_a_config_file_that_does_not_load(
                 1,
             )
             for how in ("disk", "tensorstore")
+        ),
+        *(
+            (
+                how,
+                f"error: out of memory: {reason}. If it came in a step, raise --config.accumulate "
+                "(microbatches of a step), which a resumed run may do too, or lower "
+                "--config.batch_size; if in an evaluation, lower --config.eval.batch_size. "
+                "--config.model.remat=full takes less as well.",
+                1,
+            )
+            for how, reason in (
+                ("python memory", "Unable to allocate 9.5 GiB for an array"),
+                ("device memory", "Out of memory allocating 51039674304 bytes"),
+            )
         ),
         ("interrupt", "interrupted", 130),
         ("terminate", "interrupted", 130),

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,3 +161,16 @@ def test_command(run: pathlib.Path, tree: pathlib.Path) -> None:
     )
     assert failed.returncode == 1
     assert "--images" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_fewer_images_at_a_time_can_be_asked_for(
+    run: pathlib.Path, tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory runs out, whose message says so."""
+
+    def refuse(model: Any, config: Any, mesh: Any, patches: bool) -> None:
+        raise UserError(f"{config.eval.batch_size} at a time")
+
+    monkeypatch.setattr("sop_jax.extract.make_extractor", refuse)
+    with pytest.raises(UserError, match="^3 at a time"):
+        export(run, str(tree), tree / "f.npz", batch_size=3)

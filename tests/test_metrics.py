@@ -160,6 +160,32 @@ def test_progress_away_from_a_terminal_is_a_line_a_logged_step(
     assert note == "collapsing: raise loss.teacher_temperature"
 
 
+def test_the_time_left_is_told_after_the_second_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it is until the first logged step, whose line says it too."""
+    clock = [100.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    progress = metrics.Progress(10, 1010)
+    for _ in range(4):
+        progress.advance()  # the first ends late, by what is made for it
+        clock[0] += 9.0
+    progress.close()
+    assert capsys.readouterr().err == (
+        "about 2.5 h left, at 9 s a step and without the evaluations\n"
+    )
+
+
+def test_a_short_run_does_not_tell_its_time_left_twice(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = metrics.Progress(0, 5)
+    for _ in range(4):
+        progress.advance()
+    progress.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_on_a_terminal_is_a_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

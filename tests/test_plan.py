@@ -15,7 +15,7 @@ from sop_jax import config as config_lib
 from sop_jax import plan as plan_lib
 from sop_jax.collectives import Collective
 from sop_jax.errors import UserError
-from sop_jax.plan import GIB, Plan, exhausted, largest_batch, plan, record, table, traffic
+from sop_jax.plan import GIB, Plan, largest_batch, plan, record, table, traffic
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -106,10 +106,18 @@ def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) 
     assert not any(where == "memories" for _, where in sent)
 
 
-def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(one: Plan) -> None:
-    assert one.limit is None
-    assert one.fits is None
-    assert "fits: unknown" in table(one)
+def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
+    """By the memory that its machine has left."""
+    assert one.limit is not None and 2**28 < one.limit < 2**46
+    assert one.fits is True
+    assert table(one).splitlines()[-1].startswith("fits: yes, ")
+
+
+def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "fits: unknown" in table(made(limit=None, fits=None))
+    monkeypatch.setattr(plan_lib, "bytes_limit", lambda devices: None)
     with pytest.raises(UserError, match="do not say how much memory"):
         largest_batch(small_config(), jax.devices()[:1])
 
@@ -166,26 +174,6 @@ def test_table_and_record_tell_the_same() -> None:
     assert {"kind": "all-reduce", "where": "student", "times": 13, "bytes": 14 * 2**20} in numbers[
         "collectives"
     ]
-
-
-@pytest.mark.parametrize(
-    ("error", "wanted"),
-    [
-        (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-            "temporaries (40.50G) exceeds available HBM (15.75G).",
-            round(40.5 * GIB),
-        ),
-        (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
-            "space hbm. Used 812.25M of 15.75G hbm.",
-            round(812.25 * 2**20),
-        ),
-        ("RESOURCE_EXHAUSTED: no room\nat all", "RESOURCE_EXHAUSTED: no room"),
-    ],
-)
-def test_what_a_program_wanted_is_read_from_the_refusal(error: str, wanted: int | str) -> None:
-    assert exhausted(error) == wanted
 
 
 def test_refusal_is_an_answer() -> None:

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors", "flops", "collectives", "compilation", "pace", "profiling"},
+    {"errors", "flops", "collectives", "compilation", "device_memory", "pace", "profiling"},
     {"paths"},
     {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data", "weights"},
     {"cli", "interruption", "models", "search", "corrupt", "owner"},

@@ -30,6 +30,7 @@ from sop_jax import checkpoint, metrics, owner, run, train
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
+from sop_jax.device_memory import GIB, Fit
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.mesh import make_mesh
 from sop_jax.pace import Pace, PaceKeeper
@@ -846,6 +847,57 @@ def test_bad_input_is_told_before_anything_is_written(
         train.train(small_config(**changes), tmp_path / "run")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
+    """What steps take in all and for temporary arrays, one after another, in GiB."""
+    left = iter(of_steps)
+
+    def compiled(run: Any) -> Fit:
+        wanted, temporary = (round(size * GIB) for size in next(left))
+        return Fit(object(), wanted, temporary, limit * GIB)
+
+    return compiled
+
+
+def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what would fit, compiled: four parts by the first estimate, eight by the second."""
+    steps = (10, 8), (5, 3), (3.5, 1.5)
+    monkeypatch.setattr(run, "fit_of_step", fits(*steps, limit=4))
+    with pytest.raises(UserError) as caught:
+        train.train(small_config(batch_size=64), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert str(caught.value) == (
+        "the train step takes 10.00 GiB of memory per device, more than the 4.00 GiB there are. "
+        "These would fit (3.50 GiB when compiled): --config.accumulate=8, which takes the same "
+        "batch of 64 in 8 microbatches, or --config.batch_size=8, which learns from fewer images "
+        "a step. --config.model.remat=full takes less memory too"
+    )
+
+
+def test_a_step_that_never_fits_names_other_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(batch_size=4)
+    made = assemble(config, make_mesh(1), images=100)
+    told: list[str] = []
+    monkeypatch.setattr(run, "fit_of_step", fits((10, 8), limit=1))
+    with pytest.raises(UserError, match="with one image per device at a time it would not fit"):
+        run.compiled_step(config, made, told.append)
+    assert told == [
+        "the train step takes 10.00 GiB of memory per device, more than the 1.00 GiB there "
+        "are; looking for a smaller one that fits ..."
+    ]
+
+
+def test_a_step_of_several_processes_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(batch_size=64)
+    made = assemble(config, make_mesh(1), images=100)
+    fit = fits((10, 8), limit=4)(made)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    words = run.too_large(config, made, fit, lambda text: None)
+    assert "(by estimate): --config.accumulate=4, " in words  # 2 GiB and 8/4 more
+    assert "or --config.batch_size=16, " in words
 
 
 def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None:
