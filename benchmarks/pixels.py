@@ -18,13 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sop_jax.data.pipeline import eval_batches  # noqa: E402
 from sop_jax.data.sources import Source, open_source  # noqa: E402
 from sop_jax.knn import knn_top1  # noqa: E402
+from sop_jax.mesh import make_mesh  # noqa: E402
 
 
-def pixels(source: Source, resize: int, crop: int) -> np.ndarray:
-    """The evaluation crops as rows, float32 [n, 3 * crop * crop]."""
-    batches = eval_batches(source, resize, crop, 500)
-    rows = [batch["image"][batch["valid"]] for batch in batches]
-    return np.concatenate(rows).reshape(-1, 3 * crop * crop).astype(np.float32)
+def pixels(source: Source, resize: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """The evaluation crops as rows, float32 [n, 3 * crop * crop], and their labels."""
+    rows, labels = [], []
+    for batch in eval_batches(source, resize, crop, 500):
+        rows.append(batch["image"][batch["valid"]])
+        labels.append(batch["label"][batch["valid"]])
+    images = np.concatenate(rows).reshape(-1, 3 * crop * crop).astype(np.float32)
+    return images, np.concatenate(labels)
 
 
 def main() -> None:
@@ -36,9 +40,11 @@ def main() -> None:
     config = runpy.run_path(args.config)["get_config"]()
     config.data.path = args.data
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
-    if train is None or test is None or train.labels is None or test.labels is None:
+    if train is None or test is None or not (train.has_labels and test.has_labels):
         raise SystemExit("error: k-NN needs labelled train and test splits; check the config")
-    known, asked = (pixels(s, config.eval.resize, config.eval.crop) for s in (train, test))
+    (known, classes), (asked, truth) = (
+        pixels(source, config.eval.resize, config.eval.crop) for source in (train, test)
+    )
     mean = known.mean(0)
     unit = [
         x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
@@ -46,11 +52,12 @@ def main() -> None:
     ]
     top1 = knn_top1(
         unit[0],
-        train.labels,
+        classes,
         unit[1],
-        test.labels,
+        truth,
         tuple(config.eval.knn_k),
         config.eval.knn_temperature,
+        mesh=make_mesh(),
     )
     print(json.dumps({f"k{k}": share for k, share in top1.items()}))
 

@@ -61,7 +61,7 @@ def knn_evaluation(
     ks = tuple(eval_config.knn_k)
     names = ["knn_top1", "knn_k", *(f"knn_top1_k{k}" for k in ks), "knn_unreadable"]
     result: dict[str, float | int | None] = dict.fromkeys(names)
-    if test is None or train.labels is None or test.labels is None:
+    if test is None or not (train.has_labels and test.has_labels):
         return result
     known, asked = (extract(params, source, between=between) for source in (train, test))
     if unreadable:
@@ -69,9 +69,9 @@ def knn_evaluation(
         unreadable(test, asked.corrupt)
     top1 = knn_top1(
         known.vectors,
-        train.labels[known.index],
+        known.labels,
         asked.vectors,
-        test.labels[asked.index],
+        asked.labels,
         ks,
         eval_config.knn_temperature,
         mesh=mesh,
@@ -121,7 +121,7 @@ def knn(
             f"the data of this run has no split {config.data.test_split!r} to classify, and k-NN "
             "needs one beside the train split. Point --data_path to data that has both."
         )
-    if train.labels is None or test.labels is None:
+    if not (train.has_labels and test.has_labels):
         raise UserError(
             "the images of this run have no labels, and k-NN needs them. Sort them into one "
             "folder a class, in the train and in the test split, and give --data_path."

@@ -85,8 +85,8 @@ def export(
             "names": np.array(source.files)[features.index],
             "step": np.array(step),
         }
-        if source.labels is not None and source.class_names is not None:
-            arrays["labels"] = source.labels[features.index]
+        if source.class_names is not None:
+            arrays["labels"] = features.labels
             arrays["class_names"] = np.array(source.class_names)
         if features.patches is not None:
             arrays["patch_features"] = features.patches

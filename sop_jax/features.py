@@ -26,12 +26,14 @@ class Features:
         vectors: [CLS] after the final norm; a Swin's is the mean of its tokens.
         patches: tokens of the patches, row by row, where asked for.
         index: which record each row belongs to.
+        labels: of these records, -1 where there are none.
         corrupt: records that could not be read; they have no row.
     """
 
     vectors: Float32[np.ndarray, "n D"]
     patches: Float16[np.ndarray, "n L D"] | None
     index: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"]
     corrupt: list[int]
 
 
@@ -63,7 +65,7 @@ def make_extractor(
 
     def forward(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
         (tokens,) = model.features(params, batch["image"])
-        outputs = {name: batch[name] for name in ("index", "corrupt", "valid")}
+        outputs = {name: batch[name] for name in ("index", "label", "corrupt", "valid")}
         outputs["vectors"] = tokens[:, 0].astype(jnp.float32)
         if patches:
             outputs["patches"] = tokens[:, 1:].astype(jnp.float16)
@@ -101,7 +103,13 @@ def make_extractor(
         joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
         order = np.argsort(joined["index"])  # hosts take turns
         joined = {name: array[order] for name, array in joined.items()}
-        return Features(joined["vectors"], joined.get("patches"), joined["index"], sorted(corrupt))
+        return Features(
+            joined["vectors"],
+            joined.get("patches"),
+            joined["index"],
+            joined["label"],
+            sorted(corrupt),
+        )
 
     return extract
 
@@ -125,9 +133,13 @@ class HostShare:
         return self.source.name(int(self.records[index]))
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """Of this host's records."""
-        return None if self.source.labels is None else self.source.labels[self.records]
+    def has_labels(self) -> bool:
+        """As the source."""
+        return self.source.has_labels
+
+    def label(self, index: int) -> int:
+        """Of one of this host's records."""
+        return self.source.label(int(self.records[index]))
 
     @property
     def class_names(self) -> list[str] | None:

@@ -75,14 +75,15 @@ def train(
         standing = resume.check_workdir(config, workdir)
         if standing.summary is not None:
             return tell_finished(standing, workdir)
-        with owned(workdir, wait) as owner:
+        with owned(workdir, wait) as owner, contextlib.ExitStack() as opened:
             interruption.starting = before_training(workdir)  # after a wait for another run
-            return train_until(interruption, owner, config, workdir)
+            return train_until(interruption, owner, opened, config, workdir)
 
 
 def train_until(
     interruption: Interruption,
     owner: Owner,
+    opened: contextlib.ExitStack,
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
 ) -> dict[str, Any]:
@@ -139,6 +140,7 @@ def train_until(
     unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
 
     progress = Progress(start, steps, shown=chief)
+    opened.callback(progress.close)
     about = describe(config, run, train_source, test_source, start)
     for note in (about, *optim.cut_short(config, steps, run.epoch), *notes):
         progress.note(note)
@@ -155,13 +157,19 @@ def train_until(
     checkpoints = checkpoint.Checkpoints(
         workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
     )
+    opened.callback(checkpoints.close)
     writer = open_writer(workdir, start - owed) if chief else None
+    if writer is not None:
+        opened.callback(lambda: writer.close(write=not owner.lost))
     wall_before = rows[-1]["wall_s"] if rows else 0.0
     batches = train_batches(train_source, config, run.model.patch, start, places)
+    opened.callback(batches.close)
     measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
     how = decoding(config.data, train_source)
     corrupt = CorruptImages(train_source, config.data.max_corrupt_share, how)
     pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
+    opened.callback(pace.close)
+    opened.callback(trace.close)
     began = time.monotonic()
     logged = [row for row in rows if "loss" in row]
     told = held_up = False  # that it is collapsing, that the input is slow
@@ -294,13 +302,7 @@ def train_until(
             pace.resume()
         checkpoints.wait()
     finally:
-        batches.close()
-        progress.close()
-        checkpoints.close()
-        if writer is not None:
-            writer.close(write=not owner.lost)
-        pace.close()
-        trace.close()
+        opened.close()
 
     summary = summarise(rows, steps, compile_s)
     if writer is not None:
@@ -440,10 +442,12 @@ def describe(
         where += f" in {config.accumulate} microbatches"
     if test is None:
         quality = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
-    elif source.class_names is None or test.class_names is None:
+    elif not (source.has_labels and test.has_labels):
         quality = "no k-NN accuracy: the images have no labels"
     else:
-        quality = f"k-NN on {len(test)} test images of {len(source.class_names)} classes"
+        quality = f"k-NN on {len(test)} test images"
+        if source.class_names is not None:
+            quality += f" of {len(source.class_names)} classes"
     return (
         f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
         f"{config.batch_size} {where}; steps {start} to {run.steps} "

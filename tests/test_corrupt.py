@@ -11,7 +11,7 @@ from sop_jax.errors import UserError
 class Images:
     """A source of so many records, all of them empty."""
 
-    labels = class_names = None
+    has_labels, class_names = False, None
     digest = "images"
 
     def __init__(self, count: int) -> None:
@@ -22,6 +22,9 @@ class Images:
 
     def __getitem__(self, index: int) -> bytes:
         return b""
+
+    def label(self, index: int) -> int:
+        raise AssertionError("no label is to be read")
 
     def name(self, index: int) -> str:
         return f"image-{index}.png"

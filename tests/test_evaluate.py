@@ -71,7 +71,7 @@ def fake_extract(params: Any, source: Any, between: Any = None) -> Features:
     corrupt = params.get("corrupt", [])
     index = np.setdiff1d(np.arange(len(source)), corrupt).astype(np.int32)
     vectors = source.images[index].reshape(len(index), -1).astype(np.float32)
-    return Features(vectors, None, index, corrupt)
+    return Features(vectors, None, index, source.labels[index], corrupt)
 
 
 def test_reports_each_k_and_the_best() -> None:

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sop_jax.data.decode import decode
+from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.prepare import prepare
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
@@ -47,13 +48,12 @@ def test_round_trip_of_an_imagenet_tree(tmp_path):
         found = {}
         for i in range(len(source)):
             file = source.name(i).split(" ")[-1]
-            found[file] = source.labels[i]
+            found[file] = source.label(i)
             record = source[i]
             assert record == (tmp_path / "tree" / folder / file).read_bytes()
             assert decode(record).shape == (20, 30, 3)
         expected = [file.removeprefix(f"{folder}/") for file in FILES if file.startswith(folder)]
         assert found == {file: int(file.startswith("n02")) for file in expected}
-        assert source.labels.dtype == np.int32
 
 
 def test_the_folder_alone_opens_too_and_splits_can_be_sliced(tmp_path):
@@ -79,11 +79,34 @@ def test_the_digest_of_a_data_set_stays_when_it_is_moved(tmp_path):
     assert open_source(config, "train").digest == moved.digest != test.digest
 
 
+def test_labels_come_with_the_records_that_features_are_made_of(tmp_path):
+    config_flags = prepare(
+        write_tree(tmp_path / "tree"), str(tmp_path / "out"), "tiny", ["train", "val"]
+    )
+    source = reopen(config_flags)
+    records, read = source._records, []
+
+    class Counted:
+        def __len__(self):
+            return len(records)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return records[index]
+
+    source._records = Counted()
+    assert source.has_labels and not read
+    batches = list(eval_batches(source, 8, 8, 3))
+    assert sorted(read) == [0, 1, 2, 3]
+    labels = np.concatenate([batch["label"][batch["valid"]] for batch in batches])
+    assert labels.tolist() == [int(records[i]["label"]) for i in range(4)]
+
+
 def test_an_unlabelled_tree_is_one_split(tmp_path):
     tree = write_tree(tmp_path / "tree", ["a.jpg", "deep/b.jpg", "deep/c.jpg"])
     config_flags = prepare(tree, str(tmp_path / "out"), "plain", ["train", "val"])
     source = reopen(config_flags)
-    assert len(source) == 3 and source.labels is None and source.class_names is None
+    assert len(source) == 3 and not source.has_labels and source.class_names is None
     assert reopen(config_flags, "test") is None
 
 

@@ -52,6 +52,16 @@ class FolderSource:
         return printable(f"{self.root}/{self.files[index]}")
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the folders are classes."""
+        return self.labels is not None
+
+    def label(self, index: int) -> int:
+        """The class of the folder that a file is in."""
+        assert self.labels is not None
+        return int(self.labels[index])
+
+    @property
     def digest(self) -> str:
         """Of the names below the root."""
         names = "\0".join(self.files).encode("utf-8", "surrogateescape")

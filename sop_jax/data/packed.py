@@ -79,6 +79,16 @@ class PackedSource:
         return f"{self.path}:{self.split}[{index}]"
 
     @property
+    def has_labels(self) -> bool:
+        """Whether the file has {split}_labels."""
+        return self.labels is not None
+
+    def label(self, index: int) -> int:
+        """One of {split}_labels."""
+        assert self.labels is not None
+        return int(self.labels[index])
+
+    @property
     def labels(self) -> np.ndarray | None:
         """The {split}_labels of the file, int32 [n], or None."""
         return None if self._labels is None else self._labels.array

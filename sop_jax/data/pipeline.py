@@ -228,8 +228,9 @@ def eval_batches(
 
     Yields:
         `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt` int32
-        [batch_size], -1 or the record that could not be read, and `valid` bool [batch_size]:
-        False for what fills up the last batch and for unreadable records, whose image is black.
+        [batch_size], -1 or the record that could not be read, `label` int32 [batch_size], -1 where
+        there is none, and `valid` bool [batch_size]: False for what fills up the last batch and for
+        unreadable records, whose image is black.
 
     Raises:
         UserError: the crop is larger than the resized image, or, in the course, the storage of
@@ -275,14 +276,17 @@ def _eval_batches(
                 loaded = list(itertools.chain.from_iterable(piece.result() for piece in pieces))
                 image = np.zeros((batch_size, crop, crop, 3), np.uint8)
                 valid = np.zeros(batch_size, bool)
-                corrupt = np.full(batch_size, -1, np.int32)
+                corrupt, label = np.full((2, batch_size), -1, np.int32)
                 for row, pixels in enumerate(loaded):
                     if pixels is None:
                         corrupt[row] = indices[row]
                     else:
                         image[row], valid[row] = pixels, True
+                        if source.has_labels:
+                            label[row] = source.label(int(indices[row]))
                 image[len(loaded) :] = image[len(loaded) - 1]
-                yield {"image": image, "index": indices, "corrupt": corrupt, "valid": valid}
+                batch = {"image": image, "index": indices, "label": label}
+                yield batch | {"corrupt": corrupt, "valid": valid}
         finally:
             stop.set()  # nobody waits for images that nobody will see
             pool.shutdown(wait=False, cancel_futures=True)

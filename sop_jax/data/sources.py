@@ -32,8 +32,11 @@ class Source(Protocol):
         """What a person would call the record: a path, or data set, split and number."""
 
     @property
-    def labels(self) -> np.ndarray | None:
-        """int32 [n], or None. TFDS reads all records for it, when first asked."""
+    def has_labels(self) -> bool:
+        """Whether the records have labels; found out without reading them."""
+
+    def label(self, index: int) -> int:
+        """The label of a record, where there are labels; free after the record was read."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -132,6 +135,15 @@ class DigitsSource:
     def name(self, index: int) -> str:
         """Split and number."""
         return f"digits:{self.split}[{index}]"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are `labels`."""
+        return self.labels is not None
+
+    def label(self, index: int) -> int:
+        """Which digit it is."""
+        return int(self.labels[index])
 
     @property
     def digest(self) -> str:

@@ -42,7 +42,7 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> bytes:
         try:
-            return self._records[index]["image"]
+            record = self._records[index]
         except RuntimeError as error:  # what array_record raises, whatever is wrong
             call = SYSTEM_CALL.search(str(error))
             if call is None:
@@ -50,6 +50,9 @@ class TfdsSource:
             self.__dict__.pop("_records", None)  # a reader that failed never reads again
             numbers = {os.strerror(number): number for number in errno.errorcode}
             raise OSError(numbers.get(call[1], errno.EIO), call[1]) from error
+        if self.has_labels:
+            self._seen[index] = record["label"]
+        return record["image"]
 
     def name(self, index: int) -> str:
         """Folder, split and number, and the original file's name where it is kept."""
@@ -60,14 +63,22 @@ class TfdsSource:
             return name
         return f"{name} {bytes(file).decode(errors='backslashreplace')}".strip()
 
-    @functools.cached_property
-    def labels(self) -> np.ndarray | None:
-        """The records' labels, int32 [n], or None; a pass over all records, about 30 us each."""
-        if self.class_names is None:
-            return None
-        return np.array([self._records[i]["label"] for i in range(len(self))], np.int32)
-
     @property
+    def has_labels(self) -> bool:
+        """Whether the data set has a feature `label` with named classes."""
+        return self.class_names is not None
+
+    def label(self, index: int) -> int:
+        """The label of a record, remembered from when the record was read last."""
+        if self._seen[index] < 0:
+            _ = self[index]
+        return int(self._seen[index])
+
+    @functools.cached_property
+    def _seen(self) -> np.ndarray:
+        return np.full(len(self), -1, np.int32)
+
+    @functools.cached_property
     def class_names(self) -> list[str] | None:
         """The names of the labels in order, or None."""
         features = self._builder.info.features
