@@ -6,6 +6,7 @@ Any setting can be changed on the command line: --config.batch_size=128. The sam
 resumes an interrupted run, exactly; a finished one it leaves as it is.
 """
 
+import contextlib
 import functools
 import json
 import math

@@ -6,8 +6,10 @@ makes them, and `printable` makes them readable.
 
 import collections
 import errno
+import functools
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +17,18 @@ import numpy as np
 from etils import epath
 
 from sop_jax.data.formats import HEIC_SUFFIXES, SUFFIXES, is_image, suffix_of
+from sop_jax.data.shared import SharedArray, SharedNames
 from sop_jax.errors import UserError
 
 HELD_OUT = ("val", "valid", "validation")  # three names of the same split
 SPLITS = ("train", *HELD_OUT, "test")
 SHOWN = 5  # names in a message
 
+_SHARING = threading.Lock()
+
 
 class FolderSource:
-    """Image files below one folder, sorted by path.
+    """Image files below one folder, sorted by path; processes share one copy of the list.
 
     Attributes:
         notes: what a person should know about the folder: what was left out, and why.
@@ -32,7 +37,7 @@ class FolderSource:
     def __init__(
         self,
         root: str,
-        files: list[str],
+        files: Sequence[str],
         labels: np.ndarray | None,
         class_names: list[str] | None,
         notes: Sequence[str] = (),
@@ -40,6 +45,21 @@ class FolderSource:
         """Takes files relative to `root` and their labels, int32 [n]."""
         self.root, self.files, self.labels, self.class_names = root, files, labels, class_names
         self.notes = list(notes)
+
+    @functools.cached_property
+    def _shared(self) -> tuple[SharedNames, SharedArray | None]:
+        labels = None if self.labels is None else SharedArray(self.labels)
+        return SharedNames(self.files), labels
+
+    def __getstate__(self) -> dict[str, Any]:
+        with _SHARING:  # workers are started by several threads at once
+            shared = self._shared
+        return dict(root=self.root, class_names=self.class_names, notes=self.notes, _shared=shared)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.files, labels = self._shared
+        self.labels = None if labels is None else labels.array
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,7 +1,7 @@
 """Where images come from: TFDS, a folder tree, a packed .npz or scikit-learn's digits.
 
-Each kind is a `Source`: records by index, as cheap to pickle as a path, because the pipeline's
-worker processes each get a copy. Files are opened when the first record is asked for.
+Each kind is a `Source`: records by index, as cheap to pickle as a path, because each of the
+pipeline's worker processes gets one. What is large they share, see `shared.py`.
 """
 
 import hashlib
