@@ -142,6 +142,7 @@ def test_hosts_share_the_images(count: int) -> None:
             for row in np.flatnonzero(batch["valid"]):
                 expected = whole["image"][batch["index"][row]]
                 np.testing.assert_array_equal(batch["image"][row], expected)
+                assert batch["label"][row] == source.labels[batch["index"][row]]
     assert len(set(batches)) == 1  # or some would wait for others for ever
     assert sorted(corrupt) == sorted({0, count - 1})
     assert sorted(seen + corrupt) == list(range(count))

@@ -1,6 +1,7 @@
 """Runs from their start to their end, by way of everything that may go wrong in between."""
 
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -161,6 +162,23 @@ def paint(folder: pathlib.Path, count: int, broken: tuple[int, ...] = ()) -> Non
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(file)
         if i in broken:
             file.write_bytes(file.read_bytes()[:200])
+
+
+def test_labels_of_a_packed_file_without_class_names_are_announced(tmp_path: pathlib.Path) -> None:
+    pixel = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(pixel, "PNG")
+    arrays = {}
+    for split in ("train", "test"):
+        arrays[f"{split}_blob"] = np.frombuffer(4 * pixel.getvalue(), np.uint8)
+        arrays[f"{split}_offsets"] = np.arange(5) * len(pixel.getvalue())
+        arrays[f"{split}_labels"] = np.arange(4) % 2
+    np.savez(tmp_path / "p.npz", **arrays)
+    config = small_config(**{"data.source": "packed", "data.path": str(tmp_path / "p.npz")})
+    config.data.update(train_split="train", test_split="test")
+    source, test = (open_source(config.data, split) for split in ("train", "test"))
+    assert source is not None
+    run = assemble(config, make_mesh(1), images=100)
+    assert train.describe(config, run, source, test, 0).endswith("; k-NN on 4 test images.")
 
 
 # What a run leaves
