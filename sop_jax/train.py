@@ -12,6 +12,7 @@ import json
 import math
 import sys
 import time
+from copy import deepcopy
 from typing import Any, NoReturn
 
 import jax
@@ -23,6 +24,7 @@ from etils import epath
 from sop_jax import checkpoint, hosts, optim, pretrained, resume
 from sop_jax.check import check
 from sop_jax.compilation import keep_compiled
+from sop_jax.config import PATHS, flatten
 from sop_jax.corrupt import CorruptImages, lines_of
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
@@ -65,7 +67,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     check(config)
-    workdir = epath.Path(expand(str(workdir)))
+    config, workdir = expand_paths(config), epath.Path(expand(str(workdir)))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
@@ -109,9 +111,9 @@ def train_until(
     )
     notes += sources.notes(train_source, test_source)
     notes += resume.check_data(config, data, workdir)
-    places = host_rows(mesh, config.batch_size)
-    check_shared_memory(config, len(places))
     run = assemble(config, mesh, len(train_source))
+    places = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
+    check_shared_memory(config, len(places))
     steps = run.steps
     evaluate = functools.partial(
         knn_evaluation,
@@ -314,6 +316,15 @@ def train_until(
         print(in_words(summary, workdir), file=sys.stderr)
         print(json.dumps(summary))
     return summary
+
+
+def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config with its paths in the form that the commands give them."""
+    config, flat = deepcopy(config), flatten(config)
+    for key in PATHS:
+        if flat[key]:
+            config.update_from_flattened_dict({key: expand(flat[key])})
+    return config
 
 
 def tell_finished(standing: resume.Standing, workdir: epath.Path) -> dict[str, Any]:

@@ -757,6 +757,16 @@ def test_images_and_first_weights_may_be_moved(
     assert train.train(config, tmp_path / "run")["steps"] == STEPS > step
 
 
+def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paint(tmp_path / "images", 24)
+    summary = train.train(folder_config("~/images/"), "~/run/")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert train.train(folder_config(tmp_path / "images"), tmp_path / "run") == summary
+
+
 def test_the_images_of_a_run_without_a_record_are_recorded(
     tmp_path: pathlib.Path,
     fake_step: None,
