@@ -1,10 +1,12 @@
 """Finds what is wrong with a config before the long work starts."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
 
 from sop_jax.config import flatten, misnamed, paper
+from sop_jax.data import named
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
@@ -137,6 +139,65 @@ def check(config: ml_collections.ConfigDict) -> None:
         check_memory(name, config)
     if config.model.family == "resnet":
         check_cls_alone(flat)
+
+
+# What the networks of a family do not have, beside the numbers of a size of its own.
+NOT_OF = {
+    "vit": ("window", "stage_depths", "stage_heads"),
+    "swin": ("patch", "depth", "heads", "registers", "layer_scale", "positions"),
+    "resnet": (
+        *("patch", "window", "depth", "heads", "stage_heads", "registers", "layer_scale"),
+        *("positions", "position_std", "norm_eps"),
+    ),
+}
+NUMBERS = ("width", "depth", "heads", "stage_depths", "stage_heads")  # of model.size=custom
+LENGTHS = ("", "mask.start_", "sop.temperature_warmup_", "optim.warmup_")
+
+
+def check_used(
+    config: ml_collections.ConfigDict,
+    given: Iterable[str],
+    made: ml_collections.ConfigDict | None = None,
+) -> None:
+    """Refuses settings that a person asks for and that have no effect.
+
+    Args:
+        config: of the run.
+        given: the settings on the command line, by their dotted names.
+        made: the config of the same run when it was started; what it has already may stay.
+
+    Raises:
+        UserError: names the first of them, and why it has none.
+    """
+    reasons, flat = without_use(config), flatten(config)
+    kept = flatten(made or {})
+    for name in given:
+        if name in reasons and (name not in kept or kept[name] != flat[name]):
+            raise UserError(f"--config.{name} would have no effect: {reasons[name]}")
+
+
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The settings that have no effect beside the others of a config, and why."""
+    flat, model = flatten(config), config.model
+    reasons = {}
+    for name in config.data:
+        if reason := named.without_use(config.data.source, name):
+            reasons[f"data.{name}"] = reason
+    if model.size != "custom":
+        for name in NUMBERS:
+            reasons[f"model.{name}"] = f"model.size={model.size} decides; for others choose custom"
+    for name in NOT_OF[model.family]:
+        reasons[f"model.{name}"] = f"model.family={model.family} has no use for it"
+    for name in LENGTHS:
+        if flat[f"{name}steps"] is not None:
+            reasons[f"{name}epochs"] = f"{name}steps is {flat[f'{name}steps']}, and steps win"
+    if not config.sop.patch.tasks:
+        for name in ("anchors", "supports", "votes", "weight"):
+            reasons[f"sop.patch.{name}"] = "sop.patch.tasks is 0"
+    if not config.augment.local_crops:
+        for name in ("local_size", "local_scale"):
+            reasons[f"augment.{name}"] = "augment.local_crops is 0"
+    return reasons
 
 
 def check_length(config: ml_collections.ConfigDict) -> None:

@@ -26,6 +26,7 @@ from ml_collections.config_flags import config_path
 
 from sop_jax import paths
 from sop_jax.config import MAY_BE_EMPTY, PATHS, flatten
+from sop_jax.data.named import LOOKED_AT
 from sop_jax.errors import LOST, Interrupted, Lost, UserError, nearest
 
 FLAGS = flags.FLAGS
@@ -123,6 +124,36 @@ def define_config() -> None:
     text = "The recipe: its name, such as digits, or a file that defines get_config()."
     config_flags.DEFINE_config_file("config", lock_config=True, help_string=text)
     flags.mark_flag_as_required("config")
+
+
+def given() -> list[str]:
+    """The settings that the command line changes, by their dotted names."""
+    return [
+        name.removeprefix("config.")
+        for name in FLAGS
+        if name.startswith("config.") and FLAGS[name].present
+    ]
+
+
+def define_data() -> None:
+    """Defines flags that name data: `--data.source` and the others of `data.named.LOOKED_AT`."""
+    own: Any = {"module_name": sys.argv[0]}
+    define_path(
+        "data.path", "Other data than the run's: a folder, a packed .npz or a TFDS data_dir."
+    )
+    flags.DEFINE_enum(
+        "data.source", None, list(LOOKED_AT), "Its kind; by default what the path is.", **own
+    )
+    flags.DEFINE_string("data.name", None, "The name of a TFDS data set.", **own)
+    flags.DEFINE_string("data.train_split", None, "The split of known images.", **own)
+    flags.DEFINE_string("data.test_split", None, "The split of images to classify.", **own)
+
+
+def given_data() -> dict[str, str]:
+    """What the flags of `define_data` say, by their names without `data.`."""
+    names = ("source", *LOOKED_AT["tfds"])
+    values = {name: FLAGS[f"data.{name}"].value for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _help(config: config_dict.ConfigDict | None) -> str:

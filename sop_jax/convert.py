@@ -177,7 +177,7 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
     config = config_lib.paper()
     config.update_from_flattened_dict(found)
     config.model.dtype = "float32"
-    config.data.source = "folder"  # for which evaluate's --data_path is all that it takes
+    config.data.source = "folder"  # for which evaluate's --data.path is all that it takes
     crop = min(224, config.augment.global_size)
     if crop % config.model.patch:
         crop = config.augment.global_size

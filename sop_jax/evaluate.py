@@ -1,13 +1,17 @@
 """Measures how good the features of a run are.
 
-    python -m sop_jax.evaluate --workdir=DIR --task=knn [--step=N] [--data_path=PATH]
+    python -m sop_jax.evaluate --workdir=DIR --task=knn [--step=N] [--data.path=PATH]
 
 Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.json.
+
+Without flags the data is the run's. --data.path names other data: a folder of images, a packed
+.npz or a TFDS data set, which --data.source, --data.name, --data.train_split and --data.test_split
+describe where it is not plain. What is used is printed.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,11 +20,12 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from sop_jax import hosts
+from sop_jax import cli, hosts
 from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import tell
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
+from sop_jax.data.named import LOOKED_AT, describe, name_data, splits_of
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import Extract, make_extractor
@@ -88,8 +93,8 @@ def knn_evaluation(
 
 def knn(
     workdir: epath.PathLike,
-    step: int | None,
-    data_path: str | None,
+    step: int | None = None,
+    data: Mapping[str, str] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run with k-NN, prints the table and writes the JSON file.
@@ -97,35 +102,21 @@ def knn(
     Args:
         workdir: of the run.
         step: of which checkpoint; the newest by default.
-        data_path: where the run's data lies now; by default where it lay in training.
+        data: other data than the run's, see `data.named.name_data`.
         batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
 
     Returns:
-        What `knn_evaluation` returns, and `task` and `step`.
+        What `knn_evaluation` returns, and `task`, `step` and `data`.
 
     Raises:
         UserError: no run, no checkpoint, no data, or data without labels or test split.
     """
     config, model, teacher, step = load(workdir, step)
     config.eval.batch_size = batch_size or config.eval.batch_size
-    if data_path is not None:
-        config.data.path = data_path
-    train = open_source(config.data, "train")
-    assert train is not None  # only a test split may be missing
-    test = open_source(config.data, "test", train)
-    if jax.process_index() == 0:
-        for note in sources.notes(train, test):
-            print(note, file=sys.stderr)
-    if test is None:
-        raise UserError(
-            f"the data of this run has no split {config.data.test_split!r} to classify, and k-NN "
-            "needs one beside the train split. Point --data_path to data that has both."
-        )
-    if not (train.has_labels and test.has_labels):
-        raise UserError(
-            "the images of this run have no labels, and k-NN needs them. Sort them into one "
-            "folder a class, in the train and in the test split, and give --data_path."
-        )
+    try:
+        train, test = open_labelled(config.data, data or {})
+    except UserError as error:  # whose flags are those of a training
+        raise UserError(str(error).replace("--config.data.", "--data.")) from error
     hosts.check_agreement({"train images": len(train), "test images": len(test)})
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
@@ -135,10 +126,12 @@ def knn(
             tell(source, corrupt, decoding(config.data, source))
 
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
-    record = {"task": "knn", "step": step, **result}
+    kept = {name: config.data[name] for name in ("source", *LOOKED_AT[config.data.source])}
+    record = {"task": "knn", "step": step, "data": kept, **result}
     if jax.process_index() > 0:
         return record  # the first process speaks and writes
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
+    print(f"of {describe(config.data)}")
     print(table(result))
     path = epath.Path(workdir) / f"knn_{step}.json"
     try:
@@ -149,6 +142,39 @@ def knn(
             "the workdir writable or copy it, and run the same command again"
         ) from error
     return record
+
+
+def open_labelled(data_config: Any, given: Mapping[str, str]) -> tuple[Source, Source]:
+    """The train and the test split of a run's data, or of the data that flags name.
+
+    Args:
+        data_config: `config.data` of the run; changed to what is opened.
+        given: see `data.named.name_data`.
+
+    Raises:
+        UserError: there is no such data, or it lacks the split to classify or labels.
+    """
+    name_data(data_config, given)
+    train = open_source(data_config, "train")
+    assert train is not None  # only a test split may be missing
+    test = open_source(data_config, "test", train)
+    if jax.process_index() == 0:
+        for note in sources.notes(train, test):
+            print(note, file=sys.stderr)
+    if test is None:
+        there = ", ".join(splits_of(data_config).values())
+        raise UserError(
+            f"there is no split {data_config.test_split!r} to classify in {describe(data_config)}"
+            f"{f', but there are {there}' * bool(there)}. k-NN needs one beside the train split: "
+            "name it with --data.test_split, or other data that has both with --data.path"
+        )
+    if not (train.has_labels and test.has_labels):
+        raise UserError(
+            f"the images have no labels ({describe(data_config)}), and k-NN needs them. Sort them "
+            "into one folder per class, in the train and in the test split, or name other data "
+            "that has labels with --data.path"
+        )
+    return train, test
 
 
 def table(result: dict[str, float | int | None]) -> str:
@@ -176,19 +202,17 @@ def main(argv: list[str]) -> None:
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
-    record = TASKS[args.task](args.workdir, args.step, args.data_path, args.batch_size)
+    record = TASKS[args.task](args.workdir, args.step, cli.given_data(), args.batch_size)
     if jax.process_index() == 0:
         print(json.dumps(record))
 
 
 if __name__ == "__main__":
-    from sop_jax import cli
-
     cli.define_path("workdir", "The folder of the run.", required=True)
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
     flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
-    cli.define_path("data_path", "Where the data lies now, if it was moved.")
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
     )
+    cli.define_data()
     cli.run(main)

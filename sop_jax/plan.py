@@ -23,8 +23,8 @@ import jax
 import ml_collections
 from absl import flags
 
-from sop_jax import flops
-from sop_jax.check import check
+from sop_jax import cli, flops
+from sop_jax.check import check, check_used
 from sop_jax.collectives import Collective, collectives
 from sop_jax.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
 from sop_jax.errors import UserError
@@ -323,6 +323,11 @@ def main(argv: list[str]) -> None:
     """Plans what the flags name."""
     del argv
     args = flags.FLAGS
+    check_used(args.config, given := cli.given())
+    if args.largest_batch and "batch_size" in given:
+        raise UserError(
+            "--config.batch_size would have no effect: --largest_batch tries batches of all sizes"
+        )
     if args.topology:
         jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no chip is taken
         devices = described_devices(args.topology)
@@ -338,8 +343,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from sop_jax import cli
-
     cli.define_config()
     flags.DEFINE_string(
         "topology",

@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, hosts, optim, pretrained, resume
-from sop_jax.check import check
+from sop_jax import checkpoint, cli, hosts, optim, pretrained, resume
+from sop_jax import config as config_lib
+from sop_jax.check import check, check_used
 from sop_jax.compilation import keep_compiled
 from sop_jax.config import PATHS, flatten
 from sop_jax.corrupt import CorruptImages, lines_of
@@ -498,12 +499,13 @@ def main(argv: list[str]) -> None:
     """Trains what the flags name."""
     del argv
     keep_compiled()
-    train(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.wait)
+    config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
+    made = config_lib.load(workdir) if (workdir / "config.json").exists() else None
+    check_used(config, cli.given(), made)
+    train(config, workdir, flags.FLAGS.wait)
 
 
 if __name__ == "__main__":
-    from sop_jax import cli
-
     cli.define_config()
     cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
     wait = "Seconds to wait for another run that has the workdir; launchers wait."

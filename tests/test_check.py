@@ -7,8 +7,10 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check
+from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check, check_used, without_use
+from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
+from sop_jax.models import FAMILIES
 
 
 def changed(settings: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -190,3 +192,38 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
 )
 def test_what_just_works_passes(settings: dict[str, Any]) -> None:
     check(changed(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "why"),
+    [
+        ({"data.source": "digits"}, "data.path", "it is for data.source=tfds or folder or packed"),
+        ({"data.source": "digits"}, "data.test_split", "data.source is digits"),
+        ({"data.source": "folder"}, "data.name", "it is for data.source=tfds"),
+        ({}, "model.width", "model.size=s decides"),
+        ({"model.size": "custom"}, "model.window", "model.family=vit has no use for it"),
+        ({"model.family": "swin", "model.size": "t"}, "model.patch", "model.family=swin"),
+        ({"model.family": "resnet", "model.size": "50"}, "model.norm_eps", "model.family=resnet"),
+        ({"steps": 10}, "epochs", "steps is 10, and steps win"),
+        ({"optim.warmup_steps": 5}, "optim.warmup_epochs", "optim.warmup_steps is 5"),
+        ({"sop.patch.tasks": 0}, "sop.patch.weight", "sop.patch.tasks is 0"),
+        ({"augment.local_crops": 0}, "augment.local_size", "augment.local_crops is 0"),
+    ],
+)
+def test_a_setting_that_is_asked_for_and_has_no_effect_is_refused(
+    changes: dict[str, Any], given: str, why: str
+) -> None:
+    config = paper()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=rf"--config\.{given} would have no effect: .*{why}"):
+        check_used(config, [given])
+    check_used(config, ["seed", "data.workers", *changes])
+    check_used(config, [given], made=config)  # which a run must be able to repeat
+
+
+def test_settings_without_use_are_settings() -> None:
+    for family in FAMILIES:
+        config = paper()
+        config.update_from_flattened_dict({"model.family": family, "model.size": "custom"})
+        config.update_from_flattened_dict({"sop.patch.tasks": 0, "steps": 1})
+        assert without_use(config).keys() <= flatten(config).keys()

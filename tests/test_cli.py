@@ -25,6 +25,7 @@ from sop_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 cli.define_path("workdir", "The folder of the run.", required=True)
 flags.DEFINE_integer("step", None, "Of which checkpoint.")
+cli.define_data()
 flags.DEFINE_string("fail", None, "How to fail.")
 
 
@@ -188,6 +189,14 @@ CONFIG_FLAG, WORKDIR = "--config=configs/digits.py", "--workdir=runs/a"
         (["--config=x", WORKDIR], f"there is no config file 'x'. {RECIPES}"),
         (["--config=", WORKDIR], "--config is empty: give it a value; is a variable not set?"),
         ([CONFIG_FLAG], "--workdir is required: give --workdir=value"),
+        (
+            [CONFIG_FLAG, WORKDIR, "--data_path=/x"],
+            "Unknown command line flag 'data_path'. Did you mean: data.path ?",
+        ),
+        (
+            [CONFIG_FLAG, WORKDIR, "--data.train_spilt=x"],
+            "Unknown command line flag 'data.train_spilt'. Did you mean: data.train_split ?",
+        ),
         (
             [CONFIG_FLAG, "--workdri=a"],
             "Unknown command line flag 'workdri'. Did you mean: workdir ?",
@@ -380,7 +389,8 @@ PROCESSES = "coordinator processes process"
 FLAGS = {  # of every command
     "train": f"config workdir {PROCESSES}",
     "plan": "config topology largest_batch",
-    "evaluate": f"workdir task step data_path {PROCESSES}",
+    "evaluate": "workdir task step data.path data.source data.name data.train_split "
+    f"data.test_split {PROCESSES}",
     "extract": f"workdir images out step patches {PROCESSES}",
     "convert": "from workdir to export key step heads positions",
     "data.prepare": "images out name splits",
@@ -392,7 +402,7 @@ def test_help_of_every_command_lists_its_flags_and_is_no_error() -> None:
     shown = dict(re.findall(r"^<([\w.]+)>\n(.*?)^0$", done.stdout, re.DOTALL | re.MULTILINE))
     assert shown.keys() == FLAGS.keys(), done.stdout + done.stderr
     for command, flags in FLAGS.items():
-        found = re.findall(r"^  --(\w+)", shown[command], re.MULTILINE)
+        found = re.findall(r"^  --([\w.]+)", shown[command], re.MULTILINE)
         assert found == flags.split(), command
         assert f"python -m sop_jax.{command}" in shown[command]
     for command in ("train", "plan"):

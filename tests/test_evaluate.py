@@ -16,6 +16,8 @@ from PIL import Image
 from sop_jax import checkpoint, evaluate
 from sop_jax import config as config_lib
 from sop_jax.config import paper
+from sop_jax.data.named import name_data
+from sop_jax.data.prepare import prepare
 from sop_jax.data.sources import DigitsSource, open_source
 from sop_jax.errors import UserError
 from sop_jax.evaluate import knn_evaluation
@@ -211,8 +213,8 @@ def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path / "run", **folder)
     colours(tmp_path / "data", labelled=True)
     with pytest.raises(UserError, match="/moved/away"):
-        evaluate.knn(tmp_path / "run", None, None)
-    found = evaluate.knn(tmp_path / "run", None, str(tmp_path / "data"))
+        evaluate.knn(tmp_path / "run")
+    found = evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data")})
     assert found["knn_top1"] == 1.0 and found["step"] == 7
     assert found["knn_top1_k100"] is None  # 24 train images
 
@@ -223,16 +225,93 @@ def test_a_result_that_cannot_be_saved_is_shown(
     make_run(tmp_path)
     (tmp_path / "knn_7.json").mkdir()
     with pytest.raises(UserError, match="cannot be written"):
-        evaluate.knn(tmp_path, None, None)
+        evaluate.knn(tmp_path)
     assert "best" in capsys.readouterr().out
 
 
 def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path / "run", **{"data.source": "folder", "data.test_split": "val"})
     colours(tmp_path / "bare", labelled=False)
-    with pytest.raises(UserError, match="no split 'val'"):
-        evaluate.knn(tmp_path / "run", None, str(tmp_path / "bare"))
+    with pytest.raises(UserError, match="no split 'val'.*--data.test_split"):
+        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "bare")})
     colours(tmp_path / "split" / "train", labelled=False)
     colours(tmp_path / "split" / "val", labelled=False)
-    with pytest.raises(UserError, match="no labels"):
-        evaluate.knn(tmp_path / "run", None, str(tmp_path / "split"))
+    with pytest.raises(UserError, match="no labels.*--data.path"):
+        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "split")})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": "/does/not/exist"}, "nothing at --data.path=/does/not/exist"),
+        ({"path": __file__}, "is a file, but no packed .npz"),
+        ({"source": "digits", "path": "/x"}, "--data.path=/x would have no effect"),
+        ({"test_split": "val"}, "--data.test_split=val would have no effect"),
+        ({"source": "folder", "path": "/", "name": "x"}, "--data.name=x would have no effect"),
+        ({"source": "folder"}, r"Set --data\.path"),
+        ({"name": "absent"}, r"cannot open absent.*Set --data\.path and --data\.name"),
+    ],
+)
+def test_a_flag_that_names_data_is_never_ignored(
+    tmp_path: pathlib.Path, data: dict[str, str], message: str
+) -> None:
+    make_run(tmp_path, (1,))
+    with pytest.raises(UserError, match=message):
+        evaluate.knn(tmp_path, data=data)
+
+
+def pack(root: pathlib.Path, file: pathlib.Path) -> None:
+    """The images of `colours` in one file."""
+    arrays: dict[str, Any] = {"class_names": np.array(["green", "red"])}
+    for split in ("train", "val"):
+        images = sorted((root / split).rglob("*.png"))
+        records = [image.read_bytes() for image in images]
+        arrays[f"{split}_blob"] = np.frombuffer(b"".join(records), np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, records)])
+        arrays[f"{split}_labels"] = np.array([image.parent.name == "red" for image in images], int)
+    np.savez(file, **arrays)
+
+
+def test_a_converted_network_is_evaluated_on_any_data(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = {"data.source": "folder", "data.path": "", "data.test_split": "validation"}
+    make_run(tmp_path / "net", (0,), **converted)
+    tree, packed = tmp_path / "tree", tmp_path / "data.npz"
+    colours(tree, labelled=True)
+    pack(tree, packed)
+    prepare(str(tree), str(tmp_path / "tfds"), "colours", ["train", "val"])
+    record = tmp_path / "tfds" / "colours" / "1.0.0"
+    with pytest.raises(UserError, match=r"Set --data\.path"):
+        evaluate.knn(tmp_path / "net")
+    for data, source in (
+        ({"path": str(tree)}, "folder"),
+        ({"path": str(tree), "source": "folder", "test_split": "val"}, "folder"),
+        ({"path": str(packed)}, "packed"),
+        ({"path": str(record)}, "tfds"),
+        ({"path": str(tmp_path / "tfds"), "name": "colours"}, "tfds"),
+    ):
+        found = evaluate.knn(tmp_path / "net", data=data)
+        assert found["knn_top1"] == 1.0
+        assert found["data"]["source"] == source and found["data"]["test_split"] == "val"
+        shown = capsys.readouterr().out
+        assert "10 images among 24" in shown
+        assert f"data.source={source}, data.path={data['path']}" in shown
+        assert "data.test_split=val" in shown
+    with pytest.raises(UserError, match="no split 'test'.*there are train, val"):
+        evaluate.knn(tmp_path / "net", data={"path": str(tree), "test_split": "test"})
+
+
+def test_a_run_whose_tfds_data_moved_keeps_its_name(tmp_path: pathlib.Path) -> None:
+    settings = {"data.source": "tfds", "data.name": "colours", "data.test_split": "train[:9]"}
+    config = make_run(tmp_path / "run", (0,), **settings)
+    colours(tmp_path / "tree", labelled=True)
+    prepare(str(tmp_path / "tree"), str(tmp_path / "new"), "colours", ["train", "val"])
+    name_data(config.data, {"path": str(tmp_path / "new")})
+    assert config.data.to_dict() | settings_of(settings) == config.data.to_dict()
+    name_data(config.data, {"path": str(tmp_path / "tree")})
+    assert (config.data.source, config.data.name) == ("folder", "")
+
+
+def settings_of(settings: dict[str, str]) -> dict[str, str]:
+    return {name.removeprefix("data."): value for name, value in settings.items()}

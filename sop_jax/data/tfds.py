@@ -100,21 +100,33 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
-def open_tfds(data_config: Any, split: str) -> TfdsSource | None:
-    """The split that `open_source` asks for; None where there is no test split."""
+def builder_of(data_config: Any) -> Any:
+    """The TFDS builder of `data_config.name` in `data_config.path`.
+
+    Raises:
+        UserError: TFDS does not know it.
+    """
     path, name = str(data_config.path), data_config.name
-    where = f"{name or 'a data set'} in {path or 'the default data_dir of TFDS'}"
     try:
         if name:
-            builder = _tfds().builder(name, data_dir=path or None)
-        else:
-            builder = _tfds().builder_from_directory(path)
+            return _tfds().builder(name, data_dir=path or None)
+        return _tfds().builder_from_directory(path)
     except Exception as error:  # TFDS has many ways to say that there is nothing there
         raise UserError(
-            f"TFDS cannot open {where}: {str(error).splitlines()[0]} Set --config.data.path and "
-            "--config.data.name to a prepared data set, or make one from an image tree with "
-            "python -m sop_jax.data.prepare."
+            f"TFDS cannot open {_where(data_config)}: {str(error).splitlines()[0]} Set "
+            "--config.data.path and --config.data.name to a prepared data set, or make one from an "
+            "image tree with python -m sop_jax.data.prepare."
         ) from error
+
+
+def _where(data_config: Any) -> str:
+    name, path = data_config.name, data_config.path
+    return f"{name or 'a data set'} in {path or 'the default data_dir of TFDS'}"
+
+
+def open_tfds(data_config: Any, split: str) -> TfdsSource | None:
+    """The split that `open_source` asks for; None where there is no test split."""
+    builder, where = builder_of(data_config), _where(data_config)
     splits = set(builder.info.splits)
     wanted = getattr(data_config, f"{split}_split") or ""
     if not splits:

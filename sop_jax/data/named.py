@@ -1,0 +1,115 @@
+"""Data as a command line names it: which kind of source a path is, and which splits it has."""
+
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from sop_jax.data.tfds import builder_of
+from sop_jax.errors import UserError
+
+# The settings in which each source looks.
+SPLITS = ("train_split", "test_split")
+LOOKED_AT = {
+    "tfds": ("path", "name", *SPLITS),
+    "folder": ("path", *SPLITS),
+    "packed": ("path", *SPLITS),
+    "digits": (),
+}
+HELD_OUT = ("val", "valid", "validation", "test")  # names of splits to classify, best first
+
+
+def without_use(source: str, name: str) -> str:
+    """Why a setting of `config.data` that names data has no effect; empty where it has one."""
+    if name not in LOOKED_AT["tfds"] or name in LOOKED_AT.get(source, LOOKED_AT["tfds"]):
+        return ""
+    users = [kind for kind, names in LOOKED_AT.items() if name in names]
+    return f"it is for data.source={' or '.join(users)}, and data.source is {source}"
+
+
+def name_data(data_config: Any, given: Mapping[str, str]) -> None:
+    """Changes `config.data` of a run to the data that the flags of a command name.
+
+    A path without a source is a packed file if it is an .npz file, a TFDS data set if it holds
+    one, and a folder of images otherwise. A split to classify that is not named is the run's, or
+    the first of `HELD_OUT` that the data has.
+
+    Args:
+        data_config: of the run; changed.
+        given: from the names of settings to what the flags say: `source`, `path`, `name`,
+            `train_split` and `test_split`.
+
+    Raises:
+        UserError: there is nothing at the path, or a flag would have no effect.
+    """
+    if "source" in given:
+        source = given["source"]
+    elif given.get("name"):
+        source = "tfds"
+    elif "path" in given:
+        source = source_at(given["path"], data_config)
+    else:
+        source = data_config.source
+    for name, value in given.items():
+        if value and (reason := without_use(source, name)):
+            raise UserError(f"--data.{name}={value} would have no effect: {reason}")
+    if source != data_config.source:
+        data_config.update(path="", name="")
+    if "path" in given and (epath.Path(given["path"]) / "dataset_info.json").exists():
+        data_config.name = ""
+    data_config.update({**given, "source": source})
+    if "test_split" in given or not given.keys() & {"source", "path", "name"}:
+        return
+    there = splits_of(data_config)
+    wanted = [data_config.test_split.split("[")[0], *HELD_OUT]
+    found = [there[name.casefold()] for name in wanted if name.casefold() in there]
+    if found and found[0] != wanted[0]:
+        data_config.test_split = found[0]
+
+
+def source_at(path: str, data_config: Any) -> str:
+    """Which kind of source a path is.
+
+    Args:
+        path: local or gs://.
+        data_config: of the run; if its source is TFDS, the path may be another data_dir.
+
+    Raises:
+        UserError: there is nothing, or a file of another kind.
+    """
+    place = epath.Path(path)
+    if place.is_file():
+        if place.suffix == ".npz":
+            return "packed"
+        raise UserError(f"--data.path={path} is a file, but no packed .npz")
+    if not place.is_dir():
+        raise UserError(
+            f"there is nothing at --data.path={path}; give a folder of images, a packed .npz or "
+            "the folder of a TFDS data set"
+        )
+    if (place / "dataset_info.json").exists():
+        return "tfds"
+    moved = data_config.source == "tfds" and data_config.name
+    return "tfds" if moved and (place / data_config.name).is_dir() else "folder"
+
+
+def splits_of(data_config: Any) -> dict[str, str]:
+    """The names of splits that data has, by their lower-case form; empty where that is unknown."""
+    path = epath.Path(data_config.path)
+    names: list[str] = []
+    if data_config.source == "folder" and path.is_dir():
+        names = [folder.name for folder in path.iterdir() if folder.is_dir()]
+    elif data_config.source == "packed" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as packed:
+            names = [name.removesuffix("_blob.npy") for name in packed.namelist()]
+    elif data_config.source == "tfds":
+        names = list(builder_of(data_config).info.splits)
+    return {name.casefold(): name for name in names}
+
+
+def describe(data_config: Any) -> str:
+    """The data in words, for a person."""
+    names = LOOKED_AT[data_config.source]
+    words = [f"data.{name}={getattr(data_config, name)}" for name in names]
+    return ", ".join([f"data.source={data_config.source}", *words])
