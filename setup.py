@@ -31,6 +31,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.3",
         "pillow>=11.0",
+        "pyarrow>=18.0",
         "safetensors>=0.5",
         "scikit-learn>=1.6",
         "tensorboardX>=2.6.2",

@@ -223,6 +223,16 @@ def check_length(config: ml_collections.ConfigDict) -> None:
         raise UserError("model.drop_path is 1.0, which drops everything; expected less")
 
 
+def check_trace(profile_steps: tuple[int, int], steps: int) -> None:
+    """A trace begins and ends in a run of so many steps."""
+    first, last = profile_steps
+    if last > steps:
+        raise UserError(
+            f"profile_steps is {first},{last}, but the run has {steps} steps, so that nothing "
+            f"would be traced after the last one; choose steps of 1 to {steps}"
+        )
+
+
 def check_sizes(config: ml_collections.ConfigDict) -> None:
     """Images are whole tokens, heads are whole."""
     size = size_of(config.model)

@@ -99,24 +99,21 @@ class _PathParser(flags.ArgumentParser):
         return "path"
 
 
-def define_path(name: str, text: str, required: bool = False) -> None:
+def define_path(name: str, text: str, required: bool = False, several: bool = False) -> None:
     """Defines a flag whose value is a path, see `paths.expand`.
 
     Args:
         name: of the flag.
         text: its help.
         required: whether the command needs it.
+        several: whether it may be given again; its value is a list of paths, or None.
     """
     serializer: Any = flags.ArgumentSerializer()
-    flags.DEFINE(
-        _PathParser(),
-        name,
-        None,
-        text,
-        serializer=serializer,
-        module_name=sys.argv[0],
-        required=required,
-    )
+    own: Any = {"module_name": sys.argv[0], "required": required}
+    if several:
+        flags.DEFINE_multi(_PathParser(), serializer, name, None, text, **own)
+    else:
+        flags.DEFINE(_PathParser(), name, None, text, serializer=serializer, **own)
 
 
 def define_config() -> None:
@@ -135,8 +132,12 @@ def given() -> list[str]:
     ]
 
 
-def define_data() -> None:
-    """Defines flags that name data: `--data.source` and the others of `data.named.LOOKED_AT`."""
+def define_data(**splits: str) -> None:
+    """Defines the flags `--data.source`, `--data.path` and `--data.name`, and those of splits.
+
+    Args:
+        splits: the help of each setting of `config.data` that names a split.
+    """
     own: Any = {"module_name": sys.argv[0]}
     define_path(
         "data.path", "Other data than the run's: a folder, a packed .npz or a TFDS data_dir."
@@ -145,14 +146,15 @@ def define_data() -> None:
         "data.source", None, list(LOOKED_AT), "Its kind; by default what the path is.", **own
     )
     flags.DEFINE_string("data.name", None, "The name of a TFDS data set.", **own)
-    flags.DEFINE_string("data.train_split", None, "The split of known images.", **own)
-    flags.DEFINE_string("data.test_split", None, "The split of images to classify.", **own)
+    for name, text in splits.items():
+        flags.DEFINE_string(f"data.{name}", None, text, **own)
 
 
 def given_data() -> dict[str, str]:
     """What the flags of `define_data` say, by their names without `data.`."""
-    names = ("source", *LOOKED_AT["tfds"])
-    values = {name: FLAGS[f"data.{name}"].value for name in names}
+    values: dict[str, Any] = {
+        name.removeprefix("data."): FLAGS[name].value for name in FLAGS if name.startswith("data.")
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -168,7 +170,7 @@ def _help(config: config_dict.ConfigDict | None) -> str:
         value = "NAME|FILE" if name == "config" else flag.flag_type().upper()
         notes = "; required" if any("other than None" in x.message for x in flag.validators) else ""
         notes += "" if flag.default in (None, False, "") else f"; default: {flag.default_as_str}"
-        written = f"--{name}" if flag.boolean else f"--{name}={value}"
+        written = f"--[no]{name}" if flag.boolean else f"--{name}={value}"
         lines += [f"  {written}{notes}", f"      {flag.help}"]
     if "config" in FLAGS:
         told = (

@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from sop_jax import check, checkpoint, pretrained
+from sop_jax import check, checkpoint, paths, pretrained
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
@@ -70,6 +70,7 @@ def convert(
             raise UserError(f"--to={to} is there already; name a new file")
     elif to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to={to} is there already; name a new folder")
+    paths.check_writable(to.parent if project else to, "--to")
     if source.is_dir():
         source = files.index_of(source) or source
     if source.is_dir():

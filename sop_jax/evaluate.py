@@ -20,7 +20,7 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from sop_jax import cli, hosts
+from sop_jax import cli, hosts, paths
 from sop_jax.compilation import keep_compiled
 from sop_jax.corrupt import tell
 from sop_jax.data import sources
@@ -118,6 +118,14 @@ def knn(
     except UserError as error:  # whose flags are those of a training
         raise UserError(str(error).replace("--config.data.", "--data.")) from error
     hosts.check_agreement({"train images": len(train), "test images": len(test)})
+    try:
+        paths.check_writable(workdir, "--workdir")
+    except UserError as error:  # no reason not to measure
+        if jax.process_index() == 0:
+            print(f"the accuracy will be printed only, not saved: {error}", file=sys.stderr)
+        saved = False
+    else:
+        saved = True
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
 
@@ -133,6 +141,8 @@ def knn(
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
     print(f"of {describe(config.data)}")
     print(table(result))
+    if not saved:
+        return record
     path = epath.Path(workdir) / f"knn_{step}.json"
     try:
         path.write_text(json.dumps(record) + "\n")
@@ -214,5 +224,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
     )
-    cli.define_data()
+    cli.define_data(
+        train_split="The split of images whose labels are known.",
+        test_split="The split of images to classify.",
+    )
     cli.run(main)

@@ -1,18 +1,27 @@
-"""Writes the features of a folder of images.
+r"""Writes the features of images to a file.
 
     python -m sop_jax.extract --workdir=DIR --images=FOLDER --out=F.npz [--step=N] [--patches]
+    python -m sop_jax.extract --workdir=DIR --images=A.jpg --images=B.jpg --out=F.csv
+    python -m sop_jax.extract --workdir=DIR --data.path=DATA --data.train_split=val --out=F.parquet
 
 F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm, `names` [n], paths
 below FOLDER in sorted order, and `step`; `labels` int32 [n] and `class_names` where the folders of
-FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. Images that
-cannot be read have no row and are listed on stderr.
+FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. F.csv has the
+columns `name`, `label` (the name of the class) and `feature_0`, `feature_1` and so on, F.parquet
+`name`, `label` and `features`. Images that cannot be read have no row and are listed on stderr.
 
 Folders called train, val, valid, validation or test are splits: names keep them, and labels come
 from the folders in them. With --nosplits they are classes. Names that are not UTF-8 have their
-bytes as surrogates: os.fsencode(name) gives them back.
+bytes as surrogates in F.npz: os.fsencode(name) gives them back; F.csv has the bytes, and F.parquet
+has them in words, as caf\xe9.jpg.
 """
 
+import csv
+import io
+import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +29,14 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from sop_jax import hosts
+from sop_jax import cli, hosts, paths
 from sop_jax.compilation import keep_compiled
+from sop_jax.config import load as load_config
 from sop_jax.corrupt import tell
 from sop_jax.data.decode import decoding
-from sop_jax.data.folders import whole_tree
+from sop_jax.data.folders import FolderSource, list_images, printable, whole_tree
+from sop_jax.data.named import describe, name_data
+from sop_jax.data.sources import Source, notes, open_source
 from sop_jax.errors import UserError
 from sop_jax.features import make_extractor
 from sop_jax.mesh import make_mesh
@@ -33,107 +45,238 @@ from sop_jax.pretrained import load
 
 def export(
     workdir: epath.PathLike,
-    images: str,
+    source: Source,
     out: epath.PathLike,
     step: int | None = None,
     patches: bool = False,
-    splits: bool = True,
+    overwrite: bool = False,
     batch_size: int | None = None,
 ) -> None:
-    """Writes the features of all images below a folder.
+    """Writes the features of all images of a source.
 
     Args:
         workdir: of the run.
-        images: the folder, local or remote (`gs://`).
-        out: the .npz to write; appears when it is complete.
+        source: the images, from `open_images` or `open_data`.
+        out: the file to write, one of `WRITERS` by its ending; appears when it is complete.
         step: of which checkpoint; the newest by default.
         patches: also write the tokens of patches.
-        splits: whether folders that are called as splits are no classes.
+        overwrite: whether `out` may be there already.
         batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
 
     Raises:
         UserError: no run, no checkpoint, no readable image, or `out` cannot be written.
     """
-    if not epath.Path(images).is_dir():
-        raise UserError(f"there is no folder {images}; give a folder of images with --images")
-    source = whole_tree(images, splits)
+    out = epath.Path(out)
     hosts.check_agreement({"images": len(source), "their names": source.digest})
     chief = jax.process_index() == 0  # writes and speaks for all processes
     if chief:
-        for note in source.notes:
+        check_out(out, patches, overwrite)
+        for note in notes(source):
             print(note, file=sys.stderr)
-    draft = start_draft(epath.Path(out)) if chief else None
-    try:
-        config, model, teacher, step = load(workdir, step)
-        config.eval.batch_size = batch_size or config.eval.batch_size
-        mesh = make_mesh()
-        extract = make_extractor(model, config, mesh, patches)
-        with tqdm.tqdm(
-            total=len(source), unit="image", dynamic_ncols=True, disable=not chief
-        ) as bar:
-            features = extract(teacher, source, bar.update)
-        if draft is None:
-            return
-        tell(source, features.corrupt, decoding(config.data, source))
-        if not len(features.index):
-            raise UserError(
-                f"none of the {len(source)} images below {images} can be read; the list above "
-                "says why"
-            )
-        arrays = {
-            "features": features.vectors,
-            "names": np.array(source.files)[features.index],
-            "step": np.array(step),
-        }
-        if source.class_names is not None:
-            arrays["labels"] = features.labels
-            arrays["class_names"] = np.array(source.class_names)
-        if features.patches is not None:
-            arrays["patch_features"] = features.patches
-        with draft.open("wb") as file:
-            np.savez(file, **arrays)
-        draft.replace(out)
-    finally:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
-
-
-def start_draft(out: epath.Path) -> epath.Path:
-    """An empty file beside `out`: what cannot be written fails before the long work, not after."""
+    config, model, teacher, step = load(workdir, step)
+    config.eval.batch_size = batch_size or config.eval.batch_size
+    mesh = make_mesh()
+    extract = make_extractor(model, config, mesh, patches)
+    with tqdm.tqdm(total=len(source), unit="image", dynamic_ncols=True, disable=not chief) as bar:
+        features = extract(teacher, source, bar.update)
+    if not chief:
+        return
+    tell(source, features.corrupt, decoding(config.data, source))
+    if not len(features.index):
+        raise UserError(f"none of the {len(source)} images can be read; the list above says why")
+    arrays = {
+        "features": features.vectors,
+        "names": names_of(source, features.index),
+        "step": np.array(step),
+    }
+    if source.class_names is not None:
+        arrays["labels"] = features.labels
+        arrays["class_names"] = np.array(source.class_names)
+    if features.patches is not None:
+        arrays["patch_features"] = features.patches
     draft = out.parent / f"{out.name}.tmp"
     try:
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
         out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(b"")
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error}; choose another --out") from error
-    return draft
+        with draft.open("wb") as file:
+            WRITERS[out.suffix](file, arrays)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# What is read
+
+
+def open_images(images: Sequence[str], splits: bool = True) -> FolderSource:
+    """The images below one folder, with labels, or those of several files and folders, without.
+
+    Args:
+        images: files and folders, local or remote (`gs://`).
+        splits: whether folders that are called as splits are no classes.
+
+    Raises:
+        UserError: one of them is not there, or there is no image.
+    """
+    for path in images:
+        if not epath.Path(path).exists():
+            raise UserError(
+                f"there is no file or folder {path}; give images with --images, once for each "
+                "file or folder"
+            )
+    if len(images) == 1 and epath.Path(images[0]).is_dir():
+        return whole_tree(images[0], splits)
+    if not splits:
+        raise UserError("--nosplits would have no effect: it is for a single folder of --images")
+    files: set[str] = set()
+    told: list[str] = []
+    for path in images:
+        if epath.Path(path).is_dir():
+            inside, words = list_images(path)
+            files |= {f"{path}/{name}" for name in inside}
+            told += words
+        else:
+            files.add(path)
+    root = _common_folder(sorted(files))
+    names = [file.removeprefix(f"{root}/") if root != "." else file for file in sorted(files)]
+    return FolderSource(root, names, None, None, told)
+
+
+def _common_folder(files: Sequence[str]) -> str:
+    """The deepest folder that has all files; `.` where relative paths have none in common."""
+    parts = [file.split("/")[:-1] for file in files]
+    shared = os.path.commonprefix(parts)
+    if not shared and len({file.startswith("/") for file in files}) > 1:
+        raise UserError("give all of --images by relative paths, or all by absolute ones")
+    return "/".join(shared) or "."
+
+
+def open_data(workdir: epath.PathLike, given: Mapping[str, str]) -> Source:
+    """The split `train_split` of the data that flags name, see `data.named.name_data`.
+
+    Raises:
+        UserError: there is no such data.
+    """
+    data_config = load_config(workdir).data
+    try:
+        # Nothing is classified, so that no other split needs to be there.
+        name_data(data_config, {**given, "test_split": ""})
+        source = open_source(data_config, "train")
+    except UserError as error:  # whose flags are those of a training
+        raise UserError(str(error).replace("--config.data.", "--data.")) from error
+    assert source is not None  # only a test split may be missing
+    if jax.process_index() == 0:
+        print(f"images of {describe(data_config)}", file=sys.stderr)
+    return source
+
+
+def names_of(source: Source, index: np.ndarray) -> np.ndarray:
+    """The names of records: of folders below the root, of other sources as these call them."""
+    if isinstance(source, FolderSource):
+        return np.array(source.files)[index]
+    return np.array([source.name(int(i)) for i in index])
+
+
+# What is written
+
+Arrays = dict[str, np.ndarray]
+
+
+def check_out(out: epath.Path, patches: bool, overwrite: bool) -> None:
+    """Checks that the file can be written.
+
+    Raises:
+        UserError: the ending is not known or has no room for patches, or the file is there
+            already or cannot be written.
+    """
+    if out.suffix not in WRITERS:
+        raise UserError(f"--out={out} must end in {', '.join(WRITERS)}, which says what is written")
+    if patches and out.suffix != ".npz":
+        raise UserError(f"--patches needs an --out that ends in .npz: {out.suffix} has no room")
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name a file in it")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out={out} is there already; name a new file, or give --overwrite")
+    paths.check_writable(out.parent, "--out")
+
+
+def _write_npz(file: Any, arrays: Arrays) -> None:
+    named: Any = arrays  # which no argument of NumPy's is called
+    np.savez(file, **named)
+
+
+def _write_csv(file: Any, arrays: Arrays) -> None:
+    labels = _label_column(arrays)
+    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    table = csv.writer(text)
+    columns = [f"feature_{i}" for i in range(arrays["features"].shape[1])]
+    table.writerow(["name", *labels, *columns])
+    for i, vector in enumerate(arrays["features"]):
+        own = [column[i] for column in labels.values()]
+        table.writerow([arrays["names"][i], *own, *map(str, vector)])
+    text.detach()  # written, and the file left open
+
+
+def _write_parquet(file: Any, arrays: Arrays) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    features = arrays["features"]
+    labels = {key: list(map(printable, column)) for key, column in _label_column(arrays).items()}
+    columns = {
+        "name": [printable(name) for name in arrays["names"]],
+        **labels,
+        "features": pyarrow.FixedSizeListArray.from_arrays(
+            pyarrow.array(features.ravel()), features.shape[1]
+        ),
+    }
+    table = pyarrow.table(columns, metadata={"step": str(arrays["step"])})
+    pyarrow.parquet.write_table(table, file)
+
+
+def _label_column(arrays: Arrays) -> dict[str, np.ndarray]:
+    if "labels" not in arrays:
+        return {}
+    return {"label": arrays["class_names"][arrays["labels"]]}
+
+
+WRITERS: dict[str, Callable[[Any, Arrays], None]] = {
+    ".npz": _write_npz,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
 
 
 def main(argv: list[str]) -> None:
     """Writes what the flags name."""
     del argv
     keep_compiled()
-    args = flags.FLAGS
+    args, given = flags.FLAGS, cli.given_data()
+    if bool(args.images) == bool(given):
+        raise UserError("say which images: either --images=FOLDER (or files) or --data.path=DATA")
+    if given and not args.splits:
+        raise UserError("--nosplits would have no effect: it is for --images")
+    out = epath.Path(args.out)
+    if jax.process_index() == 0:  # before a long list is made
+        check_out(out, args.patches, args.overwrite)
+    source = open_data(args.workdir, given) if given else open_images(args.images, args.splits)
     export(
-        *(args.workdir, args.images, args.out, args.step, args.patches, args.splits),
+        *(args.workdir, source, out, args.step, args.patches, args.overwrite),
         batch_size=args.batch_size,
     )
     if jax.process_index() == 0:
-        print(args.out)
+        print(out)
 
 
 if __name__ == "__main__":
-    from sop_jax import cli
-
     cli.define_path("workdir", "The folder of the run.", required=True)
-    cli.define_path("images", "The folder of images.", required=True)
-    cli.define_path("out", "The .npz to write.", required=True)
+    cli.define_path("images", "A folder of images, or a file; may be given again.", several=True)
+    cli.define_path("out", f"The file to write: {', '.join(WRITERS)}.", required=True)
     flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
     flags.DEFINE_bool("patches", False, "Write the features of patches too.")
     flags.DEFINE_bool("splits", True, "Folders called train, val or test are splits, not classes.")
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
     )
+    flags.DEFINE_bool("overwrite", False, "Replace --out if it is there already.")
+    cli.define_data(train_split="The split to take the images of.")
     cli.run(main)

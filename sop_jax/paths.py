@@ -43,11 +43,12 @@ def expand(text: str) -> str:
     return str(epath.Path(expanded))
 
 
-def check_writable(path: epath.PathLike) -> None:
+def check_writable(path: epath.PathLike, flag: str) -> None:
     """Checks that a folder can be written to, or made, and leaves everything as it was.
 
     Args:
         path: of the folder, local or `gs://`; it need not exist.
+        flag: by which another one can be chosen.
 
     Raises:
         UserError: it cannot be written to, and why.
@@ -66,5 +67,7 @@ def check_writable(path: epath.PathLike) -> None:
     except Exception as error:  # each kind of remote storage has its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if there == folder:
-            raise UserError(f"cannot write to {folder}: {reason}") from error
-        raise UserError(f"cannot make {folder} in {there}: {reason}") from error
+            raise UserError(f"cannot write to {folder}: {reason}; choose another {flag}") from error
+        raise UserError(
+            f"cannot make {folder} in {there}: {reason}; choose another {flag}"
+        ) from error

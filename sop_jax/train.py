@@ -8,8 +8,10 @@ resumes an interrupted run, exactly; a finished one it leaves as it is.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
+import shlex
 import sys
 import time
 from copy import deepcopy
@@ -23,7 +25,7 @@ from etils import epath
 
 from sop_jax import checkpoint, cli, hosts, optim, pretrained, resume
 from sop_jax import config as config_lib
-from sop_jax.check import check, check_used
+from sop_jax.check import check, check_trace, check_used
 from sop_jax.compilation import keep_compiled
 from sop_jax.config import PATHS, flatten
 from sop_jax.corrupt import CorruptImages, lines_of
@@ -40,7 +42,7 @@ from sop_jax.metrics import Progress, open_writer, read_metrics
 from sop_jax.owner import Owner, owned
 from sop_jax.pace import PaceKeeper
 from sop_jax.pace import in_words as pace_in_words
-from sop_jax.paths import expand
+from sop_jax.paths import check_writable, expand
 from sop_jax.profiling import Trace
 from sop_jax.run import Run, assemble, compiled_step
 from sop_jax.state import TrainState
@@ -79,6 +81,8 @@ def train(
         standing = resume.check_workdir(config, workdir)
         if standing.summary is not None:
             return tell_finished(standing, workdir)
+        if not hosts.several():  # for whom `check_shared` did it
+            check_writable(workdir, "--workdir")
         with owned(workdir, wait) as owner, contextlib.ExitStack() as opened:
             interruption.starting = before_training(workdir)  # after a wait for another run
             return train_until(interruption, owner, opened, config, workdir)
@@ -116,6 +120,7 @@ def train_until(
     places = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
     check_shared_memory(config, len(places))
     steps = run.steps
+    check_trace(config.profile_steps, steps)
     evaluate = functools.partial(
         knn_evaluation,
         make_extractor(run.model, config, mesh),
@@ -146,7 +151,8 @@ def train_until(
     progress = Progress(start, steps, shown=chief)
     opened.callback(progress.close)
     about = describe(config, run, train_source, test_source, start)
-    for note in (about, *optim.cut_short(config, steps, run.epoch), *notes):
+    doubtful = doubts(config, len(train_source), start)
+    for note in (about, *doubtful, *optim.cut_short(config, steps, run.epoch), *notes):
         progress.note(note)
     clock = time.monotonic()
     train_step = compiled_step(config, run, progress.note)
@@ -468,6 +474,24 @@ def describe(
     )
 
 
+def doubts(config: ml_collections.ConfigDict, images: int, start: int) -> list[str]:
+    """What is possible, but probably not meant: of the batch and of the trace."""
+    words = []
+    if images < config.batch_size:
+        words.append(
+            f"warning: {images} images are fewer than the batch of {config.batch_size}, so that "
+            "every batch shows some of them more than once; is this all of the data? If it is, "
+            f"set --config.batch_size to {images} or less"
+        )
+    first, last = config.profile_steps
+    if 0 < last <= start:
+        words.append(
+            f"warning: nothing is traced, because profile_steps={first},{last} is over: the run "
+            f"goes on after step {start}"
+        )
+    return words
+
+
 def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[str, Any]:
     """The summary of a finished run from its logged rows, and the seconds of the last start."""
     first, final = (rows[0], rows[-1]) if rows else ({}, {})
@@ -487,7 +511,9 @@ def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[
 def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
     """The summary as a person would tell it."""
     minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
-    curves = f"curves: tensorboard --logdir {workdir}"
+    curves = f"curves: tensorboard --logdir {shlex.quote(str(workdir))}"
+    if importlib.util.find_spec("tensorboard") is None:
+        curves += " (after pip install tensorboard)"
     before, after = summary["knn_top1_untrained"], summary["knn_top1"]
     if before is None or after is None:
         return f"{minutes}; {curves}"

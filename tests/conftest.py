@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 # Before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,3 +49,20 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"needs the reference data: {folder} is no folder; set SOP_SHARED_DIR")
     return folder
+
+
+@pytest.fixture
+def read_only() -> Iterator[pathlib.Path]:
+    """A folder that this process may not write to: the superuser becomes somebody else."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "file").write_text("")
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check, check_used, without_use
+from sop_jax.check import CHOICES, CLS_ALONE, POSITIVE, check, check_trace, check_used, without_use
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
@@ -227,3 +227,10 @@ def test_settings_without_use_are_settings() -> None:
         config.update_from_flattened_dict({"model.family": family, "model.size": "custom"})
         config.update_from_flattened_dict({"sop.patch.tasks": 0, "steps": 1})
         assert without_use(config).keys() <= flatten(config).keys()
+
+
+def test_a_trace_beyond_the_end_of_the_run_is_refused() -> None:
+    check_trace((5, 10), 10)
+    check_trace((0, 0), 10)
+    with pytest.raises(UserError, match=r"profile_steps is 20,25, but the run has 10 steps"):
+        check_trace((20, 25), 10)

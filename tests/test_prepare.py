@@ -1,5 +1,6 @@
 """An image tree becomes a TFDS data set that opens again, without TensorFlow."""
 
+import errno
 import os
 import pathlib
 import pickle
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sop_jax.data.decode import decode
+from sop_jax.data.folders import FolderSource
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.prepare import prepare
 from sop_jax.data.sources import Source, open_source
@@ -167,6 +169,29 @@ def test_nonsense(tmp_path):
     prepare(tree, out, "x", ["train", "val"])
     with pytest.raises(UserError, match="is there already"):
         prepare(tree, out, "x", ["train", "val"])
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, read_only):
+    with pytest.raises(UserError, match=f"cannot write to {read_only}: .*choose another --out"):
+        prepare("/there/is/no/tree", str(read_only), "tiny", ["train"])
+
+
+def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
+    tree = write_tree(tmp_path / "tree")
+    link = tmp_path / "tree" / "train" / "n01" / "link.jpg"
+    link.symlink_to("nowhere.jpg")
+    with pytest.raises(UserError, match=r"link.jpg cannot be read: No such file") as told:
+        prepare(tree, str(tmp_path / "out"), "tiny", ["train", "val"])
+    assert "room" not in str(told.value)
+    link.unlink()
+
+    def fail(self, index):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(FolderSource, "__getitem__", fail)
+    with pytest.raises(UserError, match=r"n01/a.JPEG cannot be read: Input/output error") as told:
+        prepare(tree, str(tmp_path / "new"), "tiny", ["train", "val"])
+    assert "room" not in str(told.value)
 
 
 def test_tfds_nonsense(tmp_path):

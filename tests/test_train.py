@@ -1,6 +1,7 @@
 """Runs from their start to their end, by way of everything that may go wrong in between."""
 
 import errno
+import importlib.util
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pathlib
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -1241,3 +1244,27 @@ def test_says_that_the_input_is_the_bottleneck(
     assert shown.count("the input is the bottleneck: devices wait for images") == 1
     assert shown.count("input bottleneck, ") == 2
     assert all(row["idle_share"] > 0.5 for row in rows(tmp_path))
+
+
+def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_told() -> None:
+    config = small_config(batch_size=32, profile_steps=(3, 4))
+    few, over = train.doubts(config, 3, start=4)
+    assert few.startswith("warning: 3 images are fewer than the batch of 32")
+    assert "profile_steps=3,4 is over" in over
+    assert train.doubts(config, 32, start=3) == []
+
+
+def test_a_read_only_workdir_is_told_before_anything_else(read_only: pathlib.Path) -> None:
+    for workdir in (read_only, read_only / "run"):
+        with pytest.raises(UserError, match=f"{read_only}: .*choose another --workdir"):
+            train.train(small_config(**{"data.source": "folder", "data.path": "/no"}), workdir)
+
+
+def test_the_command_for_the_curves_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = {"steps": 1, "wall_s": 1.0, "knn_top1": None, "knn_top1_untrained": None}
+    workdir = epath.Path("runs/it's mine; & more")
+    words = train.in_words(summary, workdir)
+    command = words.partition("curves: ")[2]
+    assert shlex.split(command) == ["tensorboard", "--logdir", str(workdir)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert train.in_words(summary, workdir).endswith("(after pip install tensorboard)")

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from sop_jax.data import folders
 from sop_jax.data.tfds import builder_of
 from sop_jax.errors import UserError
 
@@ -17,7 +18,7 @@ LOOKED_AT = {
     "packed": ("path", *SPLITS),
     "digits": (),
 }
-HELD_OUT = ("val", "valid", "validation", "test")  # names of splits to classify, best first
+TO_CLASSIFY = (*folders.HELD_OUT, "test")  # names of splits, best first
 
 
 def without_use(source: str, name: str) -> str:
@@ -33,7 +34,7 @@ def name_data(data_config: Any, given: Mapping[str, str]) -> None:
 
     A path without a source is a packed file if it is an .npz file, a TFDS data set if it holds
     one, and a folder of images otherwise. A split to classify that is not named is the run's, or
-    the first of `HELD_OUT` that the data has.
+    the first of `TO_CLASSIFY` that the data has.
 
     Args:
         data_config: of the run; changed.
@@ -62,7 +63,7 @@ def name_data(data_config: Any, given: Mapping[str, str]) -> None:
     if "test_split" in given or not given.keys() & {"source", "path", "name"}:
         return
     there = splits_of(data_config)
-    wanted = [data_config.test_split.split("[")[0], *HELD_OUT]
+    wanted = [data_config.test_split.split("[")[0], *TO_CLASSIFY]
     found = [there[name.casefold()] for name in wanted if name.casefold() in there]
     if found and found[0] != wanted[0]:
         data_config.test_split = found[0]

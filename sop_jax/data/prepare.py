@@ -7,6 +7,7 @@ at all, which then make one split `train`; --splits= says that no folder is a sp
 the files and of their names are copied as they are.
 """
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from etils import epath
 
+from sop_jax import paths
 from sop_jax.data.folders import FolderSource, find_splits, folder_source, printable
 from sop_jax.errors import UserError
 
@@ -48,15 +50,22 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
         raise UserError(
             f"{folder} is there already. Choose another --name, or remove it to make it anew."
         )
+    paths.check_writable(out, "--out")
     trees = _trees(images, splits)
     for note in (note for tree in trees.values() for note in tree.notes):
         print(note, file=sys.stderr)
     try:
         _builder(name, out, trees).download_and_prepare()
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        more = (
+            "It needs about twice the size of the images; make room, or choose"
+            if full
+            else "Choose"
+        )
         raise UserError(
-            f"Writing {folder} failed: {error}. It needs about twice the size of the images; make "
-            "room or choose another --out, then run the same command again."
+            f"Writing {folder} failed: {error}. {more} another --out, then run the same command "
+            "again."
         ) from error
     found = list(trees)
     flags_ = [
@@ -128,12 +137,22 @@ def _builder(name: str, out: str, trees: dict[str, FolderSource]) -> Any:
             ) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 for i, file in enumerate(tree.files):
                     path = file.encode("utf-8", "surrogateescape")
-                    example: dict[str, Any] = {"image": tree[i], "file_name": path}
+                    example: dict[str, Any] = {"image": _read(tree, i), "file_name": path}
                     if tree.labels is not None:
                         example["label"] = int(tree.labels[i])
                     yield path, example
 
     return ImageTree(data_dir=out, file_format="array_record")
+
+
+def _read(tree: FolderSource, index: int) -> bytes:
+    try:
+        return tree[index]
+    except OSError as error:
+        raise UserError(
+            f"{tree.name(index)} cannot be read: {error.strerror or error}. Repair or remove it, "
+            "then run the same command again."
+        ) from error
 
 
 def main(argv: list[str]) -> None:
