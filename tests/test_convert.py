@@ -20,7 +20,7 @@ from sop_jax import config as config_lib
 from sop_jax import pretrained
 from sop_jax.convert import convert, save
 from sop_jax.errors import UserError
-from sop_jax.extract import export
+from sop_jax.extract import export, open_images
 from sop_jax.models import MEAN, STD, build
 from sop_jax.weights import files, mapping
 
