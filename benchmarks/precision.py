@@ -42,7 +42,7 @@ def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> d
     """What one step gives on a device, from the start of another device, or a new one for None."""
     run = assemble(config, make_mesh(1, 1, [device]), config.batch_size)
     state = run.init(jax.random.key(0))
-    names = ("student", "teacher", "memories")
+    names = ("student", "teacher", "carried")
     if start is not None:
         lay = functools.partial(jax.tree.map, lambda a, b: jax.device_put(a, b.sharding))
         state = state._replace(**{name: lay(start[name], getattr(state, name)) for name in names})
@@ -52,7 +52,7 @@ def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> d
     found = {
         "losses": {name: metrics[name] for name in ("cls", "mim")},
         "gradients": state.opt_state,
-        "memories": {name: memory.rows[:, 0] for name, memory in state.memories.items()},
+        "memories": {name: memory.rows[:, 0] for name, memory in state.carried.items()},
     }
     return jax.device_get(found) | {"start": first}
 

@@ -8,10 +8,11 @@ The step is the one that training compiles, with its state donated, on random pi
 that are on the devices already. With `--peer` both run in turn, `--rounds` times, each time in a
 process of its own, so that peak memories are their own. The last line is JSON.
 
-Parts are compiled and timed on their own: the teacher's forward, the drawing of prototypes with
-their search, assignment and losses with their backward pass, the update, and the memories. The
-student is the rest of the step. What a part is given stays as it is, so that the push of the
-memories counts a copy of them which the step, with its state donated, does not make.
+Parts are the functions that the step itself calls, each compiled and timed on its own: the
+teacher's forward pass, the targets (the search of prototypes and the push of the memories), the
+losses with their backward pass, and the update. The student is the rest of the step. What a part
+is given stays as it is, so that the targets count a copy of the memories which the step, with its
+state donated, does not make.
 """
 
 import argparse
@@ -41,13 +42,13 @@ from sop_jax import config as config_lib  # noqa: E402
 from sop_jax import optim  # noqa: E402
 from sop_jax.check import check  # noqa: E402
 from sop_jax.compilation import keep_compiled  # noqa: E402
-from sop_jax.data.masks import most_masked, view_mask  # noqa: E402
+from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.flops import flops  # noqa: E402
 from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.objective import Outputs  # noqa: E402
 from sop_jax.run import Run, assemble  # noqa: E402
-from sop_jax.sop.objective import Embeddings, Temperatures  # noqa: E402
-from sop_jax.step import embed_views, masked_first  # noqa: E402
+from sop_jax.step import embed_views  # noqa: E402
 
 ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
 
@@ -141,11 +142,10 @@ def parts_of(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Median seconds and compiled temporary bytes of each part of the step, on its own."""
-    schedules = run.schedules
-    tx = optim.optimizer(config.optim, schedules)
-    key = jax.random.key(1)
-    most = most_masked(batch["mask"].shape[2:], config.mask)
-    temperatures = Temperatures(jnp.float32(STUDENT), jnp.float32(TEACHER))
+    objective, key = run.objective, jax.random.key(1)
+    tx = optim.optimizer(config.optim, run.schedules, objective.optimizers)
+    now = {name: jnp.float32(schedule(0)) for name, schedule in objective.schedules.items()}
+    selection = jax.jit(objective.select)(batch["mask"], jax.random.split(key, args.batch))
 
     parts = {}
 
@@ -156,35 +156,38 @@ def parts_of(
         parts[name] = {"s": statistics.median(taken), "temp_bytes": temporary}
         return compiled(*inputs)
 
-    def teacher(params: Any, views: jax.Array, mask: jax.Array) -> Any:
-        places, masked = masked_first(mask, most)
-        embeddings, _ = embed_views(run.model, params, views, patches=places)
-        return *embeddings, masked
+    def teacher(params: Any, batch: dict) -> Outputs:
+        return embed_views(run.model, params, objective.teacher_views, batch, selection.teacher)[0]
 
-    def losses(sops: Any, student: Embeddings, teacher: Embeddings, masked: jax.Array) -> Any:
-        return jax.value_and_grad(
-            lambda student: run.objective.loss(sops, student, teacher, masked, temperatures)[0]
-        )(student)
+    def losses(shared: Any, targets: Any, student: Outputs) -> Any:
+        def loss(student: Outputs) -> jax.Array:
+            return objective.loss(
+                params={},
+                shared=shared,
+                targets=targets,
+                student=student,
+                masked=selection.masked,
+                now=now,
+            )[0]
+
+        return jax.value_and_grad(loss)(student)
 
     def update(state: Any, gradients: Any) -> Any:
         updates, opt_state = tx.update(gradients, state.opt_state, state.student)
         student = optax.apply_updates(state.student, updates)
         return student, optax.incremental_update(student, state.teacher, 0.01), opt_state
 
-    def remember(memories: Any, kept: Any, index: jax.Array) -> Any:
-        return run.objective.remember(memories, kept, index)
+    def teach(carried: Any, outputs: Outputs) -> Any:
+        return objective.teach({}, {}, carried, outputs, batch["index"], now, key)
 
-    cls, patches, masked = part(
-        "teacher", teacher, state.teacher, batch["global_views"], batch["mask"]
-    )
-    sops = part("search", run.objective.prototypes, state.memories, key)
-    views = 2 + config.augment.local_crops
-    student = Embeddings(jnp.tile(cls, (views // 2 + 1, 1, 1))[:views], patches)
-    targets, masked = Embeddings(cls, patches), jnp.moveaxis(masked, 1, 0)
-    part("losses", losses, sops, student, targets, masked)
+    outputs = part("teacher", teacher, state.teacher, batch)
+    shared, targets, _ = part("targets", teach, state.carried, outputs)
+    views = len(objective.student_views)
+    several = jnp.tile(outputs.cls, (1, views // 2 + 1, 1))[:, :views]
+    masked = selection.student.patches.shape[-1]
+    student = outputs._replace(cls=several, patches=outputs.patches[:, :, :masked])
+    part("losses", losses, shared, targets, student)
     part("update", update, state, state.student)
-    kept = run.objective.keep(Embeddings(cls, patches))
-    part("memories", remember, state.memories, kept, batch["index"])
     return parts
 
 

@@ -7,7 +7,7 @@ the middle leaves the earlier ones as they were and nothing that could be taken 
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from sop_jax.errors import UserError
 _NAME = "state"
 _SUMS = "sums"
 _SHOWN_LEAVES = 10
+_RENAMED = {"carried": "memories"}  # parts of a state, and what earlier versions called them
 
 
 class NotFiniteError(UserError, FloatingPointError):
@@ -165,17 +166,19 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         saved, custom = metadata.metadata[_NAME], metadata.custom_metadata
         if saved is None or not custom:
             raise ValueError("the description of its arrays is missing or damaged")
-        _check_leaves(path, saved, abstract, partial)
+        names = _saved_names(abstract, saved)
+        wanted = _nested({names[name]: leaf for name, leaf in _named_leaves(abstract).items()})
+        _check_leaves(path, saved, wanted, partial)
         with context:
-            loaded = ocp.load_checkpointables(path, {_NAME: _as_dicts(abstract)})[_NAME]
+            loaded = ocp.load_checkpointables(path, {_NAME: wanted})[_NAME]
         leaves = _named_leaves(loaded)
         state = jax.tree.unflatten(
-            jax.tree.structure(abstract), [leaves[name] for name in _named_leaves(abstract)]
+            jax.tree.structure(abstract), [leaves[saved_name] for saved_name in names.values()]
         )
         if _dtypes(state) != _dtypes(abstract):
             raise ValueError("the types of its arrays are missing or damaged")
         _, sums = _inspect(state)
-        changed = [name for name in sums if sums[name] != custom[_SUMS][name]]
+        changed = [name for name in sums if sums[name] != custom[_SUMS][names[name]]]
         if changed:
             raise ValueError(f"values have changed since they were saved: {_some(changed, ', ')}")
     except (OSError, ValueError, KeyError) as error:
@@ -249,10 +252,26 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
+def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:
+    """The names of the leaves of a state, and those that they have in a checkpoint."""
+    parts = {name.partition("/")[0] for name in _named_leaves(saved)}
+    names = {}
+    for name in _named_leaves(abstract):
+        part, slash, rest = name.partition("/")
+        older = _RENAMED.get(part, part)
+        names[name] = (older if older in parts and part not in parts else part) + slash + rest
+    return names
+
+
 def _as_dicts(tree: Any) -> dict[str, Any]:
     """The tree as nested dicts, so that what is on disk does not depend on the types in memory."""
+    return _nested(_named_leaves(tree))
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by their path as nested dicts."""
     nested: dict[str, Any] = {}
-    for name, leaf in _named_leaves(tree).items():
+    for name, leaf in leaves.items():
         *parents, last = name.split("/")
         node = nested
         for parent in parents:

@@ -1,6 +1,6 @@
 """Counts the floating-point operations of a function from its jaxpr.
 
-Products of matrices and convolutions alone, as the field counts: 2mnk for m x k times k x n.
+Only matrix products and convolutions are counted, as is usual: 2mnk for m x k times k x n.
 Elementwise operations, reductions, sorts and decompositions count nothing.
 """
 

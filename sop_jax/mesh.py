@@ -1,4 +1,4 @@
-"""Devices: the mesh, and where state and batches lie on it."""
+"""Devices: the mesh, and how state and batches are sharded over it."""
 
 import functools
 import math
@@ -54,7 +54,7 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices: Sequence[Any] | None = None
             (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
         )
     except (NotImplementedError, AssertionError) as error:
-        # TPUs alone: JAX wants an axis of the mesh to lie along their wires.
+        # Only TPUs: JAX wants an axis of the mesh to follow their interconnect.
         sizes = np.max([device.coords for device in devices], axis=0) + 1
         torus = " x ".join(map(str, sizes))
         raise UserError(
@@ -96,9 +96,9 @@ def share_parameter(shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*(None,) * widest, "fsdp")
 
 
-# Where the leaves of a train state lie, by their path; the first pattern that fits decides.
+# How the leaves of a train state are sharded, by their path; the first matching pattern decides.
 RULES: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
-    (r"memories/\w+/(rows|image)$", lambda shape, mesh: P(AXES)),  # by lane
+    (r"carried/(\w+/)*(rows|image)$", lambda shape, mesh: P(AXES)),  # memories, by lane
     # The axis of stacked layers is never split: one layer is used at a time.
     (r".*/blocks/", lambda shape, mesh: P(None, *share_parameter(shape[1:], mesh))),
     (r"(student|teacher|opt_state)/", share_parameter),
@@ -126,8 +126,8 @@ def shardings(abstract: Any) -> Any:
 def gatherer(mesh: Mesh) -> Callable[[Any], Any]:
     """A function that makes parameters, as `share_parameter` splits them, whole for their use.
 
-    Their gradients go back to where the parameters lie, summed on the way. Without this XLA is
-    free to split the activations in place of gathering the weights, and does.
+    Their gradients are summed and sharded as the parameters are. Without this, XLA is free to
+    split the activations instead of gathering the weights, and does.
     """
 
     def gather(leaf: jax.Array) -> jax.Array:

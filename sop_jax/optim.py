@@ -1,61 +1,34 @@
-"""Durations, schedules and the optimizer (iBOT's recipe)."""
+"""The optimizer and its schedules (iBOT's recipe)."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-Schedule = Callable[[Any], Float[Array, ""]]
+from sop_jax.schedules import Length, Schedule, cosine, duration, learning_rate
 
-
-def duration(config: ml_collections.ConfigDict, name: str, steps_per_epoch: float) -> int:
-    """Steps of `config.<name>steps`, or of `config.<name>epochs` where the former is not set."""
-    steps = config[f"{name}steps"]
-    return steps if steps is not None else round(config[f"{name}epochs"] * steps_per_epoch)
+NETWORK = "network"  # the group of all parameters that have no optimizer of their own
 
 
-def cosine(ends: tuple[float, float], steps: int) -> Schedule:
-    """Half a cosine from the first end at step 0 towards the second at step `steps`."""
-    start, end = ends
-    return lambda step: (
-        end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1), 0, 1)))
-    )
-
-
-def ramp(ends: tuple[float, float], steps: int) -> Schedule:
-    """Linear from the first end at step 0 to the second at step `steps - 1`, then constant."""
-    start, end = ends if steps > 0 else (ends[1], ends[1])
-    return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
-
-
-def learning_rate(peak: float, end: float, warmup: int, steps: int) -> Schedule:
-    """Linear from 0 to `peak` over `warmup` steps, then a cosine to `end`."""
-    rise, fall = ramp((0.0, peak), warmup), cosine((peak, end), steps - warmup)
-    return lambda step: jnp.where(step < warmup, rise(step), fall(step - warmup))
-
-
-def schedules(config: ml_collections.ConfigDict, steps: int, epoch: float) -> dict[str, Schedule]:
-    """Everything that changes with the step.
+def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
+    """Learning rate, weight decay and the teacher's momentum of a run of this length.
 
     Args:
         config: of the whole run.
-        steps: of the run.
-        epoch: steps an epoch.
+        length: of the run.
     """
-    optim, sop = config.optim, config.sop
-    warmup = min(duration(optim, "warmup_", epoch), steps)
-    heating = min(duration(sop, "temperature_warmup_", epoch), steps)
-    peak = optim.lr * config.batch_size / 256
+    steps, epoch = length
+    warmup = min(duration(config.optim, "warmup_", epoch), steps)
+    peak = config.optim.lr * config.batch_size / 256
     return {
-        "lr": learning_rate(peak, optim.min_lr, warmup, steps),
-        "weight_decay": cosine(optim.weight_decay, steps),
-        "momentum": cosine(optim.momentum, steps),
-        "teacher_temperature": ramp(sop.teacher_temperature, heating),
-        "student_temperature": lambda step: jnp.float32(sop.student_temperature),
+        "lr": learning_rate(peak, config.optim.min_lr, warmup, steps),
+        "weight_decay": cosine(config.optim.weight_decay, steps),
+        "momentum": cosine(config.optim.momentum, steps),
     }
 
 
@@ -120,15 +93,30 @@ CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}
 
 
 def optimizer(
-    config: ml_collections.ConfigDict, schedules: dict[str, Schedule]
+    config: ml_collections.ConfigDict,
+    schedules: Mapping[str, Schedule],
+    own: Mapping[str, optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping; `config` is the run's `optim`."""
+    """AdamW behind gradient clipping, and the optimizers of an objective beside it.
+
+    Args:
+        config: the run's `optim`.
+        schedules: has `lr` and `weight_decay`.
+        own: for sub-trees of the objective's parameters, by their name. Each group is clipped, or
+            not, by its own optimizer; the network's norms are not counted in it.
+    """
     clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
     adamw = optax.adamw(schedules["lr"], weight_decay=schedules["weight_decay"], mask=decays)
-    return optax.chain(clip, adamw)
+    network = optax.chain(clip, adamw)
+    if not own:
+        return network
+    return optax.partition({NETWORK: network, **own}, functools.partial(groups, names=tuple(own)))
 
 
-def run_length(config: ml_collections.ConfigDict, images: int) -> tuple[int, float]:
-    """Steps of the run, and steps an epoch of `images` images."""
-    epoch = images / config.batch_size
-    return max(1, duration(config, "", epoch)), epoch
+def groups(params: Any, names: Sequence[str]) -> Any:
+    """The optimizer's group of each parameter: the name of its sub-tree of the objective's own."""
+
+    def group(path: tuple, _: Any) -> str:
+        return path[1].key if path[0].key == "objective" and path[1].key in names else NETWORK
+
+    return jax.tree_util.tree_map_with_path(group, params)

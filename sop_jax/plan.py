@@ -202,7 +202,7 @@ def state_bytes(run: Run) -> dict[str, int]:
     parts = {
         "parameters": (state.student, state.teacher),
         "optimizer": state.opt_state,
-        "memories": state.memories,
+        "memories": state.carried,
         "batch": run.batch,
     }
     return {

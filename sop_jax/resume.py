@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
-from sop_jax import checkpoint, optim
+from sop_jax import checkpoint, schedules
 from sop_jax import config as config_lib
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
@@ -254,9 +254,9 @@ def _names(durations: Any) -> list[str]:
 
 
 def _duration(config: ml_collections.ConfigDict, name: str, images: int) -> int:
-    steps, epoch = optim.run_length(config, images)
+    steps, epoch = schedules.run_length(config, images)
     section, _, rest = name.rpartition(".")
-    return optim.duration(config[section], rest, epoch) if section else steps
+    return schedules.duration(config[section], rest, epoch) if section else steps
 
 
 def _in_words(flat: dict[str, Any], name: str, steps: int) -> str:

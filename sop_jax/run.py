@@ -17,7 +17,9 @@ from sop_jax.errors import UserError
 from sop_jax.mesh import check_split, gatherer, placed, replicated, shardings, split
 from sop_jax.models import Model, build, size_of
 from sop_jax.models.attention import Implementation, choose
-from sop_jax.sop.objective import Objective, sop
+from sop_jax.objective import Objective
+from sop_jax.schedules import Schedule, run_length
+from sop_jax.sop.objective import sop
 from sop_jax.state import TrainState, init_state
 from sop_jax.step import make_train_step
 
@@ -30,8 +32,8 @@ class Run(NamedTuple):
     Attributes:
         mesh: the devices.
         model: the network of student and teacher.
-        objective: memories, prototypes, losses.
-        schedules: everything that changes with the step, see `optim.schedules`.
+        objective: targets, losses and signs of health.
+        schedules: of the optimizer and the teacher, see `optim.schedules`.
         steps: to train for.
         epoch: steps an epoch.
         init: key -> the state before the first step, compiled to lie where it belongs.
@@ -43,7 +45,7 @@ class Run(NamedTuple):
     mesh: Mesh
     model: Model
     objective: Objective
-    schedules: dict[str, optim.Schedule]
+    schedules: dict[str, Schedule]
     steps: int
     epoch: float
     init: Callable[[Key[Array, ""]], TrainState]
@@ -64,31 +66,31 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         UserError: the devices do not divide the batch, or cannot compute what is asked for.
     """
     check_split(mesh, config.batch_size, config.accumulate)
-    steps, epoch = optim.run_length(config, images)
-    schedules = optim.schedules(config, steps, epoch)
-    tx = optim.optimizer(config.optim, schedules)
+    length = run_length(config, images)
     implementation: Implementation = "xla"
     if config.model.family == "vit":
         width, _, heads = size_of(config.model)
         implementation = choose(config.model, width // heads, mesh.devices.flat[0])
     model = build(config, config.augment.global_size, gatherer(mesh), implementation)
-    objective = sop(config, model.dim, mesh)
+    batch = abstract_batch(config, mesh, model.patch)
+    most = most_masked(batch["mask"].shape[2:], config.mask) if config.sop.patch.tasks else 0
+    objective = sop(config, model.dim, mesh, length, most)
+    schedules = optim.schedules(config, length)
+    tx = optim.optimizer(config.optim, schedules, objective.optimizers)
 
     def init(key: Key[Array, ""]) -> TrainState:
         return init_state(key, model, objective, tx)
 
     abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    batch = abstract_batch(config, mesh, model.patch)
-    most = most_masked(batch["mask"].shape[2:], config.mask) if config.sop.patch.tasks else 0
-    step = make_train_step(model, objective, tx, schedules, config.accumulate, most)
+    step = make_train_step(model, objective, tx, schedules, config.accumulate)
     return Run(
         mesh=mesh,
         model=model,
         objective=objective,
         schedules=schedules,
-        steps=steps,
-        epoch=epoch,
+        steps=length.steps,
+        epoch=length.epoch,
         init=jax.jit(init, out_shardings=where),
         abstract=abstract,
         batch=batch,

@@ -1,6 +1,6 @@
 """Exact nearest rows by cosine: the supports of SOPs, and the neighbours of the k-NN evaluation.
 
-The rows lie split over the devices and stay there: what travels are the winners.
+The rows are split over the devices and stay there: only the winners are sent.
 """
 
 import math
@@ -37,7 +37,7 @@ def nearest(
     Exact on the scores as `precision` makes them, whatever the number of devices. Every device
     finds the k best of its own rows for all queries, `chunk` queries at a time, so that no more
     than chunk x N / devices scores exist; then it merges the findings of all devices for its
-    share of the queries. One all-to-all of Q k scores and indices a device is all that travels.
+    share of the queries. Only one all-to-all of Q k scores and indices per device is sent.
 
     Args:
         queries: unit vectors, the same on every device.
@@ -97,7 +97,7 @@ def nearest_local(
 ) -> tuple[Float[Array, "Q best"], Int[Array, "Q best"]]:
     """As `nearest`, among the rows of one device, all of which it may give.
 
-    `own` may lie outside of them.
+    `own` may be the index of a row of another device.
     """
     dtype, product = PRECISIONS[precision]
     rows = rows.astype(dtype)
@@ -134,9 +134,9 @@ def top_k(scores: Float[Array, " N"], k: int) -> tuple[Float[Array, " k"], Int[A
 
 
 def take(rows: Float[Array, "N d"], indices: Int[Array, "*K"], mesh: Mesh) -> Float[Array, "*K d"]:
-    """Rows that lie split over the devices of `mesh`, on every device.
+    """The rows at `indices` on every device; only they are sent.
 
-    They are all that travels.
+    `rows` are split over the devices of `mesh`.
     """
     axes = mesh.axis_names
 

@@ -8,7 +8,9 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from sop_jax.models import Model, Params
-from sop_jax.sop.objective import Objective
+from sop_jax.objective import Objective
+
+OWN = "objective"  # the name of the objective's parameters beside those of the network
 
 
 class TrainState(NamedTuple):
@@ -16,10 +18,11 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: steps done, which is also the position in the data.
-        student: parameters that learn, and running statistics of its forward passes.
+        student: parameters that learn: `backbone`, `head` and, where the objective learns too,
+            `objective`. Running statistics of its forward passes are among them.
         teacher: their moving average, and running statistics of its own.
         opt_state: of the optimizer.
-        memories: of the objective.
+        carried: what the objective carries from step to step, such as memories.
         key: never changes; a step's randomness is `fold_in(key, step)`.
     """
 
@@ -27,21 +30,22 @@ class TrainState(NamedTuple):
     student: Params
     teacher: Params
     opt_state: Any
-    memories: Any
+    carried: Any
     key: Key[Array, ""]
 
 
 def init_state(
     key: Key[Array, ""], model: Model, objective: Objective, tx: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step: student and teacher alike, memories random."""
-    key, model_key, memory_key = jax.random.split(key, 3)
-    student = model.init(model_key)
+    """The state before the first step: student and teacher are alike."""
+    key, model_key, objective_key = jax.random.split(key, 3)
+    params, carried = objective.init(objective_key)
+    student = model.init(model_key) | ({OWN: params} if params else {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,
         teacher=jax.tree.map(jnp.copy, student),
         opt_state=tx.init(student),
-        memories=objective.init(memory_key),
+        carried=carried,
         key=key,
     )

@@ -14,6 +14,7 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NoReturn
 
@@ -250,7 +251,8 @@ def train_until(
             except KeyboardInterrupt:
                 if interruption.starting or hosts.several():
                     raise
-                fetch(pending, saved, corrupt)  # a state that is not finite is not saved
+                # A state that is not finite is not saved.
+                fetch(pending, run.objective.terms, saved, corrupt)
                 stop_after(step - 1)
             batch = to_devices(mesh, made)
             interruption.starting = None
@@ -279,7 +281,7 @@ def train_until(
             if not (log or save or judge or len(pending) == UNSEEN):
                 continue
             owner.check()
-            row, unreadable = fetch(pending, saved, corrupt)
+            row, unreadable = fetch(pending, run.objective.terms, saved, corrupt)
             pending.clear()
             for line in unreadable:
                 progress.note(f"cannot be read, replaced by another image: {line}")
@@ -393,12 +395,16 @@ def due(step: int, every: int) -> bool:
 
 
 def fetch(
-    pending: list[tuple[int, dict[str, jax.Array]]], saved: int, corrupt: CorruptImages
+    pending: list[tuple[int, dict[str, jax.Array]]],
+    terms: Sequence[str],
+    saved: int,
+    corrupt: CorruptImages,
 ) -> tuple[dict[str, Any], list[str]]:
     """The newest step's metrics, after a look at those of all steps since the last fetch.
 
     Args:
         pending: steps and their metrics, still on the devices.
+        terms: the metrics that the loss consists of, which must be finite as it must.
         saved: the newest checkpoint, for the error; 0 for none.
         corrupt: counts images that had to be replaced.
 
@@ -415,13 +421,13 @@ def fetch(
         lines += corrupt.add(batch_corrupt)
         row = {name: float(value) for name, value in metrics.items()}
         row["corrupt"] = int((batch_corrupt >= 0).sum())
-        terms = {name: row[name] for name in ("cls", "mim", "loss", "grad_norm") if name in row}
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        guarded = {name: row[name] for name in (*terms, "loss", "grad_norm")}
+        bad = [name for name, value in guarded.items() if not math.isfinite(value)]
         if bad:
             last = f"The last good checkpoint is step {saved}" if saved else "None was saved yet"
             raise UserError(
                 f"step {step}: {bad[0]} is not finite "
-                f"({', '.join(f'{name} {value:.4g}' for name, value in terms.items())}). {last}; "
+                f"({', '.join(f'{name} {value:.4g}' for name, value in guarded.items())}). {last}; "
                 "nothing is saved after such a step. Try a lower optim.lr, a longer "
                 "optim.warmup_steps or model.dtype=float32 in a new --workdir"
             )

@@ -1,5 +1,6 @@
 """A small run that can be laid out on any mesh, and all that its steps compute."""
 
+import functools
 from typing import Any
 
 import jax
@@ -64,13 +65,22 @@ def make_batch(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def keep_gradients(config: Any, schedules: Any) -> optax.GradientTransformation:
-    """Plain gradient descent, in whose state the last gradients stay: no division by tiny sums."""
+def keep_gradients(config: Any, schedules: Any, own: Any) -> optax.GradientTransformation:
+    """Plain gradient descent, in whose state the last gradients stay: no division by tiny sums.
+
+    The optimizers of an objective stay as they are.
+    """
 
     def update(gradients: Any, state: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda g: -config.lr * g, gradients), gradients
 
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+    network = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), update
+    )
+    if not own:
+        return network
+    groups = functools.partial(optim.groups, names=tuple(own))
+    return optax.partition({optim.NETWORK: network, **own}, groups)
 
 
 def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]:
@@ -92,7 +102,7 @@ def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> dict[str, np.n
         state, metrics = run.train_step(state, batch, measure)
         seen = {"metrics": metrics, "gradients": state.opt_state}
         found |= named(process_allgather(seen, tiled=True), f"{step}/")
-    last = {name: getattr(state, name) for name in ("student", "teacher", "memories")}
+    last = {name: getattr(state, name) for name in ("student", "teacher", "carried")}
     return found | named(process_allgather(last, tiled=True))
 
 

@@ -14,8 +14,10 @@ import pytest
 from sop_jax.check import check
 from sop_jax.config import flatten, paper
 from sop_jax.mesh import make_mesh
-from sop_jax.optim import run_length, schedules
+from sop_jax.optim import schedules
 from sop_jax.run import assemble
+from sop_jax.schedules import run_length
+from sop_jax.sop.objective import temperatures
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -63,7 +65,7 @@ def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path
 def test_a_recipe_initialises(file: pathlib.Path) -> None:
     config = load(file)
     run = assemble(config, make_mesh(), 50_000)
-    model, params, memories = run.model, run.abstract.student, run.abstract.memories
+    model, params, memories = run.model, run.abstract.student, run.abstract.carried
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert jax.tree.leaves(run.abstract.opt_state)
     # Views of both sizes pass, and give embeddings of the size that the memories hold.
@@ -163,11 +165,12 @@ def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
 def test_what_follows_from_the_batch_is_derived(file: pathlib.Path, batch: int | None) -> None:
     config = load(file, **({} if batch is None else {"batch_size": batch}))
     check(config)
-    steps, epoch = run_length(config, IMAGENET_TRAIN)
+    length = run_length(config, IMAGENET_TRAIN)
+    steps, epoch = length
     assert epoch == IMAGENET_TRAIN / config.batch_size
     assert steps == pytest.approx(config.epochs * epoch, abs=1)
 
-    plan = schedules(config, steps, epoch)
+    plan = schedules(config, length) | temperatures(config.sop, length)
     warmup = round(config.optim.warmup_epochs * epoch)
     rates = np.asarray(plan["lr"](np.arange(steps)))
     assert rates[0] == 0

@@ -26,8 +26,11 @@ from sop_jax.mesh import make_mesh
 from sop_jax.models import build
 from sop_jax.optim import optimizer, schedules
 from sop_jax.pretrained import load
+from sop_jax.schedules import Length
 from sop_jax.sop.objective import sop
 from sop_jax.state import init_state
+
+LENGTH = Length(steps=10, epoch=5.0)
 
 
 def small_config(**changes: Any) -> ml_collections.ConfigDict:
@@ -51,11 +54,13 @@ def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: 
     workdir.mkdir(exist_ok=True)
     config_lib.save(config, epath.Path(workdir))
     model = build(config, config.augment.global_size)
-    tx = optimizer(config.optim, schedules(config, 10, 5.0))
+    tx = optimizer(config.optim, schedules(config, LENGTH), {})
     checkpoints = checkpoint.Checkpoints(workdir, keep_last=5)
     for step in steps:
         key = jax.random.key(step)
-        checkpoints.save(step, init_state(key, model, sop(config, model.dim, make_mesh(1)), tx))
+        checkpoints.save(
+            step, init_state(key, model, sop(config, model.dim, make_mesh(1), LENGTH), tx)
+        )
     checkpoints.close()
     return config
 
@@ -141,8 +146,8 @@ def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) ->
         expected = init_state(
             jax.random.key(step),
             model,
-            sop(config, model.dim, make_mesh(1)),
-            optimizer(config.optim, schedules(config, 10, 5.0)),
+            sop(config, model.dim, make_mesh(1), LENGTH),
+            optimizer(config.optim, schedules(config, LENGTH), {}),
         ).teacher
         jax.tree.map(np.testing.assert_array_equal, params, expected)
 

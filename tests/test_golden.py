@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sop_jax import models, optim
+from sop_jax import models, schedules
 from sop_jax.config import paper
 from sop_jax.mesh import make_mesh
 from sop_jax.sop import assignment, losses, memory, prototypes
@@ -70,20 +70,29 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     for mode in ("one_hot", "smoothed", "similarity"):
         built = sops["non_anchors", mode]
         targets = jnp.exp(assignment.log_assignment(single(golden["cls_teacher"]), built, 0.04))
-        computed[f"cls_loss_{mode}"], computed[f"cls_grad_{mode}"] = jax.value_and_grad(
-            losses.cls_loss
-        )(single(golden["cls_student"]), targets, built, 0.1)
+
+        def cls(student: jax.Array, targets: jax.Array = targets, built: Any = built) -> jax.Array:
+            views = jnp.moveaxis(student, 0, 1), jnp.moveaxis(targets, 0, 1)
+            return losses.cls_loss(*views, lambda _, u: assignment.log_assignment(u, built, 0.1))
+
+        computed[f"cls_loss_{mode}"], computed[f"cls_grad_{mode}"] = jax.value_and_grad(cls)(
+            single(golden["cls_student"])
+        )
 
     patch_sops = prototypes.build_sops(
         rows, jnp.asarray(golden["mim_anchors"])[None], "smoothed", SMOOTHING, MESH
     )
-    computed["mim_loss"], computed["mim_grad"] = jax.value_and_grad(losses.mim_loss)(
-        single(golden["mim_student"]),
-        single(golden["mim_teacher"]),
-        jnp.asarray(golden["mim_mask"]),
-        patch_sops,
-        0.1,
-        0.07,
+
+    def mim(student: jax.Array) -> jax.Array:
+        views = [student, single(golden["mim_teacher"]), jnp.asarray(golden["mim_mask"])]
+        return losses.mim_loss(
+            *(jnp.moveaxis(x, 0, 1) for x in views),
+            assign=lambda _, u: assignment.log_assignment(u, patch_sops, 0.1),
+            assign_teacher=lambda u: assignment.log_assignment(u, patch_sops, 0.07),
+        )
+
+    computed["mim_loss"], computed["mim_grad"] = jax.value_and_grad(mim)(
+        single(golden["mim_student"])
     )
 
     start = single(golden["fifo_0"])
@@ -206,7 +215,7 @@ def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     swin = features(golden, "swin", size, image_size, swin_params(golden, (2, 2, 2, 2)))
 
     steps = len(golden["schedule/lr"])
-    lr = optim.learning_rate(5e-4, 1e-6, steps // 3, steps)
+    lr = schedules.learning_rate(5e-4, 1e-6, steps // 3, steps)
     step = jnp.arange(steps)
     return {
         "vit/tokens": vit("image")[0],
@@ -219,8 +228,8 @@ def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         "swin/tokens_masked": swin("image", mask=jnp.asarray(golden["swin/mask"]))[0],
         "swin/local_tokens": swin("local_image")[0],
         "schedule/lr": lr(step),
-        "schedule/wd": optim.cosine((0.04, 0.4), steps)(step),
-        "schedule/momentum": optim.cosine((0.994, 1.0), steps)(step),
+        "schedule/wd": schedules.cosine((0.04, 0.4), steps)(step),
+        "schedule/momentum": schedules.cosine((0.994, 1.0), steps)(step),
     }
 
 

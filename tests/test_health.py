@@ -25,30 +25,30 @@ def test_entropy_of_even_and_certain_distributions() -> None:
 
 
 def test_agreement_is_one_for_views_alike_up_to_place_and_size() -> None:
-    teacher = jnp.tile(normal(0, 1, 30, 8), (2, 1, 1))
-    student = 3 * jnp.tile(teacher[:1], (4, 1, 1)) + normal(1, 8)
+    teacher = jnp.tile(normal(0, 30, 1, 8), (1, 2, 1))
+    student = 3 * jnp.tile(teacher[:, :1], (1, 4, 1)) + normal(1, 8)
     assert health.agreement(student, teacher) == pytest.approx(1, abs=1e-5)
     assert health.agreement(-student, teacher) == pytest.approx(-1, abs=1e-5)
 
 
 def test_agreement_is_none_for_independent_views_whatever_they_share() -> None:
-    student, teacher = normal(0, 4, 400, 32) + 5, normal(1, 2, 400, 32) + 5
+    student, teacher = normal(0, 400, 4, 32) + 5, normal(1, 400, 2, 32) + 5
     assert abs(health.agreement(student, teacher)) < 0.02
 
 
 def test_agreement_leaves_out_a_view_with_itself() -> None:
-    views = normal(0, 2, 400, 32)
+    views = normal(0, 400, 2, 32)
     assert abs(health.agreement(views, views)) < 0.02
 
 
 def test_agreement_of_collapsed_embeddings_is_finite() -> None:
-    views = jnp.ones((2, 4, 3))
+    views = jnp.ones((4, 2, 3))
     assert health.agreement(views, views) == pytest.approx(0, abs=1e-6)
 
 
 def test_agreement_weighs_what_views_share() -> None:
     """Signal and noise of equal size in every view correlate at one half."""
-    views = normal(0, 1, 2000, 16) + normal(1, 2, 2000, 16)
+    views = normal(0, 2000, 1, 16) + normal(1, 2000, 2, 16)
     assert health.agreement(views, views) == pytest.approx(0.5, abs=0.02)
 
 
@@ -72,10 +72,10 @@ def measured(teacher: jax.Array, targets: jax.Array, sops: SOPs, filled: int = 5
 
 
 def test_signs_of_a_batch_that_picks_every_second_prototype() -> None:
-    teacher = unit(normal(0, 2, 4, 3))
+    teacher = unit(normal(0, 4, 2, 3))
     anchors = jnp.eye(3)[jnp.array([0, 1, 2, 0, 1, 2, 0, 1])]
     sops = SOPs(jnp.stack([anchors, -anchors, anchors], axis=0)[None], jnp.ones((1, 3, 8)))
-    targets = jnp.eye(8)[jnp.array([[0, 2, 4, 6], [6, 4, 2, 0]])][None]
+    targets = jnp.eye(8)[jnp.array([[0, 6], [2, 4], [4, 2], [6, 0]])][None]
     signs = measured(teacher, targets, sops)
     assert signs["log_k"] == pytest.approx(math.log(8), rel=1e-6)
     assert signs["entropy"] == pytest.approx(0, abs=1e-6)
@@ -96,9 +96,9 @@ def test_signs_are_means_over_tasks() -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_embedding_std_tells_a_point_from_a_full_sphere(spread: float) -> None:
-    teacher = unit(spread * normal(0, 2, 200, 16) + (1 - spread))
+    teacher = unit(spread * normal(0, 200, 2, 16) + (1 - spread))
     sops = SOPs(jnp.ones((1, 1, 4, 16)), jnp.ones((1, 1, 4)))
-    signs = measured(teacher, jnp.full((1, 2, 200, 4), 0.25), sops)
+    signs = measured(teacher, jnp.full((1, 200, 2, 4), 0.25), sops)
     assert signs["embedding_std"] == pytest.approx(spread, abs=0.02)
 
 

@@ -88,10 +88,10 @@ def test_microbatches_are_split_too() -> None:
         ("opt_state/1/0/nu/backbone/blocks/qkv/kernel", (4096, 768, 766), P(None, "fsdp")),
         ("student/backbone/blocks/fc1/bias", (12, 3072), P(None)),  # small
         ("student/head/fc1/kernel", (511, 2047), P()),  # odd
-        ("memories/cls/rows", (64, 10, 256), P(AXES)),
-        ("memories/patch/image", (64, 10), P(AXES)),
-        ("memories/cls/next", (), P()),
-        ("memories/frozen/cls", (2, 4096, 256), P()),
+        ("carried/cls/rows", (64, 10, 256), P(AXES)),
+        ("carried/patch/image", (64, 10), P(AXES)),
+        ("carried/cls/next", (), P()),
+        ("carried/frozen/cls", (2, 4096, 256), P()),
         ("step", (), P()),
     ],
 )

@@ -1,4 +1,4 @@
-"""Durations, schedules, clipping and weight decay, each against its plain form."""
+"""The optimizer and its schedules, each against its plain form."""
 
 import math
 from typing import Any
@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax import optim
+from sop_jax import optim, schedules
 from sop_jax.models import build
+from sop_jax.sop.objective import temperatures
 
 
 @pytest.fixture
@@ -21,30 +22,31 @@ def config() -> ml_collections.ConfigDict:
 
 def test_length_in_epochs_follows_the_batch_size(config: ml_collections.ConfigDict) -> None:
     config.epochs, config.batch_size = 3.0, 100
-    assert optim.run_length(config, 1000) == (30, 10.0)
+    assert schedules.run_length(config, 1000) == (30, 10.0)
     config.batch_size = 50
-    assert optim.run_length(config, 1000) == (60, 20.0)
+    assert schedules.run_length(config, 1000) == (60, 20.0)
     config.epochs = 0.5
-    assert optim.run_length(config, 1000) == (10, 20.0)
+    assert schedules.run_length(config, 1000) == (10, 20.0)
 
 
 def test_steps_win_over_epochs(config: ml_collections.ConfigDict) -> None:
     config.epochs, config.batch_size, config.steps = 3.0, 100, 7
-    assert optim.run_length(config, 1000)[0] == 7
+    assert schedules.run_length(config, 1000)[0] == 7
     config.optim.warmup_epochs, config.optim.warmup_steps = 10.0, 5
-    assert optim.duration(config.optim, "warmup_", 10.0) == 5
+    assert schedules.duration(config.optim, "warmup_", 10.0) == 5
     config.optim.warmup_steps = 0
-    assert optim.duration(config.optim, "warmup_", 10.0) == 0
+    assert schedules.duration(config.optim, "warmup_", 10.0) == 0
 
 
 def test_a_run_has_at_least_one_step(config: ml_collections.ConfigDict) -> None:
     config.epochs, config.batch_size = 0.1, 1000
-    assert optim.run_length(config, 1000)[0] == 1
+    assert schedules.run_length(config, 1000)[0] == 1
 
 
 def plan_of(config: ml_collections.ConfigDict, images: int = 1024) -> tuple[int, dict[str, Any]]:
-    steps, epoch = optim.run_length(config, images)
-    return steps, optim.schedules(config, steps, epoch)
+    length = schedules.run_length(config, images)
+    plan = optim.schedules(config, length) | temperatures(config.sop, length)
+    return length.steps, plan
 
 
 def test_learning_rate_rises_in_a_line_and_falls_in_a_cosine(
@@ -86,8 +88,8 @@ def test_schedules_start_and_end_where_set(config: ml_collections.ConfigDict) ->
     assert plan["weight_decay"](100) == pytest.approx(0.4)
     assert plan["momentum"](0) == pytest.approx(0.994)
     assert plan["momentum"](100) == 1
-    temperatures = [float(plan["teacher_temperature"](step)) for step in (0, 5, 10, 11, 99)]
-    np.testing.assert_allclose(temperatures, [0.04, 0.055, 0.07, 0.07, 0.07], rtol=1e-5)
+    found = [float(plan["teacher_temperature"](step)) for step in (0, 5, 10, 11, 99)]
+    np.testing.assert_allclose(found, [0.04, 0.055, 0.07, 0.07, 0.07], rtol=1e-5)
     assert plan["student_temperature"](3) == pytest.approx(0.1)
 
 
@@ -204,7 +206,7 @@ def test_steps_are_adamw_with_scheduled_rate_and_decay(
         "weight_decay": lambda step: jnp.array(decays)[step],
     }
     config.optim.clip = clip
-    tx = optim.optimizer(config.optim, plan)
+    tx = optim.optimizer(config.optim, plan, {})
     rng = np.random.default_rng(0)
     start = {"kernel": rng.normal(size=(2, 3)), "bias": rng.normal(size=3)}
     params = {"layer": single(start)}

@@ -35,7 +35,7 @@ def start_of(source: pathlib.Path, **changes: Any) -> tuple[Run, dict[str, np.nd
     run = assemble(config, make_mesh(1), images=100)
     fresh = run.init(jax.random.key(config.seed))
     state, words = train.start_from(config, run, fresh)
-    assert jax.tree.leaves(state.memories)[0] is jax.tree.leaves(fresh.memories)[0]
+    assert jax.tree.leaves(state.carried)[0] is jax.tree.leaves(fresh.carried)[0]
     leaves = {
         f"{name}/{path}": np.asarray(leaf)
         for name, part in (("student", state.student), ("teacher", state.teacher))

@@ -304,7 +304,8 @@ def test_starts_as_torchvision() -> None:
 
 def test_embeds_cls_alone(embed: Any, embed_training: Any, params: Params) -> None:
     mask = jnp.ones((BATCH, 2, 2), bool)
-    for cls, patches in (embed(params, images(), mask), embed_training(params, images(), mask)[0]):
+    trained, _ = embed_training(params, images(), mask)
+    for cls, patches in (embed(params, images(), mask), trained[:2]):
         assert cls.shape == (BATCH, DIM) and patches.shape == (BATCH, 0, DIM)
         np.testing.assert_allclose(jnp.linalg.norm(cls, axis=-1), 1, rtol=1e-5)
 
@@ -324,10 +325,10 @@ def test_an_evaluation_does_not_depend_on_the_other_images(embed: Any, params: P
 def test_training_depends_on_the_other_images_and_not_on_running_statistics(
     embed_training: Any, params: Params
 ) -> None:
-    (cls, _), moved = embed_training(params, images())
+    (cls, *_), moved = embed_training(params, images())
     other = images().at[0].set(255 - images()[0])
     assert jnp.abs(embed_training(params, other)[0][0][1] - cls[1]).max() > 1e-3
-    (again, _), further = embed_training(with_statistics(params, moved), images())
+    (again, *_), further = embed_training(with_statistics(params, moved), images())
     np.testing.assert_array_equal(again, cls)
     assert not np.array_equal(*(s["backbone"]["stem"]["bn"]["mean"] for s in (moved, further)))
 
@@ -346,7 +347,7 @@ def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
         model = build(small_config(remat=remat, stage_depths=SHALLOW), 32)
 
         def loss(params: Params) -> Any:
-            (cls, _), moved = model.embed_training(params, images(32, 32))
+            (cls, *_), moved = model.embed_training(params, images(32, 32))
             return cls[:, 0].sum(), moved
 
         return jax.grad(loss, has_aux=True)
@@ -366,7 +367,7 @@ def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
     params = jax.jit(model.init)(jax.random.key(0))
 
     def loss(params: Params) -> Any:
-        (cls, _), moved = model.embed_training(params, images(32, 32))
+        (cls, *_), moved = model.embed_training(params, images(32, 32))
         return cls[:, 0].sum(), (cls, moved)
 
     gradients, (cls, moved) = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -420,13 +421,13 @@ def test_learns_a_batch_that_repeats(dtype: str, learnt: Learnt) -> None:
     _, states, metrics = learnt
     if dtype == "bfloat16":
         states, metrics = steps_of(small_run(dtype=dtype), 24)
-    assert metrics[0].keys().isdisjoint({"mim"}) and "patch" not in states[0].memories
+    assert metrics[0].keys().isdisjoint({"mim"}) and "patch" not in states[0].carried
     assert all(np.isfinite(value).all() for row in metrics for value in row.values())
     losses = [row["loss"] for row in metrics]
     assert losses == [row["cls"] for row in metrics]
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.3
     first, last = states[0], states[-1]
-    kept = jax.tree.leaves((last.student, last.teacher, last.memories))
+    kept = jax.tree.leaves((last.student, last.teacher, last.carried))
     assert {str(leaf.dtype) for leaf in kept} == {"float32", "int32"}
     for network in ("student", "teacher"):
         before, after = (
@@ -500,7 +501,7 @@ def assert_same_but_for_rounding(
     """
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        forward = re.search(r"metrics/|memories/|/(mean|var)$", name)
+        forward = re.search(r"metrics/|carried/|/(mean|var)$", name)
         least = 1.0 if name.endswith("/agreement") else 1e-3
         atol = (1e-5 if forward else 1e-4) * max(np.abs(array).max(initial=0), least)
         np.testing.assert_allclose(found[name], array, rtol=0, atol=atol, err_msg=name)

@@ -21,7 +21,9 @@ from sop_jax.mesh import gatherer, make_mesh, placed, replicated, shardings, spl
 from sop_jax.models import build
 from sop_jax.models.head import unit
 from sop_jax.models.vit import REMATS
+from sop_jax.objective import Outputs
 from sop_jax.run import assemble
+from sop_jax.schedules import Length
 from sop_jax.search import GROUP, nearest, take
 from sop_jax.sop.memory import by_age, flat_rows, init_memory, push
 from sop_jax.sop.objective import sop
@@ -79,7 +81,7 @@ def test_every_layout_computes_what_one_device_does_for_a_swin(
 
 def test_the_comparison_can_fail(one_device: dict[str, np.ndarray]) -> None:
     assert one_device["0/metrics/loss"] != pytest.approx(float(one_device["2/metrics/loss"]))
-    for name in ("0/gradients/head/fc1/kernel", "memories/cls/rows", "1/metrics/effective_rank"):
+    for name in ("0/gradients/head/fc1/kernel", "carried/cls/rows", "1/metrics/effective_rank"):
         other = one_device | {name: one_device[name] * (1 + 3e-5)}
         with pytest.raises(AssertionError, match=name):
             layouts.assert_same(other, one_device)
@@ -106,7 +108,7 @@ def paper_state(data: int, fsdp: int) -> Any:
 def test_devices_share_memories_and_groups_share_parameters() -> None:
     one, eight, shared = paper_state(1, 1), paper_state(8, 1), paper_state(2, 4)
     for state in (eight, shared):
-        ratio = device_bytes(state.memories) / device_bytes(one.memories)
+        ratio = device_bytes(state.carried) / device_bytes(one.carried)
         assert ratio == pytest.approx(1 / 8, rel=1e-3)
     for part in ("student", "teacher"):
         assert device_bytes(getattr(eight, part)) == device_bytes(getattr(one, part))
@@ -155,7 +157,7 @@ def test_a_checkpoint_moves_to_other_devices_bit_by_bit(
         assert array.tobytes() == expected[name].tobytes(), name
     for name, size in (("cls", 40), ("patch", 24)):
         orders = [
-            flat_rows(one.memories[name])[by_age(one.memories[name], size, jnp.arange(size))]
+            flat_rows(one.carried[name])[by_age(one.carried[name], size, jnp.arange(size))]
             for one in (state, found)
         ]
         np.testing.assert_array_equal(*orders)
@@ -203,7 +205,7 @@ def by_image(mesh: Any, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtype
 def test_a_push_sends_nothing(size: int) -> None:
     mesh = make_mesh(4, 2)
     memory = jax.eval_shape(lambda: init_memory(jax.random.key(0), size, 16, lanes=64))
-    memory = placed({"memories": {"cls": memory}}, mesh)["memories"]["cls"]
+    memory = placed({"carried": {"cls": memory}}, mesh)["carried"]["cls"]
     rows, index = by_image(mesh, 64, 16), by_image(mesh, 64, dtype=jnp.int32)
     program = (
         jax.jit(push, donate_argnums=0, out_shardings=shardings(memory))
@@ -298,6 +300,15 @@ def test_in_a_step_no_array_of_the_memory_or_of_scores_is_gathered(
 # The draw
 
 
+def views_of(rows: jax.Array) -> Outputs:
+    """A teacher's outputs in which every view and patch of an image is the same row."""
+    cls, patches = (
+        jnp.stack([rows] * 2, axis=1),
+        jnp.broadcast_to(rows[:, None, None], (16, 2, 1, 4)),
+    )
+    return Outputs(cls, patches, cls, patches)
+
+
 @pytest.mark.parametrize("size", [32, 40, 24])
 def test_prototypes_are_the_same_on_any_devices_and_never_of_rows_too_old(size: int) -> None:
     config = paper()
@@ -307,14 +318,16 @@ def test_prototypes_are_the_same_on_any_devices_and_never_of_rows_too_old(size: 
     config.sop.patch.update(dict(memory=16, tasks=0))
     drawn = []
     for devices in (1, 8):
-        objective = sop(config, 4, make_mesh(devices))
-        memories = objective.init(jax.random.key(0))
-        for step in range(5):
+        objective = sop(config, 4, make_mesh(devices), Length(10, 1.0))
+        _, memories = objective.init(jax.random.key(0))
+        teach = jax.jit(functools.partial(objective.teach, {}, {}))
+        for step in range(6):
             rows = unit(jax.random.normal(jax.random.key(step), (16, 4)))
             index = 16 * step + jnp.arange(16, dtype=jnp.int32)
-            memories = objective.remember(memories, {"cls": rows, "patch": rows}, index)
-        memory = memories["cls"]
-        sops = jax.jit(objective.prototypes)(memories, jax.random.key(1))["cls"].embeddings
+            memory = memories["cls"]
+            outputs = views_of(rows)
+            sops, _, memories = teach(memories, outputs, index, {}, jax.random.key(1))
+        sops = sops["cls"].embeddings
         cosine = jnp.einsum("tskd,nd->tskn", sops, flat_rows(memory))
         np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
         images = memory.image.reshape(-1)[cosine.argmax(-1)]

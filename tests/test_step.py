@@ -16,18 +16,21 @@ from sop_jax import config as config_lib
 from sop_jax import optim
 from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import build
+from sop_jax.objective import Objective
 from sop_jax.run import assemble
-from sop_jax.sop.objective import Objective, sop
+from sop_jax.schedules import Length
+from sop_jax.sop.objective import sop
 from sop_jax.state import TrainState, init_state
-from sop_jax.step import draw_patches, make_train_step, masked_first
+from sop_jax.step import make_train_step
 
 BATCH = 8
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-def small_config(dtype: str = "float32") -> ml_collections.ConfigDict:
+def small_config(dtype: str = "float32", local_crops: int = 2) -> ml_collections.ConfigDict:
     config = config_lib.paper()
     config.batch_size, config.steps = BATCH, 100
+    config.augment.local_crops = local_crops
     model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype=dtype, init_std=0.2)
     config.model.update(model)
     config.head.update(dict(hidden=16, dim=8))
@@ -57,28 +60,28 @@ def make_run(
 ) -> tuple[Callable[[], TrainState], Step]:
     """A function that makes the first state, and the step before it is compiled."""
     model = build(config, 8)
-    plan = optim.schedules(config, config.steps, 10.0)
-    tx = optim.optimizer(config.optim, plan)
+    length = Length(config.steps, 10.0)
+    plan = optim.schedules(config, length)
     mesh = make_mesh(1)
-    objective = change(sop(config, model.dim, mesh))
+    objective = change(sop(config, model.dim, mesh, length, most_masked))
+    tx = optim.optimizer(config.optim, plan, objective.optimizers)
     init = functools.partial(init_state, model=model, objective=objective, tx=tx)
     init = jax.jit(init, out_shardings=replicated(mesh))
-    return lambda: init(jax.random.key(0)), make_train_step(
-        model, objective, tx, plan, most_masked=most_masked
-    )
+    return lambda: init(jax.random.key(0)), make_train_step(model, objective, tx, plan)
 
 
 def watched(objective: Objective) -> Objective:
     """The objective with one more term: rows of images in the memory that prototypes came from."""
 
-    def prototypes(memories: Any, key: jax.Array) -> Any:
-        return objective.prototypes(memories, key) | {"rows_read": memories["cls"].filled}
+    def teach(carried: Any, **inputs: Any) -> Any:
+        shared, *others = objective.teach(carried=carried, **inputs)
+        return shared | {"rows_read": carried["cls"].filled}, *others
 
-    def loss(sops: Any, *inputs: Any) -> Any:
-        total, terms = objective.loss(sops, *inputs)
-        return total, terms | {"rows_read": sops["rows_read"]}
+    def loss(shared: Any, **inputs: Any) -> Any:
+        total, terms = objective.loss(shared=shared, **inputs)
+        return total, terms | {"rows_read": shared["rows_read"]}
 
-    return objective._replace(prototypes=prototypes, loss=loss)
+    return objective._replace(teach=teach, loss=loss)
 
 
 class Run:
@@ -153,7 +156,7 @@ def test_same_state_and_batch_give_the_same_bits(run: Run) -> None:
 def test_steps_draw_other_prototypes_and_keep_the_key(run: Run) -> None:
     first = run.states[1]
     later = TrainState(
-        first.step + 1, first.student, first.teacher, first.opt_state, first.memories, first.key
+        first.step + 1, first.student, first.teacher, first.opt_state, first.carried, first.key
     )
     _, metrics = run.step(later, run.batch, False)
     assert metrics["cls"] != pytest.approx(run.metrics[1]["cls"], rel=1e-4)
@@ -162,10 +165,10 @@ def test_steps_draw_other_prototypes_and_keep_the_key(run: Run) -> None:
 
 def test_memories_take_a_row_of_each_image(run: Run) -> None:
     for name, size in (("cls", 24), ("patch", 16)):
-        filled = [int(state.memories[name].filled) for state in run.states[:5]]
+        filled = [int(state.carried[name].filled) for state in run.states[:5]]
         assert filled == [min(i * BATCH, size) for i in range(5)]
-        assert run.states[1].memories[name].image[:, 0].tolist() == list(range(100, 108))
-        norms = jnp.linalg.norm(run.states[-1].memories[name].rows, axis=-1)
+        assert run.states[1].carried[name].image[:, 0].tolist() == list(range(100, 108))
+        norms = jnp.linalg.norm(run.states[-1].carried[name].rows, axis=-1)
         np.testing.assert_allclose(norms, 1, rtol=1e-5)
 
 
@@ -195,7 +198,7 @@ def test_prototypes_come_from_the_memory_before_the_step_writes_it(run: Run) -> 
 @pytest.fixture(scope="module")
 def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
     """A donated step of a bfloat16 model without local crops: the state before and after."""
-    start, step = make_run(small_config("bfloat16"))
+    start, step = make_run(small_config("bfloat16", local_crops=0))
     state, step = start(), jax.jit(step, donate_argnums=0)
     before = state
     for _ in range(3):
@@ -209,7 +212,7 @@ def test_half_precision_without_local_crops_is_finite_and_keeps_float32(
     _, state, metrics = half
     assert all(np.isfinite(value).all() for value in metrics.values())
     assert metrics["grad_norm"] > 0
-    kept = jax.tree.leaves((state.student, state.teacher, state.memories))
+    kept = jax.tree.leaves((state.student, state.teacher, state.carried))
     assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
@@ -217,7 +220,7 @@ def test_a_donated_state_gives_its_memory_to_the_next(
     half: tuple[TrainState, TrainState, dict[str, jax.Array]],
 ) -> None:
     before, after, _ = half
-    heavy = (before.student, before.teacher, before.opt_state, before.memories)
+    heavy = (before.student, before.teacher, before.opt_state, before.carried)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(heavy))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
@@ -240,27 +243,9 @@ def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
         state, step = start(), jax.jit(step)
         for _ in range(3):
             state, metrics = step(state, batch, True)
-        ends.append((state.memories, metrics))
+        ends.append((state.carried, metrics))
     for end in ends[1:]:
         chex.assert_trees_all_close(ends[0], end, rtol=1e-4, atol=2e-5)
-
-
-def test_masked_patches_come_first() -> None:
-    mask = jnp.array([[[[0, 1], [1, 0]], [[0, 0], [0, 0]]], [[[1, 1], [1, 1]], [[0, 0], [0, 1]]]])
-    places, masked = masked_first(mask.astype(bool), 2)
-    assert places.tolist() == [[[1, 2], [0, 1]], [[0, 1], [3, 0]]]
-    assert masked.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
-    assert masked_first(mask.astype(bool), None)[0].shape == (2, 2, 4)
-
-
-def test_patches_are_drawn_evenly_and_for_each_image_apart() -> None:
-    keys = jax.random.split(jax.random.key(0), 2000)
-    drawn = np.asarray(draw_patches(keys, 2, 9))
-    assert drawn.shape == (2000, 2, 1)
-    np.testing.assert_array_equal(drawn[:, 0], drawn[:, 1])
-    counts = np.bincount(drawn[:, 1, 0], minlength=9)
-    assert len(counts) == 9 and counts.min() > 0.8 * counts.mean()
-    np.testing.assert_array_equal(drawn[7:8], draw_patches(keys[7:8], 2, 9))
 
 
 def test_the_drawn_patch_is_remembered() -> None:
@@ -270,7 +255,7 @@ def test_the_drawn_patch_is_remembered() -> None:
     state, batch = start(), make_batch()
     after, _ = jax.jit(step)(state, batch, False)
     _, patches = jax.jit(build(config, 8).embed)(state.teacher, batch["global_views"][:, 1])
-    stored = after.memories["patch"].rows[:, 0]
+    stored = after.carried["patch"].rows[:, 0]
     distance = jnp.abs(patches - stored[:, None]).max(-1)
     assert (distance.min(-1) < 1e-5).all()
     assert len(set(distance.argmin(-1).tolist())) > 1

@@ -10,10 +10,19 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors", "flops", "collectives", "compilation", "device_memory", "pace", "profiling"},
+    {
+        "errors",
+        "flops",
+        "collectives",
+        "compilation",
+        "device_memory",
+        "pace",
+        "profiling",
+        "schedules",
+    },
     {"paths"},
     {"config", "mesh", "hosts", "optim", "checkpoint", "metrics", "data", "weights"},
-    {"cli", "interruption", "models", "search", "corrupt", "owner"},
+    {"cli", "interruption", "models", "search", "corrupt", "owner", "objective"},
     {"sop", "knn", "features"},
     {"check", "pretrained", "state"},
     {"step", "evaluate", "extract", "convert", "resume"},

@@ -251,7 +251,7 @@ def test_training_changes_the_network_and_the_memories(finished: pathlib.Path) -
     early, late = saved_state(finished, 6), saved_state(finished)
     still = {name for name in late if np.array_equal(early[name], late[name])}
     # Both memories were full at step 4. The key is folded with the step, so it never changes.
-    assert still == {".key", ".memories['cls'].filled", ".memories['patch'].filled"}
+    assert still == {".key", ".carried['cls'].filled", ".carried['patch'].filled"}
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(

@@ -61,9 +61,11 @@ class Model(NamedTuple):
             `patches` are True for all h*w, False for none, or places [B,M] of some, row by row;
             the head sees no others. A ResNet has none, whatever is asked for, and takes no notice
             of masks and keys.
-        embed_training: (as embed) -> what embed gives, but by batch norm's statistics of these
-            images, and the running statistics that they leave behind, nested as the parameters
-            are; {} without batch norm.
+        embed_training: (as embed, kept=None) -> four arrays: what embed gives, but by batch norm's
+            statistics of these images, and the same tokens before the head [B,D] and [B,M,D]; and
+            the running statistics that they leave behind, nested as the parameters are; {}
+            without batch norm. `kept` are places [B,T] of the patches that enter the encoder;
+            `patches` are counted among those then.
         features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
             layers, normed.
         attention: (params, uint8 images) -> float32 weights [B,heads,T,T] of the last layer, of
@@ -74,7 +76,7 @@ class Model(NamedTuple):
 
     init: Callable[[Key[Array, ""]], Params]
     embed: Callable[..., tuple[Array, Array]]
-    embed_training: Callable[..., tuple[tuple[Array, Array], Params]]
+    embed_training: Callable[..., tuple[tuple[Array, Array, Array, Array], Params]]
     features: Callable[..., list[Array]]
     attention: Callable[..., Array]
     patch: int
@@ -94,22 +96,27 @@ class Network(nnx.Module):
         mask: Bool[Array, "B h w"] | None,
         keys: Key[Array, " B"] | None,
         patches: bool | Int[Array, "B M"],
+        kept: Int[Array, "B T"] | None,
         training: bool,
-    ) -> tuple[tuple[Float[Array, "B d"], Float[Array, "B M d"]], Params]:
-        """Unit embeddings of [CLS] and of the patches that are asked for; running statistics."""
+    ) -> tuple[tuple[Array, Array, Array, Array], Params]:
+        """Unit embeddings and tokens of [CLS] and patches, see `Model`; running statistics."""
         statistics: Params = {}
+        if kept is not None and not isinstance(self.backbone, vit.ViT):
+            raise UserError("only a ViT can drop patches; choose model.family=vit")
         if isinstance(self.backbone, resnet.ResNet):
             tokens, moved = self.backbone.forward(images, training)
             tokens, statistics = tokens[:, :1], {"backbone": moved}
         else:
-            (tokens,) = self.backbone(images, mask, keys)
+            dropping = {} if kept is None else {"kept": kept}
+            (tokens,) = self.backbone(images, mask, keys, **dropping)
             if patches is False:
                 tokens = tokens[:, :1]
             elif patches is not True:
                 some = jnp.take_along_axis(tokens[:, 1:], patches[..., None], axis=1)
                 tokens = jnp.concatenate([tokens[:, :1], some], axis=1)
         embeddings = self.head(tokens)
-        return (embeddings[:, 0], embeddings[:, 1:]), statistics
+        arrays = (embeddings[:, 0], embeddings[:, 1:], tokens[:, 0], tokens[:, 1:])
+        return arrays, statistics
 
 
 def size_of(config: ml_collections.ConfigDict) -> Any:
@@ -174,16 +181,17 @@ def build(
 
     def network(params: Params) -> Network:
         state = jax.tree.map(lambda leaf: leaf, template)
-        nnx.replace_by_pure_dict(state, gather_outside_blocks(params, gather))
+        own = {name: params[name] for name in ("backbone", "head")}  # an objective has its own
+        nnx.replace_by_pure_dict(state, gather_outside_blocks(own, gather))
         return nnx.merge(graph, state)
 
     def embed(params, images, mask=None, keys=None, patches=True):
         pixels = normalise(images, start.dtype)
-        return network(params).embed(pixels, mask, keys, patches, training=False)[0]
+        return network(params).embed(pixels, mask, keys, patches, None, training=False)[0][:2]
 
-    def embed_training(params, images, mask=None, keys=None, patches=True):
+    def embed_training(params, images, mask=None, keys=None, patches=True, kept=None):
         pixels = normalise(images, start.dtype)
-        return network(params).embed(pixels, mask, keys, patches, training=True)
+        return network(params).embed(pixels, mask, keys, patches, kept, training=True)
 
     def features(params, images, mask=None, last=1):
         return network(params).backbone(normalise(images, start.dtype), mask, last=last)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.mesh import is_gathered
 from sop_jax.models.attention import Implementation, attend
@@ -250,11 +250,14 @@ class ViT(nnx.Module):
         self.blocks = layers(rngs)
 
     def embed(
-        self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B h w"] | None,
+        kept: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B T D"]:
         """[CLS] and patch embeddings plus positions, and registers, which have none, between.
 
-        Masked patches show the mask token alone.
+        Masked patches show only the mask token; of `kept` places, others are dropped.
         """
         batch, height, width, _ = images.shape
         h, w = height // self.patch, width // self.patch
@@ -266,7 +269,10 @@ class ViT(nnx.Module):
         table = resize_positions(table, (h, w), self.positions).reshape(h * w, -1)
         cls = jnp.broadcast_to(self.cls_token[...] + positions[0], (batch, 1, table.shape[-1]))
         # Added in float32, in which the gradients of these parameters are then summed.
-        parts = [cls, x + table]
+        x = x + table
+        if kept is not None:
+            x = jnp.take_along_axis(x, kept[..., None], axis=1)
+        parts = [cls, x]
         if self.registers:
             tokens = self.register_tokens[...]
             parts.insert(1, jnp.broadcast_to(tokens, (batch, *tokens.shape)))
@@ -278,6 +284,7 @@ class ViT(nnx.Module):
         mask: Bool[Array, "B h w"] | None = None,
         keys: Key[Array, " B"] | None = None,
         last: int = 1,
+        kept: Int[Array, "B S"] | None = None,
     ) -> list[Float[Array, "B T D"]]:
         """Tokens ([CLS] first, then patches row by row) of the `last` layers, each normed.
 
@@ -286,8 +293,9 @@ class ViT(nnx.Module):
             mask: patches to replace by the mask token.
             keys: one for each image, turn on drop path (training of the student).
             last: how many of the last layers to return, the final one last.
+            kept: places of the patches that enter the first layer; all by default.
         """
-        x = self.embed(images, mask)
+        x = self.embed(images, mask, kept)
         graph, layers = nnx.split(self.blocks)
         depth = len(self.rates)
         draws = None if keys is None else drop_draws(keys, depth)

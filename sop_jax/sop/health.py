@@ -13,22 +13,22 @@ PATIENCE = 3  # logged steps
 
 
 def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
-    """Of distributions, in nats."""
+    """The entropy of distributions, in nats."""
     return -jax.scipy.special.xlogy(p, p).sum(-1)
 
 
-def agreement(student: Float[Array, "V B d"], teacher: Float[Array, "Q B d"]) -> Float[Array, ""]:
+def agreement(student: Float[Array, "B V d"], teacher: Float[Array, "B Q d"]) -> Float[Array, ""]:
     """Correlation over images of a student view and another view of the teacher, mean of pairs.
 
     Both are centred over the batch. A direction of the embedding grows only where this exceeds
     the ratio of the teacher's to the student's temperature, and shrinks elsewhere: the linearised
     [CLS] loss moves the deviation from the mean along teacher / tau_t - student / tau_s.
     """
-    student = student - student.mean(1, keepdims=True)
-    teacher = teacher - teacher.mean(1, keepdims=True)
-    products = jnp.einsum("vbd,qbd->vq", student, teacher, precision=jax.lax.Precision.HIGHEST)
-    norms = jnp.sqrt((student**2).sum((1, 2))[:, None] * (teacher**2).sum((1, 2)))
-    pairs = 1.0 - jnp.eye(len(student), len(teacher))
+    student = student - student.mean(0)
+    teacher = teacher - teacher.mean(0)
+    products = jnp.einsum("bvd,bqd->vq", student, teacher, precision=jax.lax.Precision.HIGHEST)
+    norms = jnp.sqrt((student**2).sum((0, 2))[:, None] * (teacher**2).sum((0, 2)))
+    pairs = 1.0 - jnp.eye(student.shape[1], teacher.shape[1])
     return (pairs * products / jnp.maximum(norms, 1e-12)).sum() / pairs.sum()
 
 
@@ -43,9 +43,9 @@ def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
 
 
 def measure(
-    student_cls: Float[Array, "V B d"],
-    teacher_cls: Float[Array, "Q B d"],
-    targets: Float[Array, "tasks Q B K"],
+    student_cls: Float[Array, "B V d"],
+    teacher_cls: Float[Array, "B Q d"],
+    targets: Float[Array, "tasks B Q K"],
     sops: SOPs,
     memory_filled: Float[Array, ""],
 ) -> dict[str, Array]:

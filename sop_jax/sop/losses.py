@@ -1,15 +1,19 @@
-"""The two losses of SOP: agreement of views, and masked image modelling (equations 2 and 4)."""
+"""Cross-entropy of views and masked patches, for whatever assigns them (equations 2 and 4)."""
 
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sop_jax.sop.assignment import log_assignment
-from sop_jax.sop.prototypes import SOPs
 
-Temperature = Float[Array, ""] | float
+@runtime_checkable
+class Assign(Protocol):
+    """Assigns embeddings to K prototypes."""
+
+    def __call__(self, learnt: Any, u: Float[Array, "*B d"]) -> Float[Array, "*B K"]:
+        """Log probabilities in float32, differentiable by `learnt` and by `u`."""
 
 
 def cross_entropy(target: Float[Array, "*B K"], log_p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
@@ -18,10 +22,10 @@ def cross_entropy(target: Float[Array, "*B K"], log_p: Float[Array, "*B K"]) -> 
 
 
 def cls_loss(
-    student: Float[Array, "V B d"],
-    targets: Float[Array, "Q B K"],
-    sops: SOPs,
-    temperature: Temperature,
+    student: Float[Array, "B V d"],
+    targets: Float[Array, "B Q K"],
+    assign: Assign,
+    learnt: Any = (),
     at_once: int = 1,
 ) -> Float[Array, ""]:
     """Equation 2 over all pairs of different views, mean over pairs and images.
@@ -29,54 +33,97 @@ def cls_loss(
     Args:
         student: unit [CLS] embeddings of all views, global ones first.
         targets: the teacher's assignments of the global views.
-        sops: the prototypes that both are assigned to.
-        temperature: the student's.
+        assign: gives the student's assignments.
+        learnt: parameters of `assign`, such as prototypes; they get a gradient.
         at_once: views whose logits exist together.
     """
-    views, globals_, batch = len(student), len(targets), student.shape[1]
+    (batch, views, _), globals_ = student.shape, targets.shape[1]
     pairs = 1.0 - jnp.eye(views, globals_)  # a view never predicts itself
 
-    def view(student: Array, partners: Array) -> Array:
-        target = jnp.tensordot(partners, targets, 1, precision=jax.lax.Precision.HIGHEST)
-        return cross_entropy(target, log_assignment(student, sops, temperature)).sum()
+    def view(learnt: Any, student: Array, partners: Array) -> Array:
+        target = jnp.einsum("q,bqk->bk", partners, targets, precision=jax.lax.Precision.HIGHEST)
+        return cross_entropy(target, assign(learnt, student)).sum()
 
-    return sum_over_views(view, at_once, student, pairs) / (pairs.sum() * batch)
+    total = sum_over_views(view, at_once, learnt, by_view(student), pairs)
+    return total / (pairs.sum() * batch)
 
 
 def mim_loss(
-    student: Float[Array, "V B M d"],
-    teacher: Float[Array, "V B M d"],
-    mask: Bool[Array, "V B M"],
-    sops: SOPs,
-    student_temperature: Temperature,
-    teacher_temperature: Temperature,
+    student: Float[Array, "B Q M d"],
+    teacher: Float[Array, "B Q M d"],
+    mask: Bool[Array, "B Q M"],
+    assign: Assign,
+    assign_teacher: Callable[[Float[Array, "*B d"]], Float[Array, "*B K"]],
+    learnt: Any = (),
     at_once: int = 1,
 ) -> Float[Array, ""]:
     """Equation 4: same view, masked patches; mean over an image's patches, then images and views.
 
     An image without a masked patch counts as zero.
+
+    Args:
+        student: unit embeddings of patches.
+        teacher: of the same patches.
+        mask: those that count.
+        assign: gives the student's assignments.
+        assign_teacher: gives the log of the targets; has no gradient.
+        learnt: parameters of `assign`, such as prototypes; they get a gradient.
+        at_once: views whose logits exist together.
     """
 
-    def view(student: Array, teacher: Array, mask: Array) -> Array:
-        target = jnp.exp(log_assignment(teacher, sops, teacher_temperature))
-        loss = cross_entropy(target, log_assignment(student, sops, student_temperature))
+    def view(learnt: Any, student: Array, teacher: Array, mask: Array) -> Array:
+        loss = cross_entropy(jnp.exp(assign_teacher(teacher)), assign(learnt, student))
         per_image = (loss * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
         return per_image.mean()
 
-    return sum_over_views(view, at_once, student, teacher, mask) / len(student)
+    total = sum_over_views(view, at_once, learnt, *map(by_view, (student, teacher, mask)))
+    return total / student.shape[1]
+
+
+def by_view(x: Array) -> Array:
+    """[B V ...] as [V B ...]."""
+    return jnp.moveaxis(x, 1, 0)
 
 
 def sum_over_views(
-    term: Callable[..., Array], at_once: int, student: Float[Array, "V ..."], *others: Array
+    term: Callable[..., Float[Array, ""]],
+    at_once: int,
+    learnt: Any,
+    student: Float[Array, "V ..."],
+    *others: Array,
 ) -> Float[Array, ""]:
-    """The sum of term(student, *others) over views, differentiable by `student` alone.
+    """The sum of term(learnt, student, *others) over views, differentiable by the first two only.
 
-    Logits (a view's B x K(k+1)) are the largest arrays of the method. A view's gradient is made
-    along with its term, `at_once` views at a time, so that none wait for the backward pass and none
-    are computed twice.
+    Logits (a view's B x K(k+1)) are the largest arrays of the method. Gradients are made along
+    with the terms, `at_once` views at a time, so that no logits wait for the backward pass and
+    none are computed twice. The gradient of `learnt` is summed on the way, one copy of it.
     """
-    fixed = jax.lax.stop_gradient(student)
-    terms, gradient = jax.lax.map(
-        lambda view: jax.value_and_grad(term)(*view), (fixed, *others), batch_size=at_once
-    )
-    return terms.sum() + ((student - fixed) * gradient).sum()  # adds 0, and its gradient
+    fixed, inputs = jax.lax.stop_gradient((learnt, (student, *others)))
+
+    def some(inputs: tuple[Array, ...]) -> tuple[Array, tuple[Any, Array]]:
+        """The sum over some views, and its gradients."""
+
+        def total(learnt: Any, student: Array) -> Array:
+            return jax.vmap(lambda *view: term(learnt, *view))(student, *inputs[1:]).sum()
+
+        return jax.value_and_grad(total, argnums=(0, 1))(fixed, inputs[0])
+
+    def add(carry: Any, inputs: tuple[Array, ...]) -> tuple[Any, Array]:
+        value, (by_learnt, by_student) = some(inputs)
+        return jax.tree.map(jnp.add, carry, (value, by_learnt)), by_student
+
+    carry, whole = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, fixed)), len(student) // at_once
+    chunks = [x[: whole * at_once].reshape(whole, at_once, *x.shape[1:]) for x in inputs]
+    carry, by_student = jax.lax.scan(add, carry, tuple(chunks))
+    by_student = by_student.reshape(-1, *student.shape[1:])
+    if len(by_student) < len(student):
+        carry, last = add(carry, tuple(x[whole * at_once :] for x in inputs))
+        by_student = jnp.concatenate([by_student, last])
+    value, by_learnt = carry
+    return value + linear(learnt, fixed, by_learnt) + linear(student, inputs[0], by_student)
+
+
+def linear(variables: Any, fixed: Any, gradients: Any) -> Array:
+    """Zero in value, with these gradients by `variables`, which equal `fixed`."""
+    products = jax.tree.map(lambda x, x0, g: ((x - x0) * g).sum(), variables, fixed, gradients)
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))

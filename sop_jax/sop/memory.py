@@ -12,8 +12,8 @@ from sop_jax.models.head import unit
 class Memory(NamedTuple):
     """A ring of slots in each of L lanes; holds the N newest rows, N at most L T.
 
-    A batch enters by one slot, image i in lane i: lanes lie where the images of a batch do, so that
-    nothing travels, and their number is that of images, whatever the number of devices. Where L
+    A batch enters by one slot, image i in lane i. Lanes are sharded as the images of a batch are,
+    so that a push sends nothing, and their number is the same on any number of devices. Where L
     does not divide N, the first lanes of the oldest slot hold rows that are too old; see `live`.
 
     Attributes:

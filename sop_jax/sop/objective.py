@@ -1,11 +1,7 @@
-"""SOP as the train step sees it: the one place that knows memories, targets, losses and health.
-
-Another objective stands beside this one by offering the same functions.
-"""
+"""SOP as a training objective: what it draws, remembers, compares and measures."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +9,12 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sop_jax.objective import Now, Objective, Outputs, Params, Places, Selection
+from sop_jax.schedules import Length, Schedule, constant, duration, ramp
 from sop_jax.search import nearest, take
 from sop_jax.sop import health
 from sop_jax.sop.assignment import log_assignment
-from sop_jax.sop.losses import Temperature, cls_loss, mim_loss
+from sop_jax.sop.losses import cls_loss, mim_loss
 from sop_jax.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.sop.prototypes import SOPs, build_sops, cast_votes, draw_anchors, find_supports
 
@@ -27,59 +25,43 @@ LOGITS = 2**28  # bytes of the logits of a device's student views at a time
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
 
-class Embeddings(NamedTuple):
-    """Unit embeddings of one network: [CLS] of V views, some patches of the global ones."""
-
-    cls: Float[Array, "V B d"]
-    patches: Float[Array, "Q B M d"]
-
-
-class Temperatures(NamedTuple):
-    """Of the softmax over SOPs."""
-
-    student: Temperature
-    teacher: Temperature
-
-
-class Objective(NamedTuple):
-    """What the train step asks of a method.
-
-    Attributes:
-        init: key -> memories.
-        prototypes: (memories, key) -> the prototypes of this step.
-        loss: (prototypes, student, teacher, mask, temperatures) -> loss and its terms, each a mean
-            over images.
-        patches: whether it takes patches at all; the head does not see them otherwise.
-        keep: teacher, the last of whose patches is drawn at random -> what the memories take of
-            each image, leading axis B.
-        remember: (memories, kept, index) -> memories.
-        measure: (memories, prototypes, student [CLS], teacher [CLS], temperatures) -> signs of
-            health.
-        verdict: logged rows -> words for a person when it is going wrong, else None.
-    """
-
-    init: Callable[..., Any]
-    prototypes: Callable[..., Any]
-    loss: Callable[..., tuple[Array, dict[str, Array]]]
-    patches: bool
-    keep: Callable[..., Any]
-    remember: Callable[..., Any]
-    measure: Callable[..., dict[str, Array]]
-    verdict: Callable[..., str | None]
+def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
+    """The temperatures of the softmax over SOPs; `config` is the run's `sop`."""
+    heating = min(duration(config, "temperature_warmup_", length.epoch), length.steps)
+    return {
+        "teacher_temperature": ramp(config.teacher_temperature, heating),
+        "student_temperature": constant(config.student_temperature),
+    }
 
 
 def assign_views(
-    sops: SOPs, cls: Float[Array, "Q B d"], temperature: Temperature
-) -> Float[Array, "tasks Q B K"]:
+    sops: SOPs, cls: Float[Array, "B Q d"], temperature: Float[Array, ""] | float
+) -> Float[Array, "tasks B Q K"]:
     """Assignments of the views' [CLS] to the SOPs of every task."""
     return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
 
 
-def views_at_once(student: Float[Array, "V B ..."], sops: SOPs, mesh: Mesh) -> int:
+def views_at_once(student: Float[Array, "B V ..."], sops: SOPs, mesh: Mesh) -> int:
     """So many views of a device's images that their logits take at most LOGITS bytes."""
-    rows = student[0].size // student.shape[-1] / mesh.devices.size
+    views = student.shape[1]
+    rows = student.size // student.shape[-1] / views / mesh.devices.size
     size = 4 * rows * sops.votes.size
-    return max(1, min(len(student), int(LOGITS / size)))
+    return max(1, min(views, int(LOGITS / size)))
+
+
+def masked_first(
+    mask: Bool[Array, "B Q h w"], most: int | None
+) -> tuple[Int[Array, "B Q M"], Bool[Array, "B Q M"]]:
+    """Places of `most` patches of each view, masked ones before others, and which are masked."""
+    flat = mask.reshape(*mask.shape[:2], -1)
+    places = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
+    return places, jnp.take_along_axis(flat, places, axis=-1)
+
+
+def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
+    """The place of one random patch of each image, the same for all of its views."""
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches))(keys)
+    return jnp.broadcast_to(drawn, (len(keys), views, 1))
 
 
 def draw_sops(
@@ -123,18 +105,32 @@ def draw_sops(
     return build_sops(rows, found, level.votes, config.smoothing, mesh)
 
 
-def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objective:
-    """The paper's objective, as set in `config.sop`, on embeddings of `dim` numbers.
+def sop(
+    run_config: ml_collections.ConfigDict,
+    dim: int,
+    mesh: Mesh,
+    length: Length,
+    most_masked: int | None = None,
+) -> Objective:
+    """The paper's objective, as set in `config.sop`.
 
     A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
-    Without rows for patches (`config.sop.patch.memory` 0) there is E_C alone.
+    Without rows for patches (`config.sop.patch.memory` 0) there is only E_C.
+
+    Args:
+        run_config: of the whole run.
+        dim: numbers of an embedding.
+        mesh: devices that share the memories.
+        length: of the run.
+        most_masked: patches of a view, at most, as masks are drawn; the heads see so many. By
+            default all.
     """
     config, lanes = run_config.sop, run_config.batch_size
     levels = {name: config[name] for name in ("cls", "patch") if config[name].memory}
     takes_patches = "patch" in levels
 
-    def init(key: Key[Array, ""]) -> dict[str, Any]:
-        """E_C and E_P full of random rows, and the anchors of runs that keep them fixed."""
+    def init(key: Key[Array, ""]) -> tuple[Params, dict[str, Any]]:
+        """Nothing to learn; E_C and E_P full of random rows, and anchors that are kept fixed."""
         # The first keys of a split do not depend on how many there are.
         keys = jax.random.split(key, 2 * len(levels))
         of_rows, of_anchors = keys[: len(levels)], keys[len(levels) :]
@@ -148,7 +144,7 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
                 for (name, level), level_key in zip(levels.items(), of_anchors, strict=True)
                 if level.tasks
             }
-        return memories
+        return {}, memories
 
     def freeze(
         memory: Memory, level: ml_collections.ConfigDict, keys: Key[Array, " tasks"]
@@ -156,6 +152,15 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
         drawn = [draw_anchors(key, level.memory, level.anchors) for key in keys]
         rows = by_age(memory, level.memory, jnp.stack(drawn))
         return take(flat_rows(memory), rows, mesh)
+
+    def select(mask: Bool[Array, "B Q h w"], keys: Key[Array, " B"]) -> Selection:
+        """The masked patches and, for the teacher, one more drawn for each image, which is last."""
+        masked, is_masked = masked_first(mask, most_masked if takes_patches else 0)
+        taken = masked
+        if takes_patches:
+            drawn = draw_patches(keys, mask.shape[1], mask[0, 0].size)
+            taken = jnp.concatenate([masked, drawn], axis=-1)
+        return Selection(Places(masked), Places(taken), is_masked)
 
     def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
         """SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
@@ -176,51 +181,87 @@ def sop(run_config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Objectiv
             )
         return drawn
 
+    def teach(
+        student: Params,
+        teacher: Params,
+        carried: dict[str, Any],
+        outputs: Outputs,
+        index: Int[Array, " B"],
+        now: Now,
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, SOPs], dict[str, Array], dict[str, Any]]:
+        """SOPs from the memories, the teacher's embeddings as targets, and the memories after it.
+
+        The memories take of the second global view its [CLS] and the random patch.
+        """
+        del student, teacher, now
+        with jax.named_scope("prototypes"):
+            sops = prototypes(carried, key)
+        targets, rows = {"cls": outputs.cls}, {"cls": outputs.cls[:, 1]}
+        if takes_patches:
+            targets["patch"] = outputs.patches[:, :, :-1]
+            rows["patch"] = outputs.patches[:, 1, -1]
+        with jax.named_scope("memories"):
+            pushed = {name: push(carried[name], rows[name], index) for name in levels}
+        return sops, targets, carried | pushed
+
     def loss(
-        sops: dict[str, SOPs],
-        student: Embeddings,
-        teacher: Embeddings,
-        mask: Bool[Array, "Q B M"],
-        temperatures: Temperatures,
+        params: Params,
+        shared: dict[str, SOPs],
+        targets: dict[str, Array],
+        student: Outputs,
+        masked: Bool[Array, "b Q M"],
+        now: Now,
     ) -> tuple[Array, dict[str, Array]]:
         """λ1 times equation 2 plus λ2 times equation 4, each the mean of its tasks."""
+        del params
+        warm, sharp = now["student_temperature"], now["teacher_temperature"]
 
         def cls(task: SOPs) -> Array:
-            targets = jnp.exp(log_assignment(teacher.cls, task, temperatures.teacher))
+            expected = jnp.exp(log_assignment(targets["cls"], task, sharp))
             at_once = views_at_once(student.cls, task, mesh)
-            return cls_loss(student.cls, targets, task, temperatures.student, at_once)
+            return cls_loss(
+                *(student.cls, expected, lambda _, u: log_assignment(u, task, warm)),
+                at_once=at_once,
+            )
 
         def mim(task: SOPs) -> Array:
             at_once = views_at_once(student.patches, task, mesh)
-            return mim_loss(student.patches, teacher.patches, mask, task, *temperatures, at_once)
+            return mim_loss(
+                *(student.patches, targets["patch"], masked),
+                assign=lambda _, u: log_assignment(u, task, warm),
+                assign_teacher=lambda u: log_assignment(u, task, sharp),
+                at_once=at_once,
+            )
 
-        terms = {"cls": jax.lax.map(cls, sops["cls"]).mean()}
+        terms = {"cls": jax.lax.map(cls, shared["cls"]).mean()}
         total = config.cls.weight * terms["cls"]
-        if "patch" in sops:
-            terms["mim"] = jax.lax.map(mim, sops["patch"]).mean()
+        if "patch" in shared:
+            terms["mim"] = jax.lax.map(mim, shared["patch"]).mean()
             total += config.patch.weight * terms["mim"]
         return total, terms
 
-    def keep(teacher: Embeddings) -> dict[str, Float[Array, "B d"]]:
-        """Of the second global view: its [CLS], and the random patch."""
-        kept = {"cls": teacher.cls[1]}
-        return kept | ({"patch": teacher.patches[1, :, -1]} if takes_patches else {})
-
-    def remember(
-        memories: dict[str, Any], kept: dict[str, Float[Array, "B d"]], index: Int[Array, " B"]
-    ) -> dict[str, Any]:
-        """The memories with a row more of every image."""
-        return memories | {name: push(memories[name], kept[name], index) for name in levels}
-
     def measure(
-        memories: dict[str, Memory],
-        sops: dict[str, SOPs],
-        student_cls: Float[Array, "V B d"],
-        teacher_cls: Float[Array, "Q B d"],
-        temperatures: Temperatures,
+        carried: dict[str, Any],
+        shared: dict[str, SOPs],
+        targets: dict[str, Array],
+        student_cls: Float[Array, "B V d"],
+        now: Now,
     ) -> dict[str, Array]:
-        filled = jnp.minimum(memories["cls"].filled / config.cls.memory, 1)
-        targets = assign_views(sops["cls"], teacher_cls, temperatures.teacher)
-        return health.measure(student_cls, teacher_cls, targets, sops["cls"], filled)
+        filled = jnp.minimum(carried["cls"].filled / config.cls.memory, 1)
+        assigned = assign_views(shared["cls"], targets["cls"], now["teacher_temperature"])
+        return health.measure(student_cls, targets["cls"], assigned, shared["cls"], filled)
 
-    return Objective(init, prototypes, loss, takes_patches, keep, remember, measure, health.verdict)
+    return Objective(
+        student_views=tuple(range(2 + run_config.augment.local_crops)),
+        teacher_views=(0, 1),
+        schedules=temperatures(config, length),
+        optimizers={},
+        terms=("cls", "mim") if takes_patches and config.patch.tasks else ("cls",),
+        init=init,
+        select=select,
+        teach=teach,
+        loss=loss,
+        measure=measure,
+        verdict=health.verdict,
+    )

@@ -16,7 +16,7 @@ VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
 class SOPs(NamedTuple):
     """K prototypes, each an anchor (first) and its k supports, nearest first; S = 1 + k.
 
-    K comes last, so that what is computed for every SOP lies side by side.
+    K comes last, so that what is computed for every SOP is contiguous.
 
     Attributes:
         embeddings: D of the paper, unit rows.
