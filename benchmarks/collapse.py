@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "configs"), str(ROOT)]
 
 import digits  # noqa: E402
 
-from sop_jax.metrics import read_metrics  # noqa: E402
+from sop_jax.monitor.metrics import read_metrics  # noqa: E402
 from sop_jax.train import train  # noqa: E402
 
 IMAGENET_CROPS = {

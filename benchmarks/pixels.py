@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sop_jax.data.pipeline import eval_batches  # noqa: E402
 from sop_jax.data.sources import Source, open_source  # noqa: E402
-from sop_jax.knn import knn_top1  # noqa: E402
-from sop_jax.mesh import make_mesh  # noqa: E402
+from sop_jax.evaluation.knn import knn_top1  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh  # noqa: E402
 
 
 def pixels(source: Source, resize: int, crop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from step import ARCHS, METHODS, random_batch, settings  # noqa: E402
 
-from sop_jax import optim  # noqa: E402
-from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
-from sop_jax.run import assemble  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.training import optim  # noqa: E402
+from sop_jax.training.assemble import assemble  # noqa: E402
 
 
 def keep_gradients(*_: Any) -> optax.GradientTransformation:

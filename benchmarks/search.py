@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ceilings import bandwidth, matrix_rate, seconds  # noqa: E402
 
-from sop_jax.mesh import make_mesh  # noqa: E402
 from sop_jax.models.head import unit  # noqa: E402
-from sop_jax.search import PRECISIONS, nearest  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh  # noqa: E402
+from sop_jax.parallel.search import PRECISIONS, nearest  # noqa: E402
 
 DIM = 256
 SWEEPS = {

@@ -39,16 +39,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ceilings import matrix_rate, seconds  # noqa: E402
 
 from sop_jax import config as config_lib  # noqa: E402
-from sop_jax import optim  # noqa: E402
 from sop_jax.check import check  # noqa: E402
-from sop_jax.compilation import keep_compiled  # noqa: E402
+from sop_jax.compiled.cache import keep_compiled  # noqa: E402
+from sop_jax.compiled.flops import flops  # noqa: E402
 from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
-from sop_jax.flops import flops  # noqa: E402
-from sop_jax.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
-from sop_jax.objective import Outputs  # noqa: E402
-from sop_jax.run import Run, assemble  # noqa: E402
-from sop_jax.step import embed_views  # noqa: E402
+from sop_jax.objectives.objective import Outputs  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.training import optim  # noqa: E402
+from sop_jax.training.assemble import Run, assemble  # noqa: E402
+from sop_jax.training.step import embed_views  # noqa: E402
 
 ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
 

@@ -11,10 +11,10 @@ from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.vit import REMATS
-from sop_jax.optim import CLIPS
-from sop_jax.search import PRECISIONS
-from sop_jax.sop.objective import ANCHORS
-from sop_jax.sop.prototypes import POOLS, VOTES
+from sop_jax.objectives.sop.objective import ANCHORS
+from sop_jax.objectives.sop.prototypes import POOLS, VOTES
+from sop_jax.parallel.search import PRECISIONS
+from sop_jax.training.optim import CLIPS
 
 CHOICES = {
     "data.source": ("tfds", "folder", "packed", "digits"),

@@ -186,10 +186,10 @@ def _help(config: config_dict.ConfigDict | None) -> str:
 
 
 def _hosts() -> Any:
-    """`sop_jax.hosts` where the command computes; it loads JAX, which other commands do without."""
+    """`parallel.hosts` where the command computes; it loads JAX, which others do not need."""
     if "processes" not in FLAGS:
         return None
-    from sop_jax import hosts
+    from sop_jax.parallel import hosts
 
     return hosts
 

@@ -18,11 +18,12 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from sop_jax import check, checkpoint, paths, pretrained
+from sop_jax import check, paths, pretrained
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
 from sop_jax.models.positions import RULES
+from sop_jax.training import checkpoint
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Layout
 

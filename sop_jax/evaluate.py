@@ -20,18 +20,19 @@ from absl import flags
 from etils import epath
 from jax.sharding import Mesh
 
-from sop_jax import cli, hosts, paths
-from sop_jax.compilation import keep_compiled
-from sop_jax.corrupt import tell
+from sop_jax import cli, paths
+from sop_jax.compiled.cache import keep_compiled
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.named import LOOKED_AT, describe, name_data, splits_of
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import UserError
-from sop_jax.features import Extract, make_extractor
-from sop_jax.knn import knn_top1
-from sop_jax.mesh import make_mesh
+from sop_jax.evaluation.features import Extract, make_extractor
+from sop_jax.evaluation.knn import knn_top1
 from sop_jax.models import Params
+from sop_jax.monitor.corrupt import tell
+from sop_jax.parallel import hosts
+from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
 
 

@@ -29,17 +29,18 @@ import tqdm
 from absl import flags
 from etils import epath
 
-from sop_jax import cli, hosts, paths
-from sop_jax.compilation import keep_compiled
+from sop_jax import cli, paths
+from sop_jax.compiled.cache import keep_compiled
 from sop_jax.config import load as load_config
-from sop_jax.corrupt import tell
 from sop_jax.data.decode import decoding
 from sop_jax.data.folders import FolderSource, list_images, printable, whole_tree
 from sop_jax.data.named import describe, name_data
 from sop_jax.data.sources import Source, notes, open_source
 from sop_jax.errors import UserError
-from sop_jax.features import make_extractor
-from sop_jax.mesh import make_mesh
+from sop_jax.evaluation.features import make_extractor
+from sop_jax.monitor.corrupt import tell
+from sop_jax.parallel import hosts
+from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
 
 

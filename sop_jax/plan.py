@@ -23,13 +23,14 @@ import jax
 import ml_collections
 from absl import flags
 
-from sop_jax import cli, flops
+from sop_jax import cli
 from sop_jax.check import check, check_used
-from sop_jax.collectives import Collective, collectives
-from sop_jax.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
+from sop_jax.compiled import flops
+from sop_jax.compiled.collectives import Collective, collectives
+from sop_jax.compiled.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
 from sop_jax.errors import UserError
-from sop_jax.mesh import make_mesh
-from sop_jax.run import Run, assemble, traced_step
+from sop_jax.parallel.mesh import make_mesh
+from sop_jax.training.assemble import Run, assemble, traced_step
 
 IMAGES = 1_281_167  # of ImageNet's train split
 MIB = 2**20

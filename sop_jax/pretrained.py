@@ -11,12 +11,13 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from sop_jax import checkpoint, hosts
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
-from sop_jax.mesh import make_mesh, replicated
 from sop_jax.models import Model, Params, build, size_of
 from sop_jax.models.positions import resize_positions
+from sop_jax.parallel import hosts
+from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.training import checkpoint
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Arrays
 

@@ -24,29 +24,31 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from sop_jax import checkpoint, cli, hosts, optim, pretrained, resume
+from sop_jax import cli, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check, check_trace, check_used
-from sop_jax.compilation import keep_compiled
+from sop_jax.compiled.cache import keep_compiled
 from sop_jax.config import PATHS, flatten
-from sop_jax.corrupt import CorruptImages, lines_of
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.pipeline import check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
-from sop_jax.features import make_extractor
-from sop_jax.interruption import Interruption
-from sop_jax.mesh import host_rows, make_mesh, place, replicated, to_devices
-from sop_jax.metrics import Progress, open_writer, read_metrics
-from sop_jax.owner import Owner, owned
-from sop_jax.pace import PaceKeeper
-from sop_jax.pace import in_words as pace_in_words
+from sop_jax.evaluation.features import make_extractor
+from sop_jax.monitor.corrupt import CorruptImages, lines_of
+from sop_jax.monitor.metrics import Progress, open_writer, read_metrics
+from sop_jax.monitor.pace import PaceKeeper
+from sop_jax.monitor.pace import in_words as pace_in_words
+from sop_jax.monitor.profiling import Trace
+from sop_jax.parallel import hosts
+from sop_jax.parallel.interruption import Interruption
+from sop_jax.parallel.mesh import host_rows, make_mesh, place, replicated, to_devices
 from sop_jax.paths import check_writable, expand
-from sop_jax.profiling import Trace
-from sop_jax.run import Run, assemble, compiled_step
-from sop_jax.state import TrainState
+from sop_jax.training import checkpoint, optim, resume
+from sop_jax.training.assemble import Run, assemble, compiled_step
+from sop_jax.training.owner import Owner, owned
+from sop_jax.training.state import TrainState
 
 IN_FLIGHT = 2  # steps that the host may be ahead of the devices
 UNSEEN = 100  # steps at most whose metrics nobody has looked at
@@ -60,7 +62,7 @@ def train(
     Args:
         config: see `sop_jax.config`.
         workdir: gets config.json, data.json, metrics.jsonl, tensorboard/, checkpoints/ and
-            summary.json, and while the run goes on the owner file of `sop_jax.owner`.
+            summary.json, and while the run goes on the owner file of `sop_jax.training.owner`.
         wait: seconds to wait for another run that has the workdir.
 
     Returns:

@@ -8,7 +8,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from sop_jax.objective import Objective, Outputs, Places, Selection
+from sop_jax.objectives.objective import Objective, Outputs, Places, Selection
 from sop_jax.schedules import Length, constant
 
 COUNT = 16  # prototypes

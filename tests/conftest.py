@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 ).strip()
 # Nor does it with more threads than devices, all of which may be waiting; see
-# `sop_jax.hosts.enough_threads`, which gives the commands as many.
+# `sop_jax.parallel.hosts.enough_threads`, which gives the commands as many.
 os.environ.setdefault("NPROC", "32")
 # Workers and processes of tests compile the same programs: they share what is compiled.
 os.environ.setdefault(

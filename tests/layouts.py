@@ -12,10 +12,10 @@ import pytest
 from jax.experimental.multihost_utils import process_allgather
 
 from sop_jax import config as config_lib
-from sop_jax import mesh as mesh_lib
-from sop_jax import optim
-from sop_jax.mesh import make_mesh, place, replicated, split
-from sop_jax.run import Run, assemble
+from sop_jax.parallel import mesh as mesh_lib
+from sop_jax.parallel.mesh import make_mesh, place, replicated, split
+from sop_jax.training import optim
+from sop_jax.training.assemble import Run, assemble
 
 STEPS = 3
 

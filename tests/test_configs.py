@@ -13,11 +13,11 @@ import pytest
 
 from sop_jax.check import check
 from sop_jax.config import flatten, paper
-from sop_jax.mesh import make_mesh
-from sop_jax.optim import schedules
-from sop_jax.run import assemble
+from sop_jax.objectives.sop.objective import temperatures
+from sop_jax.parallel.mesh import make_mesh
 from sop_jax.schedules import run_length
-from sop_jax.sop.objective import temperatures
+from sop_jax.training.assemble import assemble
+from sop_jax.training.optim import schedules
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))

@@ -13,22 +13,23 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from sop_jax import checkpoint, evaluate, paths
 from sop_jax import config as config_lib
+from sop_jax import evaluate, paths
 from sop_jax.config import paper
 from sop_jax.data.named import name_data
 from sop_jax.data.prepare import prepare
 from sop_jax.data.sources import DigitsSource, open_source
 from sop_jax.errors import UserError
 from sop_jax.evaluate import knn_evaluation
-from sop_jax.features import Features, make_extractor
-from sop_jax.mesh import make_mesh
+from sop_jax.evaluation.features import Features, make_extractor
 from sop_jax.models import build
-from sop_jax.optim import optimizer, schedules
+from sop_jax.objectives.sop.objective import sop
+from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
 from sop_jax.schedules import Length
-from sop_jax.sop.objective import sop
-from sop_jax.state import init_state
+from sop_jax.training import checkpoint
+from sop_jax.training.optim import optimizer, schedules
+from sop_jax.training.state import init_state
 
 LENGTH = Length(steps=10, epoch=5.0)
 

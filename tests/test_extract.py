@@ -15,9 +15,9 @@ from test_evaluate import colours, make_run
 
 from sop_jax.data.folders import folder_source
 from sop_jax.errors import UserError
+from sop_jax.evaluation.features import make_extractor
 from sop_jax.extract import export, open_data, open_images
-from sop_jax.features import make_extractor
-from sop_jax.mesh import make_mesh
+from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
 
 

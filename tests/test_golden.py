@@ -16,8 +16,9 @@ import pytest
 
 from sop_jax import models, schedules
 from sop_jax.config import paper
-from sop_jax.mesh import make_mesh
-from sop_jax.sop import assignment, losses, memory, prototypes
+from sop_jax.objectives import losses
+from sop_jax.objectives.sop import assignment, memory, prototypes
+from sop_jax.parallel.mesh import make_mesh
 
 FOLDER = Path(os.environ.get("SOP_GOLDEN_DIR", Path(__file__).parent / "golden"))
 SMOOTHING = 0.1

@@ -13,7 +13,7 @@ import pytest
 
 from sop_jax import config as config_lib
 from sop_jax import plan as plan_lib
-from sop_jax.collectives import Collective
+from sop_jax.compiled.collectives import Collective
 from sop_jax.errors import UserError
 from sop_jax.plan import GIB, Plan, largest_batch, plan, record, table, traffic
 

@@ -12,12 +12,13 @@ import pytest
 from checkpoints import save_pth
 from test_train import assert_same_run, small_config
 
-from sop_jax import checkpoint, pretrained, train
+from sop_jax import pretrained, train
 from sop_jax.convert import convert
 from sop_jax.errors import UserError
-from sop_jax.mesh import make_mesh
 from sop_jax.models.positions import resize_positions
-from sop_jax.run import Run, assemble
+from sop_jax.parallel.mesh import make_mesh
+from sop_jax.training import checkpoint
+from sop_jax.training.assemble import Run, assemble
 
 SHORT = {"steps": 4, "eval_every": 0, "log_every": 1, "checkpoint_every": 2}
 

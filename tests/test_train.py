@@ -30,16 +30,19 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sop_jax
-from sop_jax import checkpoint, metrics, owner, run, train
 from sop_jax import config as config_lib
+from sop_jax import train
+from sop_jax.compiled.device_memory import GIB, Fit
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
-from sop_jax.device_memory import GIB, Fit
 from sop_jax.errors import Interrupted, UserError
-from sop_jax.mesh import make_mesh
-from sop_jax.pace import Pace, PaceKeeper
-from sop_jax.run import assemble
-from sop_jax.sop.health import PATIENCE
+from sop_jax.monitor import metrics
+from sop_jax.monitor.pace import Pace, PaceKeeper
+from sop_jax.objectives.sop.health import PATIENCE
+from sop_jax.parallel.mesh import make_mesh
+from sop_jax.training import assemble as assembly
+from sop_jax.training import checkpoint, owner
+from sop_jax.training.assemble import assemble
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits.py"
@@ -896,7 +899,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
 ) -> None:
     """With what would fit, compiled: four parts by the first estimate, eight by the second."""
     steps = (10, 8), (5, 3), (3.5, 1.5)
-    monkeypatch.setattr(run, "fit_of_step", fits(*steps, limit=4))
+    monkeypatch.setattr(assembly, "fit_of_step", fits(*steps, limit=4))
     with pytest.raises(UserError) as caught:
         train.train(small_config(batch_size=64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -912,9 +915,9 @@ def test_a_step_that_never_fits_names_other_remedies(monkeypatch: pytest.MonkeyP
     config = small_config(batch_size=4)
     made = assemble(config, make_mesh(1), images=100)
     told: list[str] = []
-    monkeypatch.setattr(run, "fit_of_step", fits((10, 8), limit=1))
+    monkeypatch.setattr(assembly, "fit_of_step", fits((10, 8), limit=1))
     with pytest.raises(UserError, match="with one image per device at a time it would not fit"):
-        run.compiled_step(config, made, told.append)
+        assembly.compiled_step(config, made, told.append)
     assert told == [
         "the train step takes 10.00 GiB of memory per device, more than the 1.00 GiB there "
         "are; looking for a smaller one that fits ..."
@@ -926,7 +929,7 @@ def test_a_step_of_several_processes_is_estimated(monkeypatch: pytest.MonkeyPatc
     made = assemble(config, make_mesh(1), images=100)
     fit = fits((10, 8), limit=4)(made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    words = run.too_large(config, made, fit, lambda text: None)
+    words = assembly.too_large(config, made, fit, lambda text: None)
     assert "(by estimate): --config.accumulate=4, " in words  # 2 GiB and 8/4 more
     assert "or --config.batch_size=16, " in words
 
@@ -1045,7 +1048,7 @@ def patch_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Metrics],
 
         return step
 
-    monkeypatch.setattr(run, "make_train_step", make_train_step)
+    monkeypatch.setattr(assembly, "make_train_step", make_train_step)
 
 
 @pytest.fixture

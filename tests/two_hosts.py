@@ -9,12 +9,13 @@ import pytest
 from absl import flags
 from jax.experimental.multihost_utils import process_allgather
 
-from sop_jax import checkpoint, cli
+from sop_jax import cli
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
-from sop_jax.mesh import host_rows, make_mesh, to_devices
-from sop_jax.run import assemble
+from sop_jax.parallel.mesh import host_rows, make_mesh, to_devices
+from sop_jax.training import checkpoint
+from sop_jax.training.assemble import assemble
 
 
 def trajectory(folder: str) -> None:

@@ -9,10 +9,10 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sop_jax.mesh import is_gathered
 from sop_jax.models.attention import Implementation, attend
 from sop_jax.models.linear import Linear, Precision
 from sop_jax.models.positions import resize_positions
+from sop_jax.parallel.mesh import is_gathered
 
 # What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
 # gathered from other devices are always gathered again: stored, all would be whole at once.

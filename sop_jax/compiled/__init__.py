@@ -1,0 +1,1 @@
+"""Compiled programs: where they are kept and what they cost."""

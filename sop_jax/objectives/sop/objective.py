@@ -1,0 +1,273 @@
+"""SOP as a training objective: what it draws, remembers, compares and measures."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sop_jax.objectives.losses import cls_loss, mim_loss
+from sop_jax.objectives.objective import Now, Objective, Outputs, Params, Places, Selection
+from sop_jax.objectives.sop import health
+from sop_jax.objectives.sop.assignment import log_assignment
+from sop_jax.objectives.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
+from sop_jax.objectives.sop.prototypes import (
+    SOPs,
+    build_sops,
+    cast_votes,
+    draw_anchors,
+    find_supports,
+)
+from sop_jax.parallel.search import nearest, take
+from sop_jax.schedules import Length, Schedule, constant, duration, ramp
+
+SLOTS = 2**31  # folded into the seed's key for fixed slots; nothing else of a run is
+
+LOGITS = 2**28  # bytes of the logits of a device's student views at a time
+
+ANCHORS = ("random", "fixed_slots", "frozen_rows")
+
+
+def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
+    """The temperatures of the softmax over SOPs; `config` is the run's `sop`."""
+    heating = min(duration(config, "temperature_warmup_", length.epoch), length.steps)
+    return {
+        "teacher_temperature": ramp(config.teacher_temperature, heating),
+        "student_temperature": constant(config.student_temperature),
+    }
+
+
+def assign_views(
+    sops: SOPs, cls: Float[Array, "B Q d"], temperature: Float[Array, ""] | float
+) -> Float[Array, "tasks B Q K"]:
+    """Assignments of the views' [CLS] to the SOPs of every task."""
+    return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
+
+
+def views_at_once(student: Float[Array, "B V ..."], sops: SOPs, mesh: Mesh) -> int:
+    """So many views of a device's images that their logits take at most LOGITS bytes."""
+    views = student.shape[1]
+    rows = student.size // student.shape[-1] / views / mesh.devices.size
+    size = 4 * rows * sops.votes.size
+    return max(1, min(views, int(LOGITS / size)))
+
+
+def masked_first(
+    mask: Bool[Array, "B Q h w"], most: int | None
+) -> tuple[Int[Array, "B Q M"], Bool[Array, "B Q M"]]:
+    """Places of `most` patches of each view, masked ones before others, and which are masked."""
+    flat = mask.reshape(*mask.shape[:2], -1)
+    places = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
+    return places, jnp.take_along_axis(flat, places, axis=-1)
+
+
+def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
+    """The place of one random patch of each image, the same for all of its views."""
+    drawn = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches))(keys)
+    return jnp.broadcast_to(drawn, (len(keys), views, 1))
+
+
+def draw_sops(
+    memory: Memory,
+    level: ml_collections.ConfigDict,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    key: Key[Array, ""],
+    frozen: Float[Array, "K d"] | None,
+) -> SOPs:
+    """The SOPs of one task.
+
+    Args:
+        memory: of this level.
+        level: `config.cls` or `config.patch`.
+        config: the run's `sop`.
+        mesh: the devices that the memory is split over.
+        key: draws the anchors.
+        frozen: anchors to use in their place.
+    """
+    rows, alive = flat_rows(memory), live(memory, level.memory)
+    if frozen is not None:
+        embeddings = frozen[None]
+        if level.supports:
+            _, found = nearest(
+                *(frozen, rows, level.supports, mesh),
+                allowed=alive,
+                precision=config.search_precision,
+            )
+            embeddings = jnp.concatenate([embeddings, take(rows, found.T, mesh)])
+        return SOPs(embeddings, cast_votes(embeddings, level.votes, config.smoothing))
+    anchors = draw_anchors(key, level.memory, level.anchors)
+    if config.anchors != "fixed_slots":
+        anchors = by_age(memory, level.memory, anchors)
+    found = find_supports(
+        *(rows, anchors, level.supports, mesh),
+        pool=config.pool,
+        live=alive,
+        precision=config.search_precision,
+    )
+    return build_sops(rows, found, level.votes, config.smoothing, mesh)
+
+
+def sop(
+    run_config: ml_collections.ConfigDict,
+    dim: int,
+    mesh: Mesh,
+    length: Length,
+    most_masked: int | None = None,
+) -> Objective:
+    """The paper's objective, as set in `config.sop`.
+
+    A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
+    Without rows for patches (`config.sop.patch.memory` 0) there is only E_C.
+
+    Args:
+        run_config: of the whole run.
+        dim: numbers of an embedding.
+        mesh: devices that share the memories.
+        length: of the run.
+        most_masked: patches of a view, at most, as masks are drawn; the heads see so many. By
+            default all.
+    """
+    config, lanes = run_config.sop, run_config.batch_size
+    levels = {name: config[name] for name in ("cls", "patch") if config[name].memory}
+    takes_patches = "patch" in levels
+
+    def init(key: Key[Array, ""]) -> tuple[Params, dict[str, Any]]:
+        """Nothing to learn; E_C and E_P full of random rows, and anchors that are kept fixed."""
+        # The first keys of a split do not depend on how many there are.
+        keys = jax.random.split(key, 2 * len(levels))
+        of_rows, of_anchors = keys[: len(levels)], keys[len(levels) :]
+        memories: dict[str, Any] = {
+            name: init_memory(level_key, level.memory, dim, lanes)
+            for (name, level), level_key in zip(levels.items(), of_rows, strict=True)
+        }
+        if config.anchors == "frozen_rows":
+            memories["frozen"] = {
+                name: freeze(memories[name], level, jax.random.split(level_key, level.tasks))
+                for (name, level), level_key in zip(levels.items(), of_anchors, strict=True)
+                if level.tasks
+            }
+        return {}, memories
+
+    def freeze(
+        memory: Memory, level: ml_collections.ConfigDict, keys: Key[Array, " tasks"]
+    ) -> Float[Array, "tasks K d"]:
+        drawn = [draw_anchors(key, level.memory, level.anchors) for key in keys]
+        rows = by_age(memory, level.memory, jnp.stack(drawn))
+        return take(flat_rows(memory), rows, mesh)
+
+    def select(mask: Bool[Array, "B Q h w"], keys: Key[Array, " B"]) -> Selection:
+        """The masked patches and, for the teacher, one more drawn for each image, which is last."""
+        masked, is_masked = masked_first(mask, most_masked if takes_patches else 0)
+        taken = masked
+        if takes_patches:
+            drawn = draw_patches(keys, mask.shape[1], mask[0, 0].size)
+            taken = jnp.concatenate([masked, drawn], axis=-1)
+        return Selection(Places(masked), Places(taken), is_masked)
+
+    def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
+        """SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
+        if config.anchors == "fixed_slots":
+            # The same slots at every step.
+            key = jax.random.fold_in(jax.random.key(run_config.seed), SLOTS)
+        drawn = {}
+        for name, level_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
+            level = levels[name]
+            if level.tasks == 0:
+                continue
+            draw = functools.partial(draw_sops, memories[name], level, config, mesh)
+            frozen = memories["frozen"][name] if config.anchors == "frozen_rows" else None
+            # One task after another: batched, the top-k would leave XLA's fast path on CPUs.
+            drawn[name] = jax.lax.map(
+                lambda task, draw=draw: draw(*task),
+                (jax.random.split(level_key, level.tasks), frozen),
+            )
+        return drawn
+
+    def teach(
+        student: Params,
+        teacher: Params,
+        carried: dict[str, Any],
+        outputs: Outputs,
+        index: Int[Array, " B"],
+        now: Now,
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, SOPs], dict[str, Array], dict[str, Any]]:
+        """SOPs from the memories, the teacher's embeddings as targets, and the memories after it.
+
+        The memories take of the second global view its [CLS] and the random patch.
+        """
+        del student, teacher, now
+        with jax.named_scope("prototypes"):
+            sops = prototypes(carried, key)
+        targets, rows = {"cls": outputs.cls}, {"cls": outputs.cls[:, 1]}
+        if takes_patches:
+            targets["patch"] = outputs.patches[:, :, :-1]
+            rows["patch"] = outputs.patches[:, 1, -1]
+        with jax.named_scope("memories"):
+            pushed = {name: push(carried[name], rows[name], index) for name in levels}
+        return sops, targets, carried | pushed
+
+    def loss(
+        params: Params,
+        shared: dict[str, SOPs],
+        targets: dict[str, Array],
+        student: Outputs,
+        masked: Bool[Array, "b Q M"],
+        now: Now,
+    ) -> tuple[Array, dict[str, Array]]:
+        """λ1 times equation 2 plus λ2 times equation 4, each the mean of its tasks."""
+        del params
+        warm, sharp = now["student_temperature"], now["teacher_temperature"]
+
+        def cls(task: SOPs) -> Array:
+            expected = jnp.exp(log_assignment(targets["cls"], task, sharp))
+            at_once = views_at_once(student.cls, task, mesh)
+            return cls_loss(
+                *(student.cls, expected, lambda _, u: log_assignment(u, task, warm)),
+                at_once=at_once,
+            )
+
+        def mim(task: SOPs) -> Array:
+            at_once = views_at_once(student.patches, task, mesh)
+            return mim_loss(
+                *(student.patches, targets["patch"], masked),
+                assign=lambda _, u: log_assignment(u, task, warm),
+                assign_teacher=lambda u: log_assignment(u, task, sharp),
+                at_once=at_once,
+            )
+
+        terms = {"cls": jax.lax.map(cls, shared["cls"]).mean()}
+        total = config.cls.weight * terms["cls"]
+        if "patch" in shared:
+            terms["mim"] = jax.lax.map(mim, shared["patch"]).mean()
+            total += config.patch.weight * terms["mim"]
+        return total, terms
+
+    def measure(
+        carried: dict[str, Any],
+        shared: dict[str, SOPs],
+        targets: dict[str, Array],
+        student_cls: Float[Array, "B V d"],
+        now: Now,
+    ) -> dict[str, Array]:
+        filled = jnp.minimum(carried["cls"].filled / config.cls.memory, 1)
+        assigned = assign_views(shared["cls"], targets["cls"], now["teacher_temperature"])
+        return health.measure(student_cls, targets["cls"], assigned, shared["cls"], filled)
+
+    return Objective(
+        student_views=tuple(range(2 + run_config.augment.local_crops)),
+        teacher_views=(0, 1),
+        schedules=temperatures(config, length),
+        optimizers={},
+        terms=("cls", "mim") if takes_patches and config.patch.tasks else ("cls",),
+        init=init,
+        select=select,
+        teach=teach,
+        loss=loss,
+        measure=measure,
+        verdict=health.verdict,
+    )

@@ -1,0 +1,1 @@
+"""The train step, its state, the optimizer and the checkpoints."""

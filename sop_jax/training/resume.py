@@ -1,0 +1,272 @@
+"""Whether a run may go on in its workdir: the settings, the length and the data, then and now."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import ml_collections
+from etils import epath
+
+from sop_jax import config as config_lib
+from sop_jax import schedules
+from sop_jax.data.sources import Identity, identity, open_source
+from sop_jax.errors import UserError
+from sop_jax.training import checkpoint
+
+SPLITS = ("train", "test")
+# Durations that are given as `<name>steps` or `<name>epochs`; the first is the run's own.
+DURATIONS = ("", "optim.warmup_", "sop.temperature_warmup_", "mask.start_")
+
+_DATA = "data.json"
+
+Data = dict[str, Identity | None]
+
+
+class Standing(NamedTuple):
+    """What a workdir says about the run that is asked for.
+
+    Attributes:
+        config: by which the run goes on: as asked, but for settings that are newer than the run.
+        notes: what a person should know, a line each.
+        summary: of the finished run; None if it is not finished.
+    """
+
+    config: ml_collections.ConfigDict
+    notes: list[str]
+    summary: dict[str, Any] | None
+
+
+def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Standing:
+    """Checks that the folder of a run is new or of this config.
+
+    Raises:
+        UserError: another config made the folder, or it holds something else.
+    """
+    summary, made = workdir / "summary.json", workdir / "config.json"
+    if not made.exists():
+        if workdir.exists() and checkpoint.latest_step(workdir) is not None:
+            raise UserError(
+                f"{workdir} has checkpoints but no config.json that says of what; use another "
+                "--workdir"
+            )
+        return Standing(config, [], None)
+    finished = None
+    if summary.exists():
+        with contextlib.suppress(ValueError):
+            finished = json.loads(summary.read_text())
+        if not isinstance(finished, dict):
+            finished = None  # damaged: the end of the run is made again
+    old = config_lib.load(workdir)
+    config, notes = follow(config, old, config_lib.made_by(workdir))
+    longer, different = changed_durations(old, config, lambda: _images(config, workdir))
+    different = sorted([*config_lib.changes(old, config, _names(DURATIONS)), *different])
+    if different:
+        raise UserError(
+            f"{workdir} belongs to a run with other settings:\n  "
+            + "\n  ".join(different)
+            + "\nUse those settings to go on with it, or another --workdir. Only "
+            f"{', '.join(config_lib.resumable(config))} may change."
+            + (_further(workdir) if finished and longer else "")
+        )
+    if old.init_from != config.init_from and checkpoint.latest_step(workdir):
+        notes.append("init_from is only read at the first step, which this run has behind it.")
+    return Standing(config, notes, finished)
+
+
+def follow(
+    config: ml_collections.ConfigDict, old: ml_collections.ConfigDict, version: str
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+    """The config of a run that an earlier version made, and a note if it differs from `config`.
+
+    A setting that the version did not know keeps the value by which the run began, unless another
+    one than the default is asked for.
+
+    Args:
+        config: what is asked for.
+        old: the settings that made the workdir.
+        version: which made it.
+    """
+    asked, began = config_lib.flatten(config), config_lib.flatten(old)
+    default = config_lib.flatten(config_lib.paper())
+    kept = {
+        key: began[key]
+        for key in config_lib.later_settings(version)
+        if key not in config_lib.resumable(config) and asked[key] == default[key] != began[key]
+    }
+    if not kept:
+        return config, []
+    config = deepcopy(config)
+    config.update_from_flattened_dict(
+        {key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()}
+    )
+    settings = ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
+    return config, [f"sop_jax {version} began this run, which goes on as it did: {settings}."]
+
+
+def changed_durations(
+    old: ml_collections.ConfigDict,
+    new: ml_collections.ConfigDict,
+    images: Callable[[], int],
+) -> tuple[bool, list[str]]:
+    """Compares the durations of two configs by the steps that they come to.
+
+    Args:
+        old: the settings that made the workdir.
+        new: those that are asked for.
+        images: gives the number of train images, and is only called if it matters.
+
+    Returns:
+        Whether the run has become longer, and what differs, a line each.
+    """
+    before, after = config_lib.flatten(old), config_lib.flatten(new)
+    longer, lines = False, []
+    for name in DURATIONS:
+        keys = _names([name])
+        if all(before[key] == after[key] for key in keys):
+            continue
+        then, now = (_duration(config, name, images()) for config in (old, new))
+        if then != now:
+            longer = longer or (name == "" and now > then)
+            lines.append(
+                f"{name}steps: {_in_words(before, name, then)} made this workdir, "
+                f"{_in_words(after, name, now)} is asked for"
+            )
+    return longer, lines
+
+
+def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> list[str]:
+    """Checks that the data of a run is what it began with.
+
+    Args:
+        config: of the run.
+        data: what there is now, as `data_of` gives it.
+        workdir: of the run.
+
+    Returns:
+        What a person should know, a line each.
+
+    Raises:
+        UserError: the data differs; says how, for each split.
+    """
+    if not (workdir / "config.json").exists():
+        return []
+    began = _recorded(workdir)
+    if began is None:
+        images = {split: found["images"] for split, found in data.items() if found}
+        told = " and ".join(f"{count} {split} images" for split, count in images.items())
+        return [
+            f"{workdir} has no record of the data that the run began with. The data of now is "
+            f"recorded: {told}."
+        ]
+    different = [
+        f"{split}: {_difference(began[split], data[split])}"
+        for split in SPLITS
+        if began[split] != data[split]
+    ]
+    if different:
+        path = f" in {config.data.path}" if config.data.path else ""
+        raise UserError(
+            f"the data{path} is not what the run in {workdir} began with:\n  "
+            + "\n  ".join(different)
+            + "\nA run cannot go on with other images. Restore them or set --config.data.path to "
+            "where they are now; for these images use another --workdir."
+        )
+    return []
+
+
+def check_finished_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[str]:
+    """As `check_data` for a finished run, whose data need not be there any more."""
+    try:
+        train = open_source(config.data, "train")
+        data = data_of(train, open_source(config.data, "test", train))
+    except UserError as error:
+        return [f"Its data was not compared with what the run used: {error}"]
+    return check_data(config, data, workdir)
+
+
+def data_of(train: Any, test: Any) -> Data:
+    """What identifies the data of a run: by split, None for a test split that is not there."""
+    return {"train": identity(train), "test": None if test is None else identity(test)}
+
+
+def facts(data: Data) -> dict[str, Any]:
+    """What all processes of a run must agree on, for `hosts.check_agreement`."""
+    told: dict[str, Any] = {}
+    for split, found in data.items():
+        told[f"{split} images"] = None if found is None else found["images"]
+        told[f"the names of the {split} images"] = None if found is None else found["names"]
+    return told
+
+
+def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> None:
+    """Writes what decides the run to its workdir, the settings last."""
+    draft = workdir / "data.tmp"
+    draft.write_text(json.dumps(data, indent=2) + "\n")
+    draft.replace(workdir / _DATA)  # whole or not at all
+    config_lib.save(config, workdir)
+
+
+def _recorded(workdir: epath.Path) -> Data | None:
+    """The data that a run began with; None if its version kept no record of it."""
+    path = workdir / _DATA
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text())
+        return {
+            split: saved[split]
+            and Identity(images=saved[split]["images"], names=saved[split]["names"])
+            for split in SPLITS
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}, the record of the data of this run, is damaged; restore it, or delete it if "
+            "you are sure that the data is the same"
+        ) from error
+
+
+def _difference(then: Identity | None, now: Identity | None) -> str:
+    if then is None or now is None:
+        return " ".join(
+            [
+                f"{then['images']} images then" if then else "no such split then",
+                f"and {now['images']} images now" if now else "and none now",
+            ]
+        )
+    if then["images"] != now["images"]:
+        return f"{then['images']} images then, {now['images']} now"
+    return f"the same number of images, {now['images']}, but other names"
+
+
+def _images(config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
+    """The number of train images that a run began with, or of now if that was not recorded."""
+    began = _recorded(workdir)
+    if began is not None and began["train"] is not None:
+        return began["train"]["images"]
+    source = open_source(config.data, "train")
+    assert source is not None  # only the test split may be missing
+    return len(source)
+
+
+def _names(durations: Any) -> list[str]:
+    return [f"{name}{unit}" for name in durations for unit in ("steps", "epochs")]
+
+
+def _duration(config: ml_collections.ConfigDict, name: str, images: int) -> int:
+    steps, epoch = schedules.run_length(config, images)
+    section, _, rest = name.rpartition(".")
+    return schedules.duration(config[section], rest, epoch) if section else steps
+
+
+def _in_words(flat: dict[str, Any], name: str, steps: int) -> str:
+    given = flat[f"{name}steps"]
+    return str(steps) if given is not None else f"{steps} ({name}epochs={flat[f'{name}epochs']:g})"
+
+
+def _further(workdir: epath.Path) -> str:
+    return (
+        "\nThis run is finished, and its schedules have come to their end. To train its network "
+        f"for longer, start a new run from it: --config.init_from={workdir} --workdir=NEW"
+    )

@@ -1,0 +1,133 @@
+"""The first signal is a wish, the second an order, and afterwards all is as before."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sop_jax.errors import Interrupted
+from sop_jax.parallel.interruption import Interruption
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Ended(Exception):
+    """What the handlers from before raise."""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Handlers that tests survive."""
+
+    def end(number: int, _: Any) -> None:
+        raise Ended(number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_nothing_is_asked_without_a_signal() -> None:
+    with Interruption() as interruption:
+        assert not interruption.asked
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_only_asks(number: signal.Signals) -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), number)
+        assert interruption.asked
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_second_signal_ends_it(number: signal.Signals) -> None:
+    with pytest.raises(Ended), Interruption() as interruption:
+        os.kill(os.getpid(), number)
+        assert interruption.asked
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("asked", [True, False])
+def test_afterwards_signals_do_what_they_did(number: signal.Signals, asked: bool) -> None:
+    with Interruption():
+        if asked:
+            os.kill(os.getpid(), number)
+    with pytest.raises(Ended, match=str(int(number))):
+        os.kill(os.getpid(), number)
+
+
+def test_an_error_inside_restores_them_too() -> None:
+    with pytest.raises(ValueError, match="inside"), Interruption():
+        raise ValueError("inside")
+    with pytest.raises(Ended):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_process_alone_knows_at_once() -> None:
+    with Interruption(ahead=2) as interruption:
+        assert not interruption.poll()
+        interruption.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.poll() and interruption.poll()
+        for _ in range(2):
+            with pytest.raises(Interrupted, match="interrupted"):
+                interruption.check()
+
+
+def test_each_run_is_asked_anew() -> None:
+    interruption = Interruption()
+    with interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with interruption:
+        assert not interruption.asked
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_start_ends_it_at_once(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted, match="nothing was trained"), Interruption() as interruption:
+        interruption.starting = "nothing was trained"
+        try:
+            os.kill(os.getpid(), number)
+            raise AssertionError("goes on")
+        except Exception as error:  # as libraries' errors are caught
+            raise AssertionError("taken for an error") from error
+    with pytest.raises(Ended):
+        os.kill(os.getpid(), number)
+
+
+def test_after_the_start_a_signal_only_asks() -> None:
+    with Interruption() as interruption:
+        interruption.starting = "nothing was trained"
+        interruption.starting = None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.asked
+
+
+def test_a_signal_during_a_long_compilation_ends_the_process(tmp_path: pathlib.Path) -> None:
+    script = """
+import ctypes, multiprocessing, threading, os, signal
+from sop_jax.parallel import interruption
+if __name__ == "__main__":
+    interruption.GRACE = 0.1
+    with interruption.Interruption() as asked:
+        asked.starting = "nothing was trained"
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        lock = ctypes.CDLL(None).pthread_mutex_lock  # as deaf as XLA's compiler
+        mutex = ctypes.create_string_buffer(64)
+        lock(mutex), lock(mutex)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "nothing was trained\n")

@@ -1,0 +1,282 @@
+"""The train step as a whole: what moves, what repeats, and on how many devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from sop_jax import config as config_lib
+from sop_jax.models import build
+from sop_jax.objectives.objective import Objective
+from sop_jax.objectives.sop.objective import sop
+from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.schedules import Length
+from sop_jax.training import optim
+from sop_jax.training.assemble import assemble
+from sop_jax.training.state import TrainState, init_state
+from sop_jax.training.step import make_train_step
+
+BATCH = 8
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def small_config(dtype: str = "float32", local_crops: int = 2) -> ml_collections.ConfigDict:
+    config = config_lib.paper()
+    config.batch_size, config.steps = BATCH, 100
+    config.augment.local_crops = local_crops
+    model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype=dtype, init_std=0.2)
+    config.model.update(model)
+    config.head.update(dict(hidden=16, dim=8))
+    config.sop.cls.update(dict(memory=24, anchors=6, supports=2, tasks=2))
+    config.sop.patch.update(dict(memory=16, anchors=5))
+    config.sop.temperature_warmup_steps = 10
+    config.optim.update(dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)))
+    return config
+
+
+def make_batch(local_crops: int = 2) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    pixels = functools.partial(rng.integers, 0, 256, dtype=np.uint8)
+    return {
+        "global_views": pixels(size=(BATCH, 2, 8, 8, 3)),
+        "local_views": pixels(size=(BATCH, local_crops, 4, 4, 3)),
+        "mask": rng.random((BATCH, 2, 2, 2)) < 0.5,
+        "index": np.arange(100, 100 + BATCH, dtype=np.int32),
+        "corrupt": np.full(BATCH, -1, np.int32),
+    }
+
+
+def make_run(
+    config: ml_collections.ConfigDict,
+    change: Callable[[Objective], Objective] = lambda x: x,
+    most_masked: int | None = None,
+) -> tuple[Callable[[], TrainState], Step]:
+    """A function that makes the first state, and the step before it is compiled."""
+    model = build(config, 8)
+    length = Length(config.steps, 10.0)
+    plan = optim.schedules(config, length)
+    mesh = make_mesh(1)
+    objective = change(sop(config, model.dim, mesh, length, most_masked))
+    tx = optim.optimizer(config.optim, plan, objective.optimizers)
+    init = functools.partial(init_state, model=model, objective=objective, tx=tx)
+    init = jax.jit(init, out_shardings=replicated(mesh))
+    return lambda: init(jax.random.key(0)), make_train_step(model, objective, tx, plan)
+
+
+def watched(objective: Objective) -> Objective:
+    """The objective with one more term: rows of images in the memory that prototypes came from."""
+
+    def teach(carried: Any, **inputs: Any) -> Any:
+        shared, *others = objective.teach(carried=carried, **inputs)
+        return shared | {"rows_read": carried["cls"].filled}, *others
+
+    def loss(shared: Any, **inputs: Any) -> Any:
+        total, terms = objective.loss(shared=shared, **inputs)
+        return total, terms | {"rows_read": shared["rows_read"]}
+
+    return objective._replace(teach=teach, loss=loss)
+
+
+class Run:
+    """The same small run for most tests, compiled once, and its first steps."""
+
+    def __init__(self) -> None:
+        chex.clear_trace_counter()
+        self.start, step = make_run(small_config(), watched)
+        self.step = jax.jit(chex.assert_max_traces(step, n=1))
+        self.batch = make_batch()
+        self.states, self.metrics = [self.start()], []
+        for i in range(40):
+            state, metrics = self.step(self.states[-1], self.batch, i % 10 == 0)
+            self.states.append(state)
+            self.metrics.append(jax.device_get(metrics))
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return Run()
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    """Numbers of a tree, random keys included."""
+    return [
+        np.asarray(
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+        for x in jax.tree.leaves(tree)
+    ]
+
+
+def moved(before: Any, after: Any) -> list[bool]:
+    return [not np.array_equal(a, b) for a, b in zip(leaves(before), leaves(after), strict=True)]
+
+
+def test_one_program_serves_all_steps(run: Run) -> None:
+    """The fixture's limit of one trace held while `measure` and the step changed."""
+    assert len(run.metrics) == 40
+    assert [int(state.step) for state in run.states] == list(range(41))
+
+
+def test_loss_falls_on_a_batch_that_repeats(run: Run) -> None:
+    for name in ("loss", "cls", "mim"):
+        values = [row[name] for row in run.metrics]
+        assert np.mean(values[-5:]) < np.mean(values[3:8]) - 0.05, name
+
+
+def test_every_parameter_of_the_student_moves(run: Run) -> None:
+    assert not any(moved(run.states[0].student, run.states[1].student))  # lr is 0 at step 0
+    assert all(moved(run.states[1].student, run.states[3].student))
+
+
+def test_teacher_moves_by_its_average_alone(run: Run) -> None:
+    for i in (0, 5, 39):
+        before, after, m = run.states[i], run.states[i + 1], run.metrics[i]["momentum"]
+        expected = jax.tree.map(
+            lambda t, s, m=m: m * t + (1 - m) * s, before.teacher, after.student
+        )
+        chex.assert_trees_all_close(after.teacher, expected, rtol=2e-7, atol=1e-7)
+    assert run.metrics[0]["momentum"] == pytest.approx(0.9)
+    assert run.metrics[39]["momentum"] > 0.93
+
+
+def test_same_state_and_batch_give_the_same_bits(run: Run) -> None:
+    for i in (0, 3):
+        state, metrics = run.step(run.states[i], run.batch, i % 10 == 0)
+        assert not any(moved(run.states[i + 1], state))
+        assert not any(moved(run.metrics[i], metrics))
+
+
+def test_steps_draw_other_prototypes_and_keep_the_key(run: Run) -> None:
+    first = run.states[1]
+    later = TrainState(
+        first.step + 1, first.student, first.teacher, first.opt_state, first.carried, first.key
+    )
+    _, metrics = run.step(later, run.batch, False)
+    assert metrics["cls"] != pytest.approx(run.metrics[1]["cls"], rel=1e-4)
+    assert not any(moved(run.states[0].key, run.states[-1].key))
+
+
+def test_memories_take_a_row_of_each_image(run: Run) -> None:
+    for name, size in (("cls", 24), ("patch", 16)):
+        filled = [int(state.carried[name].filled) for state in run.states[:5]]
+        assert filled == [min(i * BATCH, size) for i in range(5)]
+        assert run.states[1].carried[name].image[:, 0].tolist() == list(range(100, 108))
+        norms = jnp.linalg.norm(run.states[-1].carried[name].rows, axis=-1)
+        np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_signs_of_health_are_measured_when_asked(run: Run) -> None:
+    measured, skipped = run.metrics[10], run.metrics[11]
+    for name in ("entropy", "effective_rank", "agreement", "embedding_std", "log_k"):
+        assert measured[name] != 0
+        assert skipped[name] == 0
+    assert measured["memory_filled"] == 1
+    assert 0 < measured["entropy"] <= measured["log_k"] == pytest.approx(np.log(6))
+
+
+def test_metrics_tell_the_settings_of_the_step_and_corrupt_images(run: Run) -> None:
+    row = run.metrics[20]
+    assert row["lr"] > 0
+    assert row["teacher_temperature"] == pytest.approx(0.07)
+    assert row["student_temperature"] == pytest.approx(0.1)
+    assert row["loss"] == pytest.approx(row["cls"] + row["mim"], rel=1e-6)
+    assert row["corrupt"].tolist() == [-1] * BATCH
+    assert {np.ndim(value) for name, value in row.items() if name != "corrupt"} == {0}
+
+
+def test_prototypes_come_from_the_memory_before_the_step_writes_it(run: Run) -> None:
+    assert [int(row["rows_read"]) for row in run.metrics[:5]] == [0, 8, 16, 24, 24]
+
+
+@pytest.fixture(scope="module")
+def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
+    """A donated step of a bfloat16 model without local crops: the state before and after."""
+    start, step = make_run(small_config("bfloat16", local_crops=0))
+    state, step = start(), jax.jit(step, donate_argnums=0)
+    before = state
+    for _ in range(3):
+        state, metrics = step(state, make_batch(local_crops=0), True)
+    return before, state, metrics
+
+
+def test_half_precision_without_local_crops_is_finite_and_keeps_float32(
+    half: tuple[TrainState, TrainState, dict[str, jax.Array]],
+) -> None:
+    _, state, metrics = half
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    kept = jax.tree.leaves((state.student, state.teacher, state.carried))
+    assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_a_donated_state_gives_its_memory_to_the_next(
+    half: tuple[TrainState, TrainState, dict[str, jax.Array]],
+) -> None:
+    before, after, _ = half
+    heavy = (before.student, before.teacher, before.opt_state, before.carried)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(heavy))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
+    state = run.states[0]
+    assert not any(moved(state.student, state.teacher))
+    assert state.step == 0
+
+
+def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
+    """Against a head on all patches: losses, gradient norm and memories after some steps."""
+    batch = make_batch()
+    mask = np.random.default_rng(1).permuted(np.eye(4, dtype=bool)[:, :2].sum(1) > 0)
+    batch["mask"] = np.broadcast_to(mask.reshape(2, 2), (BATCH, 2, 2, 2)).copy()
+    batch["mask"][0, 1] = False
+    ends = []
+    for most in (None, 2, 3):
+        start, step = make_run(small_config(), most_masked=most)
+        state, step = start(), jax.jit(step)
+        for _ in range(3):
+            state, metrics = step(state, batch, True)
+        ends.append((state.carried, metrics))
+    for end in ends[1:]:
+        chex.assert_trees_all_close(ends[0], end, rtol=1e-4, atol=2e-5)
+
+
+def test_the_drawn_patch_is_remembered() -> None:
+    """The patch memory gets what the teacher's head says of one patch of the second view."""
+    config = small_config()
+    start, step = make_run(config)
+    state, batch = start(), make_batch()
+    after, _ = jax.jit(step)(state, batch, False)
+    _, patches = jax.jit(build(config, 8).embed)(state.teacher, batch["global_views"][:, 1])
+    stored = after.carried["patch"].rows[:, 0]
+    distance = jnp.abs(patches - stored[:, None]).max(-1)
+    assert (distance.min(-1) < 1e-5).all()
+    assert len(set(distance.argmin(-1).tolist())) > 1
+
+
+def test_no_array_is_as_large_as_the_labels_or_all_scores() -> None:
+    """At the paper's size: neither K(k+1) x K votes nor K x N scores are in the program."""
+    config = config_lib.paper()
+    config.batch_size = 8
+    config.model.size = "ti"
+    run = assemble(config, make_mesh(1), 1000)
+    off = jax.ShapeDtypeStruct((), bool)
+    jaxpr = jax.make_jaxpr(run.train_step)(run.abstract, run.batch, off)
+    level = config.sop.cls
+    labels = level.anchors**2 * (1 + level.supports)
+    scores = level.anchors * level.memory
+    assert largest(jaxpr.jaxpr) < min(labels, scores) / 4
+
+
+def largest(jaxpr: Any) -> int:
+    """Elements of the largest array that a jaxpr makes."""
+    sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
+    inner = [largest(body) for eqn in jaxpr.eqns for body in jaxprs_in_params(eqn.params)]
+    return max(sizes + inner, default=0)
