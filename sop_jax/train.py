@@ -7,16 +7,15 @@ resumes an interrupted run, exactly; a finished one it leaves as it is.
 """
 
 import contextlib
-import functools
 import importlib.util
 import json
 import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import ml_collections
@@ -31,15 +30,16 @@ from sop_jax.compiled.cache import keep_compiled
 from sop_jax.config import PATHS, flatten
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
-from sop_jax.data.pipeline import check_shared_memory, train_batches
+from sop_jax.data.pipeline import Batches, check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import knn_evaluation
 from sop_jax.evaluation.features import make_extractor
+from sop_jax.models import Params
 from sop_jax.monitor.corrupt import CorruptImages, lines_of
-from sop_jax.monitor.metrics import Progress, open_writer, read_metrics
+from sop_jax.monitor.journal import Journal
+from sop_jax.monitor.metrics import Progress, Writer, read_metrics
 from sop_jax.monitor.pace import PaceKeeper
-from sop_jax.monitor.pace import in_words as pace_in_words
 from sop_jax.monitor.profiling import Trace
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
@@ -99,227 +99,358 @@ def train_until(
     workdir: epath.Path,
 ) -> dict[str, Any]:
     """As `train`; a wish to stop is granted at once during the start, later after a step."""
-    chief = jax.process_index() == 0  # writes and speaks for all processes
     standing = resume.check_workdir(config, workdir)  # again, after a wait for another run
     if standing.summary is not None:
         return tell_finished(standing, workdir)
-    config, notes = standing.config, standing.notes
-
-    # What the run is made of.
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    train_source = open_source(config.data, "train")
-    assert train_source is not None  # only the test split may be missing
-    test_source = open_source(config.data, "test", train_source)
-    data = resume.data_of(train_source, test_source)
-    hosts.check_agreement(
-        {
-            **resume.facts(data),
-            "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
-        }
-    )
-    notes += sources.notes(train_source, test_source)
-    notes += resume.check_data(config, data, workdir)
-    run = assemble(config, mesh, len(train_source))
-    places = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
-    check_shared_memory(config, len(places))
-    steps = run.steps
-    check_trace(config.profile_steps, steps)
-    evaluate = functools.partial(
-        knn_evaluation,
-        make_extractor(run.model, config, mesh),
-        train=train_source,
-        test=test_source,
-        eval_config=config.eval,
-        mesh=mesh,
-    )
-
-    # The state: the newest checkpoint's, or a new one.
-    # One more than are kept, for the new one is there before the oldest goes.
-    there = checkpoint.steps(workdir)
-    to_come = max(1, config.checkpoint.keep_last + 1 - len(there))
-    checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
-    start = saved = hosts.agree(max(there, default=0))
-    if start:
-        state = checkpoint.restore(workdir, run.abstract, start)
-    else:
-        state = run.init(jax.random.key(config.seed))
-        state, loaded = start_from(config, run, state)
-        notes += loaded
-    rows = [row for row in read_metrics(workdir) if row["step"] <= start > 0]
-    # An evaluation that was interrupted is owed, and its step's row is written again.
-    due_now = start > 0 and judged(config, start, steps)
-    owed = bool(hosts.agree(int(due_now and is_unjudged(rows, start))))
-    unfinished = rows.pop() if owed and rows and rows[-1]["step"] == start else {}
-
-    progress = Progress(start, steps, shown=chief)
+    parts = prepare(standing, workdir)
+    resumed = take_up(parts, workdir)
+    progress = Progress(resumed.step, parts.run.steps, shown=hosts.is_first())
     opened.callback(progress.close)
-    about = describe(config, run, train_source, test_source, start)
-    doubtful = doubts(config, len(train_source), start)
-    for note in (about, *doubtful, *optim.cut_short(config, steps, run.epoch), *notes):
+    for note in (*parts.about(resumed.step), *parts.notes, *resumed.notes):
         progress.note(note)
     clock = time.monotonic()
-    train_step = compiled_step(config, run, progress.note)
+    train_step = compiled_step(parts.config, parts.run, progress.note)
     compile_s = time.monotonic() - clock
     progress.note(f"The step is compiled, in {compile_s:.1f} s.")
 
     # Nothing was written so far, so that an error above leaves no trace.
     owner.check()
-    if chief:
+    if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        resume.save(config, data, workdir)
-    checkpoints = checkpoint.Checkpoints(
-        workdir, config.checkpoint.keep_last, config.checkpoint.keep_every
-    )
+        resume.save(parts.config, parts.data, workdir)
+    tools = open_tools(opened, parts, resumed, progress, owner, interruption, workdir)
+    try:
+        take_steps(train_step, parts, resumed, tools)
+    finally:
+        opened.close()
+    return finish(tools.journal.rows, parts.run.steps, compile_s, owner, workdir)
+
+
+class Parts(NamedTuple):
+    """What a run is made of, before there is a state.
+
+    Attributes:
+        config: its settings.
+        run: what follows from them and from the devices.
+        train: the images to train on.
+        test: the images to evaluate with, if there are any.
+        data: what identifies the images.
+        places: of the global batch that this process makes.
+        notes: what a person should know.
+    """
+
+    config: ml_collections.ConfigDict
+    run: Run
+    train: Source
+    test: Source | None
+    data: resume.Data
+    places: list[int]
+    notes: list[str]
+
+    def about(self, start: int) -> list[str]:
+        """What is about to run from step `start` on, and what is doubtful about it."""
+        return [
+            describe(self.config, self.run, self.train, self.test, start),
+            *doubts(self.config, len(self.train), start),
+            *optim.cut_short(self.config, self.run.steps, self.run.epoch),
+        ]
+
+
+def prepare(standing: resume.Standing, workdir: epath.Path) -> Parts:
+    """Opens the images and assembles the run; every error of settings and data is raised here."""
+    config = standing.config
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    train = open_source(config.data, "train")
+    assert train is not None  # only the test split may be missing
+    test = open_source(config.data, "test", train)
+    data = resume.data_of(train, test)
+    devices = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
+    hosts.check_agreement({**resume.facts(data), "devices": devices})
+    notes = [*standing.notes, *sources.notes(train, test)]
+    notes += resume.check_data(config, data, workdir)
+    run = assemble(config, mesh, len(train))
+    check_trace(config.profile_steps, run.steps)
+    places = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
+    check_shared_memory(config, len(places))
+    # One more than are kept, for the new one is there before the oldest goes.
+    to_come = max(1, config.checkpoint.keep_last + 1 - len(checkpoint.steps(workdir)))
+    checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
+    return Parts(config, run, train, test, data, places, notes)
+
+
+class Resumed(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        state: of the newest checkpoint, or a new one.
+        step: steps done.
+        rows: of metrics up to there.
+        owed: whether the evaluation of this step was interrupted and is made first of all.
+        unfinished: what there is of its row.
+        notes: what a person should know.
+    """
+
+    state: TrainState
+    step: int
+    rows: list[dict[str, Any]]
+    owed: bool
+    unfinished: dict[str, Any]
+    notes: list[str]
+
+
+def take_up(parts: Parts, workdir: epath.Path) -> Resumed:
+    """Restores the newest checkpoint and its rows, or starts anew."""
+    config, run = parts.config, parts.run
+    step = hosts.agree(max(checkpoint.steps(workdir), default=0))
+    notes: list[str] = []
+    if step:
+        state = checkpoint.restore(workdir, run.abstract, step)
+    else:
+        state, notes = start_from(config, run, run.init(jax.random.key(config.seed)))
+    rows = [row for row in read_metrics(workdir) if row["step"] <= step > 0]
+    judged_now = step > 0 and judged(config, step, run.steps)
+    owed = bool(hosts.agree(int(judged_now and is_unjudged(rows, step))))
+    unfinished = rows.pop() if owed and rows and rows[-1]["step"] == step else {}
+    return Resumed(state, step, rows, owed, unfinished, notes)
+
+
+class Saver:
+    """Saves states, each after the rows up to it and only while the workdir is this run's.
+
+    Args:
+        checkpoints: what writes them.
+        journal: the rows.
+        owner: the right to write.
+        saved: the newest step that is saved; 0 for none.
+        steps: of the run.
+    """
+
+    def __init__(
+        self,
+        checkpoints: checkpoint.Checkpoints,
+        journal: Journal,
+        owner: Owner,
+        saved: int,
+        steps: int,
+    ) -> None:
+        self.checkpoints, self.journal, self.owner = checkpoints, journal, owner
+        self.saved, self.steps = saved, steps
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to save the state after `step`, unless it is saved already."""
+        if step > self.saved:
+            self.owner.check()
+            self.journal.flush()  # a checkpoint's rows are there before it is
+            self.checkpoints.save(step, state)
+            self.saved = step
+
+    def stop(self, step: int, state: TrainState) -> NoReturn:
+        """Ends the run, which `step` was the last one of, with its state saved."""
+        self.save(step, state)
+        self.wait()
+        raise Interrupted(
+            f"interrupted; step {step} of {self.steps} is saved, and the same command goes on "
+            "from there"
+        )
+
+    def wait(self) -> None:
+        """Waits until the newest state is saved."""
+        self.checkpoints.wait()
+
+
+class Tools(NamedTuple):
+    """What the loop works with, all of it open.
+
+    Attributes:
+        batches: of images, from the first step to take.
+        journal: rows and words.
+        saver: of states.
+        pace: whether devices wait.
+        trace: of some steps.
+        corrupt: images that could not be read.
+        evaluate: (parameters) -> the row of an evaluation.
+        interruption: a wish to stop.
+    """
+
+    batches: Batches
+    journal: Journal
+    saver: Saver
+    pace: PaceKeeper
+    trace: Trace
+    corrupt: CorruptImages
+    evaluate: Callable[[Params], dict[str, Any]]
+    interruption: Interruption
+
+
+def open_tools(
+    opened: contextlib.ExitStack,
+    parts: Parts,
+    resumed: Resumed,
+    progress: Progress,
+    owner: Owner,
+    interruption: Interruption,
+    workdir: epath.Path,
+) -> Tools:
+    """Opens what the loop works with; `opened` closes it, the last one first."""
+    config, run, keep = parts.config, parts.run, parts.config.checkpoint
+    checkpoints = checkpoint.Checkpoints(workdir, keep.keep_last, keep.keep_every)
     opened.callback(checkpoints.close)
-    writer = open_writer(workdir, start - owed) if chief else None
+    writer = Writer(workdir, resumed.step - resumed.owed) if hosts.is_first() else None
     if writer is not None:
         opened.callback(lambda: writer.close(write=not owner.lost))
-    wall_before = rows[-1]["wall_s"] if rows else 0.0
-    batches = train_batches(train_source, config, run.model.patch, start, places)
+    journal = Journal(resumed.rows, writer, progress, run.objective.verdict, config.batch_size)
+    batches = train_batches(parts.train, config, run.model.patch, resumed.step, parts.places)
     opened.callback(batches.close)
-    measure = {flag: place(np.array(flag), replicated(mesh)) for flag in (False, True)}
-    how = decoding(config.data, train_source)
-    corrupt = CorruptImages(train_source, config.data.max_corrupt_share, how)
     pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
     opened.callback(pace.close)
     opened.callback(trace.close)
-    began = time.monotonic()
-    logged = [row for row in rows if "loss" in row]
-    told = held_up = False  # that it is collapsing, that the input is slow
-    left_out = set[str]()
 
     def tell_left_out(source: Source, found: list[int]) -> None:
         """Names, once each, images that an evaluation does without."""
-        for line in lines_of(source, found, decoding(config.data, source)) if chief else []:
-            if line not in left_out:
-                left_out.add(line)
-                progress.note(f"cannot be read, left out of the evaluation: {line}")
+        lines = lines_of(source, found, decoding(config.data, source)) if hosts.is_first() else []
+        for line in lines:
+            journal.note_once(f"cannot be read, left out of the evaluation: {line}")
 
-    evaluate = functools.partial(evaluate, unreadable=tell_left_out)
+    extract = make_extractor(run.model, config, run.mesh)
 
-    def record(step: int, row: dict[str, Any], waiting: tuple[str, str] | None = None) -> None:
-        """Writes the row of a step, and shows what a person watches."""
-        nonlocal told, held_up
-        row = {"step": step, **row, "wall_s": wall_before + time.monotonic() - began}
-        rows.append(row)
-        if writer is not None:
-            writer.write(step, {name: value for name, value in row.items() if name != "step"})
-        names = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
-        shown = {name: row.get(key) for name, key in names.items()}
-        if waiting and not held_up:
-            progress.note(f"step {step}: {waiting[1]}")
-        if waiting or held_up:
-            shown["input"] = waiting[0] if waiting else "keeps up"
-        held_up = waiting is not None
-        if "loss" in row:
-            logged.append(row)
-            words = run.objective.verdict(logged)
-            if words and not told:
-                progress.note(f"step {step}: {words}")
-            if words or told:
-                shown["health"] = "collapsing" if words else "no longer collapsing"
-            told = words is not None
-        progress.show(step, shown)
-
-    def save_state(step: int) -> None:
-        nonlocal saved
-        if step > saved:
-            owner.check()
-            if writer is not None:
-                writer.flush()  # a checkpoint's rows are there before it is
-            checkpoints.save(step, state)
-            saved = step
-
-    def stop_after(step: int) -> NoReturn:
-        """Ends the run, which `step` was the last one of, with its state saved."""
-        save_state(step)
-        checkpoints.wait()
-        raise Interrupted(
-            f"interrupted; step {step} of {steps} is saved, and the same command goes on from there"
+    def evaluate(params: Params) -> dict[str, Any]:
+        return knn_evaluation(
+            extract,
+            params,
+            parts.train,
+            parts.test,
+            config.eval,
+            run.mesh,
+            between=interruption.check,
+            unreadable=tell_left_out,
         )
 
-    try:
-        if owed or (start == 0 and config.eval_every):
-            record(start, unfinished | evaluate(state.teacher, between=interruption.check))
+    how = decoding(config.data, parts.train)
+    return Tools(
+        batches=batches,
+        journal=journal,
+        saver=Saver(checkpoints, journal, owner, resumed.step, run.steps),
+        pace=pace,
+        trace=trace,
+        corrupt=CorruptImages(parts.train, config.data.max_corrupt_share, how),
+        evaluate=evaluate,
+        interruption=interruption,
+    )
 
-        pending: list[tuple[int, dict[str, jax.Array]]] = []
-        clock, timed = time.monotonic(), start
-        for step in range(start + 1, steps + 1):
-            last = step == steps
-            log = last or due(step, config.log_every)
-            try:
-                with interruption.at_once():
-                    made = next(batches)
-            except KeyboardInterrupt:
-                if interruption.starting or hosts.several():
-                    raise
-                # A state that is not finite is not saved.
-                fetch(pending, run.objective.terms, saved, corrupt)
-                stop_after(step - 1)
-            batch = to_devices(mesh, made)
-            interruption.starting = None
-            if trace.before(step):
-                pace.pause()
-            arrived = time.monotonic()
-            with (
-                jax.transfer_guard("disallow"),  # nothing waits for the devices unseen
-                jax.profiler.StepTraceAnnotation("train", step_num=step),
-            ):
-                state, metrics = train_step(state, batch, measure[log])
-                pace.step(arrived, metrics["loss"])
-                pending.append((step, metrics))
-                stop = interruption.poll() and not last
-            if len(pending) > IN_FLIGHT:
-                jax.block_until_ready(pending[-1 - IN_FLIGHT][1]["loss"])
-            if step <= start + 2:
-                jax.block_until_ready(metrics["loss"])  # so that the time of a step is soon known
-            progress.advance()
-            if words := trace.after(step, metrics["loss"]):
-                progress.note(words)
-                pace.pause()
 
-            save = last or stop or due(step, config.checkpoint_every)
-            judge = judged(config, step, steps)
-            if not (log or save or judge or len(pending) == UNSEEN):
-                continue
-            owner.check()
-            row, unreadable = fetch(pending, run.objective.terms, saved, corrupt)
-            pending.clear()
-            for line in unreadable:
-                progress.note(f"cannot be read, replaced by another image: {line}")
-            if not log:
-                pace.pause()
+def take_steps(
+    train_step: Callable[..., Any], parts: Parts, resumed: Resumed, tools: Tools
+) -> None:
+    """Trains to the end of the run.
+
+    Raises:
+        Interrupted: a signal came; the state of the last step is saved.
+    """
+    config, run = parts.config, parts.run
+    journal, saver, pace = tools.journal, tools.saver, tools.pace
+    state, steps = resumed.state, run.steps
+    measure = {flag: place(np.array(flag), replicated(run.mesh)) for flag in (False, True)}
+    if resumed.owed or (resumed.step == 0 and config.eval_every):
+        journal.record(resumed.step, resumed.unfinished | tools.evaluate(state.teacher))
+
+    pending: list[tuple[int, dict[str, jax.Array]]] = []
+    clock, timed = time.monotonic(), resumed.step
+    for step in range(resumed.step + 1, steps + 1):
+        last = step == steps
+        log = last or due(step, config.log_every)
+        made = next_batch(tools)
+        if made is None:
+            fetch(pending, run.objective.terms, saver.saved, tools.corrupt)  # which must be finite
+            saver.stop(step - 1, state)
+        batch = to_devices(run.mesh, made)
+        if tools.trace.before(step):
+            pace.pause()
+        arrived = time.monotonic()
+        with (
+            jax.transfer_guard("disallow"),  # nothing waits for the devices unseen
+            jax.profiler.StepTraceAnnotation("train", step_num=step),
+        ):
+            state, metrics = train_step(state, batch, measure[log])
+            pace.step(arrived, metrics["loss"])
+            pending.append((step, metrics))
+            stop = tools.interruption.poll() and not last
+        wait_for(pending, first=step <= resumed.step + 2)
+        journal.progress.advance()
+        if words := tools.trace.after(step, metrics["loss"]):
+            journal.note(words)
+            pace.pause()
+
+        save = last or stop or due(step, config.checkpoint_every)
+        judge = judged(config, step, steps)
+        if not (log or save or judge or len(pending) == UNSEEN):
+            continue
+        saver.owner.check()
+        fetched, unreadable = fetch(pending, run.objective.terms, saver.saved, tools.corrupt)
+        pending.clear()
+        for line in unreadable:
+            journal.note(f"cannot be read, replaced by another image: {line}")
+        row, recent = {}, None
+        if log:
+            recent, elapsed = pace.look(), time.monotonic() - clock
+            row = fetched | {"images_per_s": (step - timed) * config.batch_size / elapsed}
+            row["idle_share"] = recent.idle_share
+        pace.pause()
+        if judge and not stop:
+            found = evaluate_unless_stopped(tools, state.teacher)
+            if found is None:
+                stop = save = True
             else:
-                recent = pace.look()
-                elapsed = time.monotonic() - clock
-                row["images_per_s"] = (step - timed) * config.batch_size / elapsed
-                row["idle_share"] = recent.idle_share
-                waiting = pace_in_words(recent, config.batch_size)
-            row = row if log else {}
-            if judge and not stop:
-                try:
-                    with interruption.at_once():
-                        row |= evaluate(state.teacher, between=interruption.check)
-                except Interrupted:
-                    stop = save = True
-                except KeyboardInterrupt:
-                    if hosts.several():
-                        raise
-                    stop = save = True
-            if row:
-                record(step, row, waiting if log else None)
-            if save:
-                save_state(step)
-            if stop:
-                stop_after(step)
-            clock, timed = time.monotonic(), step
-            pace.resume()
-        checkpoints.wait()
-    finally:
-        opened.close()
+                row |= found
+        if row:
+            journal.record(step, row, recent)
+        if save:
+            saver.save(step, state)
+        if stop:
+            saver.stop(step, state)
+        clock, timed = time.monotonic(), step
+        pace.resume()
+    saver.wait()
 
+
+def next_batch(tools: Tools) -> dict[str, np.ndarray] | None:
+    """The images of the next step; None where a signal ended the wait for them."""
+    try:
+        with tools.interruption.at_once():
+            batch = next(tools.batches)
+    except KeyboardInterrupt:
+        if tools.interruption.starting or hosts.several():
+            raise
+        return None
+    tools.interruption.starting = None  # from the first batch on there is something to save
+    return batch
+
+
+def wait_for(pending: list[tuple[int, dict[str, jax.Array]]], first: bool) -> None:
+    """Keeps the host at most IN_FLIGHT steps ahead of the devices, and with them at `first`."""
+    ahead = 0 if first else IN_FLIGHT  # so that the time of a step is soon known
+    if len(pending) > ahead:
+        jax.block_until_ready(pending[-1 - ahead][1]["loss"])
+
+
+def evaluate_unless_stopped(tools: Tools, params: Params) -> dict[str, Any] | None:
+    """The row of an evaluation; None where a signal ended it."""
+    try:
+        with tools.interruption.at_once():
+            return tools.evaluate(params)
+    except Interrupted:
+        return None
+    except KeyboardInterrupt:
+        if hosts.several():
+            raise
+        return None
+
+
+def finish(
+    rows: list[dict[str, Any]], steps: int, compile_s: float, owner: Owner, workdir: epath.Path
+) -> dict[str, Any]:
+    """Writes and prints the summary."""
     summary = summarise(rows, steps, compile_s)
-    if writer is not None:
+    if hosts.is_first():
         owner.check()
         draft = workdir / "summary.tmp"
         draft.write_text(json.dumps(summary, indent=2) + "\n")

@@ -21,9 +21,14 @@ _BOARD_INTERVAL = 5  # seconds; a killed run loses as much of its TensorBoard cu
 
 
 class Writer:
-    """Writes one row a logged step; made by `open_writer`, by one process of a run alone."""
+    """Writes one row per logged step; only one process of a run makes one.
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int) -> None:
+    Opens the curves of a run that goes on after `resume_step`; 0 starts them anew. Rows of later
+    steps, which a killed run may have left, and broken lines are dropped, so that every step has
+    one row.
+    """
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int = 0) -> None:
         self._path = epath.Path(workdir) / _FILE
         self._remote = "://" in str(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +87,6 @@ class Writer:
             draft.write_text(text)
             draft.replace(self._path)
         self._written = time.monotonic()
-
-
-def open_writer(workdir: epath.PathLike, resume_step: int = 0) -> Writer:
-    """Opens the curves of a run that goes on after `resume_step`; 0 starts them anew.
-
-    Rows of later steps, which a killed run may have left, and broken lines are dropped, so that
-    every step stands once.
-    """
-    return Writer(workdir, resume_step)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ def lines(workdir: pathlib.Path) -> list[str]:
 
 
 def test_a_row_holds_what_was_logged_in_its_order(tmp_path: pathlib.Path) -> None:
-    writer = metrics.open_writer(tmp_path)
+    writer = metrics.Writer(tmp_path)
     writer.write(10, {"loss": 1.5, "knn_top1": None, "images": 640, "state": "collapsing"})
     writer.close()
     assert lines(tmp_path) == [
@@ -37,21 +37,21 @@ def test_a_row_holds_what_was_logged_in_its_order(tmp_path: pathlib.Path) -> Non
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_json_lacks_are_null(tmp_path: pathlib.Path, value: float) -> None:
-    writer = metrics.open_writer(tmp_path)
+    writer = metrics.Writer(tmp_path)
     writer.write(1, {"loss": value})
     writer.close()
     assert json.loads(lines(tmp_path)[0], parse_constant=pytest.fail) == {"step": 1, "loss": None}
 
 
 def test_rows_are_on_disk_before_the_writer_closes(tmp_path: pathlib.Path) -> None:
-    writer = metrics.open_writer(tmp_path)
+    writer = metrics.Writer(tmp_path)
     writer.write(1, {"loss": 1.0})
     assert metrics.read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
     writer.close()
 
 
 def test_after_a_kill_in_mid_line_every_step_stands_once(tmp_path: pathlib.Path) -> None:
-    writer = metrics.open_writer(tmp_path)
+    writer = metrics.Writer(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"loss": float(step)})
     writer.close()
@@ -59,7 +59,7 @@ def test_after_a_kill_in_mid_line_every_step_stands_once(tmp_path: pathlib.Path)
         file.write('{"step": 40, "lo')
     assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [10, 20, 30]
 
-    writer = metrics.open_writer(tmp_path, resume_step=20)
+    writer = metrics.Writer(tmp_path, resume_step=20)
     for step in (30, 40):
         writer.write(step, {"loss": step + 0.5})
     writer.close()
@@ -72,7 +72,7 @@ def test_after_a_kill_in_mid_line_every_step_stands_once(tmp_path: pathlib.Path)
 
 def test_a_run_that_starts_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
     for loss in (1.0, 2.0):
-        writer = metrics.open_writer(tmp_path)
+        writer = metrics.Writer(tmp_path)
         for step in (0, 5):
             writer.write(step, {"loss": loss})
         writer.close()
@@ -82,7 +82,7 @@ def test_a_run_that_starts_anew_keeps_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_step_is_one_row(tmp_path: pathlib.Path) -> None:
-    writer = metrics.open_writer(tmp_path)
+    writer = metrics.Writer(tmp_path)
     writer.write(5, {"loss": 1.0})
     with pytest.raises(ValueError, match="step 5"):
         writer.write(5, {"knn_top1": 1.0})
@@ -101,7 +101,7 @@ def test_a_store_that_cannot_append_gets_the_whole_file(
     in_bucket = types.SimpleNamespace(Path=lambda path: Bucket(tmp_path, str(path)))
     monkeypatch.setattr(metrics, "epath", in_bucket)
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    writer = metrics.open_writer(bucket)
+    writer = metrics.Writer(bucket)
     writer.write(1, {"loss": 1.0})
     assert metrics.read_metrics(bucket) == []
     clock[0] = 61.0
