@@ -28,6 +28,9 @@
 set -euo pipefail
 
 # SLURM runs a copy of this file, in the folder where it was submitted.
+if [[ " $* " =~ \ (-h|--help)\  ]]; then
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fi
 if [[ ! -f launch/arguments.sh ]]; then
   echo "error: start this from the root of the checkout, not from $PWD" >&2
   exit 2

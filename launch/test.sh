@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs every check of the project: style, types, shell scripts and tests, under 20 minutes on 2 CPU
-# cores after the install. Its environment is .venv-test: the compiler of TPUs, which it needs, makes
-# every command complain on a machine without TPUs.
+# Runs every check of the project: style, types, shell scripts and tests, in about half an hour on 2
+# CPU cores after the install. Its environment is .venv-test: the compiler of TPUs, which it needs,
+# makes every command complain on a machine without TPUs.
 #
 #   bash launch/test.sh [ARGUMENT ...]
 #

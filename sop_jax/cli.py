@@ -74,6 +74,8 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
             message, code = _ending(error)
             if message is None:
                 raise
+            if hosts and _is_cut_off(error):
+                hosts.leave(code, message, message)
             _exit(message, code)
         if hosts:
             hosts.stop()
@@ -148,9 +150,23 @@ def define_data(**splits: str) -> None:
     flags.DEFINE_string("data.name", None, "The name of a TFDS data set.", **own)
     for name, text in splits.items():
         flags.DEFINE_string(f"data.{name}", None, text, **own)
+    flags.DEFINE_enum(
+        "data.orientation", None, ["auto", "exif", "ignore"], "How images are turned.", **own
+    )
+    flags.DEFINE_float(
+        "data.white", None, "White in images of more than 8 bits.", lower_bound=0.0, **own
+    )
+    flags.DEFINE_integer(
+        "data.max_pixels", None, "Larger images are refused.", lower_bound=1, **own
+    )
+    flags.DEFINE_float(
+        *("data.retry_seconds", None, "How long storage that fails is waited for."),
+        **own,
+        lower_bound=0.0,
+    )
 
 
-def given_data() -> dict[str, str]:
+def given_data() -> dict[str, Any]:
     """What the flags of `define_data` say, by their names without `data.`."""
     values: dict[str, Any] = {
         name.removeprefix("data."): FLAGS[name].value for name in FLAGS if name.startswith("data.")
@@ -216,6 +232,16 @@ def _end_among_others(hosts: Any, error: BaseException) -> None:
     if message is None and _is_lost(error):
         code = LOST
     hosts.leave(code, text, words.removeprefix("error: "))
+
+
+def _is_cut_off(error: BaseException) -> bool:
+    """Whether a signal cut something off at any place, such as XLA's compilation.
+
+    Python's own end may crash then, in what XLA left behind.
+    """
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, Interrupted) and not error.together
+    )
 
 
 def _is_lost(error: BaseException) -> bool:

@@ -239,7 +239,9 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(saved, dict):
-        raise UserError(f"{path} holds no settings but {json.dumps(saved):.80}; {remedy}")
+        raise UserError(
+            f"{path} must hold an object of settings, not {json.dumps(saved):.80}; {remedy}"
+        )
     version = saved.pop("version", _FIRST)
     try:
         if _order(str(version)) > _order(__version__):
@@ -262,6 +264,10 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
             f"{path} lacks {', '.join(missing)}, which every run of sop_jax {version} has; {remedy}"
         )
     for key, value in settings.items():
+        if isinstance(value, list) and key != "eval.knn_k" and len(value) != len(default[key]):
+            raise UserError(
+                f"{path}: {key} is {value!r}, expected {len(default[key])} numbers; {remedy}"
+            )
         if not _fits(value, default[key]):
             kind = "list of numbers" if isinstance(default[key], list) else _kind(default[key])
             raise UserError(f"{path}: {key} is {value!r}, expected a {kind}; {remedy}")

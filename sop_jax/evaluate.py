@@ -34,6 +34,7 @@ from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
+from sop_jax.training import resume
 
 
 def knn_evaluation(
@@ -118,7 +119,12 @@ def knn(
         train, test = open_labelled(config.data, data or {})
     except UserError as error:  # whose flags are those of a training
         raise UserError(str(error).replace("--config.data.", "--data.")) from error
-    hosts.check_agreement({"train images": len(train), "test images": len(test)})
+    now = resume.data_of(train, test)
+    hosts.check_agreement(resume.facts(now))
+    began = None if data else resume.recorded(epath.Path(workdir))
+    if began and jax.process_index() == 0:
+        for line in resume.differences(began, now):
+            print(f"the data is not what the run was trained with: {line}", file=sys.stderr)
     try:
         paths.check_writable(workdir, "--workdir")
     except UserError as error:  # no reason not to measure
@@ -136,7 +142,7 @@ def knn(
 
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
     kept = {name: config.data[name] for name in ("source", *LOOKED_AT[config.data.source])}
-    record = {"task": "knn", "step": step, "data": kept, **result}
+    record = {"task": "knn", "step": step, "data": kept | resume.facts(now), **result}
     if jax.process_index() > 0:
         return record  # the first process speaks and writes
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
@@ -144,7 +150,8 @@ def knn(
     print(table(result))
     if not saved:
         return record
-    path = epath.Path(workdir) / f"knn_{step}.json"
+    other = f"_{test.digest}" if data else ""  # not in place of the numbers of the run's own data
+    path = epath.Path(workdir) / f"knn_{step}{other}.json"
     try:
         path.write_text(json.dumps(record) + "\n")
     except OSError as error:
@@ -173,11 +180,12 @@ def open_labelled(data_config: Any, given: Mapping[str, str]) -> tuple[Source, S
         for note in sources.notes(train, test):
             print(note, file=sys.stderr)
     if test is None:
-        there = ", ".join(splits_of(data_config).values())
+        there = ", ".join(sorted(splits_of(data_config).values()))
+        remedy = "name it with --data.test_split" if there else "put it into a folder called val"
         raise UserError(
             f"there is no split {data_config.test_split!r} to classify in {describe(data_config)}"
             f"{f', but there are {there}' * bool(there)}. k-NN needs one beside the train split: "
-            "name it with --data.test_split, or other data that has both with --data.path"
+            f"{remedy}, or name other data that has both with --data.path"
         )
     if not (train.has_labels and test.has_labels):
         raise UserError(

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -22,6 +23,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from sop_jax import cli, pretrained
 from sop_jax import config as config_lib
@@ -77,6 +79,11 @@ def train(
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
             f"--workdir={workdir} is a file; name a folder, which need not be there yet"
+        )
+    if config.data.path and os.path.realpath(workdir) == os.path.realpath(config.data.path):
+        raise UserError(
+            f"--workdir={workdir} is also data.path; a run would write among the images. Name "
+            "another folder for the run"
         )
     with Interruption(ahead=IN_FLIGHT) as interruption:
         interruption.starting = before_training(workdir)
@@ -358,11 +365,10 @@ def take_steps(
     for step in range(resumed.step + 1, steps + 1):
         last = step == steps
         log = last or due(step, config.log_every)
-        made = next_batch(tools)
-        if made is None:
+        batch = next_batch(tools, run.mesh)
+        if batch is None:
             fetch(pending, run.objective.terms, saver.saved, tools.corrupt)  # which must be finite
             saver.stop(step - 1, state)
-        batch = to_devices(run.mesh, made)
         if tools.trace.before(step):
             pace.pause()
         arrived = time.monotonic()
@@ -412,16 +418,17 @@ def take_steps(
     saver.wait()
 
 
-def next_batch(tools: Tools) -> dict[str, np.ndarray] | None:
+def next_batch(tools: Tools, mesh: Mesh) -> dict[str, jax.Array] | None:
     """The images of the next step; None where a signal ended the wait for them."""
     try:
         with tools.interruption.at_once():
-            batch = next(tools.batches)
+            made = next(tools.batches)
     except KeyboardInterrupt:
         if tools.interruption.starting or hosts.several():
             raise
         return None
-    tools.interruption.starting = None  # from the first batch on there is something to save
+    batch = to_devices(mesh, made)
+    tools.interruption.starting = None  # from the first step on there is something to save
     return batch
 
 
@@ -461,11 +468,16 @@ def finish(
 
 
 def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with its paths in the form that the commands give them."""
+    """The config with its paths in the form that the commands give them, and absolute.
+
+    The commands that read the workdir later may be started in another folder.
+    """
     config, flat = deepcopy(config), flatten(config)
     for key in PATHS:
         if flat[key]:
-            config.update_from_flattened_dict({key: expand(flat[key])})
+            path = expand(flat[key])
+            path = path if "://" in path else os.path.abspath(path)
+            config.update_from_flattened_dict({key: path})
     return config
 
 

@@ -7,6 +7,8 @@ from types import ModuleType
 
 import pytest
 
+from sop_jax.data.masks import most_masked
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -82,5 +84,5 @@ def test_masks_and_pixels_are_as_training_has_them(
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in run.batch.items()
     }
-    most = step.most_masked(batch["mask"].shape[2:], config.mask)
+    most = most_masked(batch["mask"].shape[2:], config.mask)
     assert 0 < batch["mask"].sum((2, 3)).max() <= most

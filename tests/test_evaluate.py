@@ -16,6 +16,7 @@ from PIL import Image
 from sop_jax import config as config_lib
 from sop_jax import evaluate, paths
 from sop_jax.config import paper
+from sop_jax.data import sources
 from sop_jax.data.named import name_data
 from sop_jax.data.prepare import prepare
 from sop_jax.data.sources import DigitsSource, open_source
@@ -27,7 +28,7 @@ from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load
 from sop_jax.schedules import Length
-from sop_jax.training import checkpoint
+from sop_jax.training import checkpoint, resume
 from sop_jax.training.optim import optimizer, schedules
 from sop_jax.training.state import init_state
 
@@ -222,7 +223,49 @@ def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
         evaluate.knn(tmp_path / "run")
     found = evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data")})
     assert found["knn_top1"] == 1.0 and found["step"] == 7
+    assert found["data"]["train images"] == 24
+    # Beside the numbers of the run's own data, not in their place.
+    (written,) = (tmp_path / "run").glob("knn_7*.json")
+    assert written.name != "knn_7.json" and json.loads(written.read_text()) == found
     assert found["knn_top1_k100"] is None  # 24 train images
+
+
+def test_other_images_than_those_of_the_run_are_told(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    colours(tmp_path / "data", labelled=True)
+    place = {"data.path": str(tmp_path / "data"), "data.test_split": "val"}
+    config = make_run(tmp_path / "run", **place, **{"data.source": "folder"})
+    train = sources.open_source(config.data, "train")
+    test = sources.open_source(config.data, "test", train)
+    resume.save(config, resume.data_of(train, test), epath.Path(tmp_path / "run"))
+    evaluate.knn(tmp_path / "run")
+    assert "was trained with" not in capsys.readouterr().err
+    (tmp_path / "data" / "train" / "red" / "red0.png").unlink()
+    evaluate.knn(tmp_path / "run")
+    assert "was trained with: train: 24 images then, 23 now" in capsys.readouterr().err
+
+
+def test_a_tree_of_classes_only_is_told_how_to_hold_images_out(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path / "run")
+    colours(tmp_path / "data", labelled=True)
+    with pytest.raises(UserError, match="no split .*put it into a folder called val") as caught:
+        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data" / "train")})
+    assert "red" not in str(caught.value)
+
+
+def test_a_setting_of_decoding_may_be_given(tmp_path: pathlib.Path) -> None:
+    """As the message about such an image says."""
+    make_run(tmp_path / "run")
+    for split in ("train", "val"):
+        for channel, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(12):
+                grey = np.full((20, 24), 0.2 + 0.5 * channel + 0.005 * i, np.float32)
+                Image.fromarray(grey).save(folder / f"{i}.tif")
+    data = {"path": str(tmp_path / "data"), "white": 1.0}
+    assert evaluate.knn(tmp_path / "run", data=data)["knn_unreadable"] == 0
 
 
 def test_a_result_that_cannot_be_saved_is_shown(
@@ -238,7 +281,7 @@ def test_a_result_that_cannot_be_saved_is_shown(
 def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path / "run", **{"data.source": "folder", "data.test_split": "val"})
     colours(tmp_path / "bare", labelled=False)
-    with pytest.raises(UserError, match="no split 'val'.*--data.test_split"):
+    with pytest.raises(UserError, match="no split 'val'.*folder called val.*--data.path"):
         evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "bare")})
     colours(tmp_path / "split" / "train", labelled=False)
     colours(tmp_path / "split" / "val", labelled=False)

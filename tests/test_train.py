@@ -773,6 +773,23 @@ def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
     assert train.train(folder_config(tmp_path / "images"), tmp_path / "run") == summary
 
 
+def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
+    tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(tmp_path / "images", 24)
+    monkeypatch.chdir(tmp_path)
+    train.train(folder_config("images"), "run")
+    monkeypatch.chdir("/")
+    assert config_lib.load(tmp_path / "run").data.path == str(tmp_path / "images")
+
+
+def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step: None) -> None:
+    paint(tmp_path / "images", 24)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    with pytest.raises(UserError, match="is also data.path.*another folder"):
+        train.train(folder_config(tmp_path / "images"), tmp_path / "link")
+
+
 def test_the_images_of_a_run_without_a_record_are_recorded(
     tmp_path: pathlib.Path,
     fake_step: None,

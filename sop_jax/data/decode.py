@@ -130,7 +130,7 @@ def _check_size(image: Image.Image, most: int) -> None:
     if pixels > most:
         raise ValueError(
             f"it has {image.width} x {image.height} = {pixels} pixels, more than "
-            f"data.max_pixels={most}; allow it with --config.data.max_pixels={pixels}"
+            f"data.max_pixels={most}; allow it with data.max_pixels={pixels}"
         )
 
 
@@ -169,8 +169,8 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
     else:
         kind = "floating-point" if image.mode == "F" else "integer"
         raise ValueError(
-            f"nothing says which of its {bits}-bit {kind} values is white; say it for all such "
-            "images with --config.data.white=VALUE, such as 1 or 255"
+            f"nothing says which of its {bits}-bit {kind} values is white; set it for all such "
+            "images with data.white=VALUE, such as 1 or 255"
         )
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
 

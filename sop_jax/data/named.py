@@ -100,7 +100,9 @@ def splits_of(data_config: Any) -> dict[str, str]:
     path = epath.Path(data_config.path)
     names: list[str] = []
     if data_config.source == "folder" and path.is_dir():
-        names = [folder.name for folder in path.iterdir() if folder.is_dir()]
+        asked = {name.casefold() for name in (data_config.train_split, data_config.test_split)}
+        known = asked | set(folders.SPLITS)  # any other folder is a class
+        names = [f.name for f in path.iterdir() if f.name.casefold() in known and f.is_dir()]
     elif data_config.source == "packed" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as packed:
             names = [name.removesuffix("_blob.npy") for name in packed.namelist()]

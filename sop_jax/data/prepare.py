@@ -19,6 +19,7 @@ from etils import epath
 
 from sop_jax import paths
 from sop_jax.data.folders import FolderSource, find_splits, folder_source, printable
+from sop_jax.data.read import missing_target
 from sop_jax.errors import UserError
 
 VERSION = "1.0.0"
@@ -149,8 +150,10 @@ def _read(tree: FolderSource, index: int) -> bytes:
     try:
         return tree[index]
     except OSError as error:
+        target = missing_target(error.filename)
+        why = f"it is a link to {target}, which is not there" if target else error.strerror
         raise UserError(
-            f"{tree.name(index)} cannot be read: {error.strerror or error}. Repair or remove it, "
+            f"{tree.name(index)} cannot be read: {why or error}. Repair or remove it, "
             "then run the same command again."
         ) from error
 

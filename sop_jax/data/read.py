@@ -45,7 +45,7 @@ def read(
             return source[index]
         except OSError as error:
             name, why = source.name(index), error.strerror or str(error)
-            if target := _missing_target(error.filename):
+            if target := missing_target(error.filename):
                 raise ValueError(f"it is a link to {target}, which is not there") from error
             if error.errno in DENIED:
                 raise UserError(
@@ -60,7 +60,7 @@ def read(
             wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _missing_target(path: str | None) -> str | None:
+def missing_target(path: str | None) -> str | None:
     """Where a link points to if that is nothing; else None."""
     if path is None or os.path.exists(path) or not os.path.islink(path):
         return None

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import connection, resource_tracker
@@ -54,7 +55,12 @@ def start(iterator: Any) -> None:
     and needs its workers for that, so they never see one: they start with the signals blocked,
     which they inherit from the threads that start them, until `prepare` ignores them.
     """
-    resource_tracker.ensure_running()  # which unblocks the signals where it has to start
+    # The tracker frees what killed processes shared; it should not call that a leak.
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
+    try:
+        resource_tracker.ensure_running()  # which unblocks the signals where it has to start
+    finally:
+        sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         iterator.get_state()  # makes the iterators whose threads start the workers

@@ -13,7 +13,9 @@ import jax
 from sop_jax.errors import Interrupted
 from sop_jax.parallel import hosts
 
-GRACE = 2  # seconds for the main thread to hear a signal, which it does not while XLA compiles
+# In seconds, for the main thread to
+GRACE = 2  # hear a signal, which it does not while XLA compiles
+UNWIND = 10  # leave what it was doing
 
 
 class Interruption:
@@ -42,6 +44,7 @@ class Interruption:
         self.starting: str | None = None
         self._waits = False
         self._heard = threading.Event()  # the main thread has run the handler
+        self._left = threading.Event()  # and has left the context
         self._polls: collections.deque[jax.Array] = collections.deque()
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
@@ -91,13 +94,18 @@ class Interruption:
             raise KeyboardInterrupt  # which no `except Exception` takes for something else
 
     def _insist(self, bell: socket.socket) -> None:
-        """Ends the process if a signal comes during the start and the main thread is deaf."""
+        """Ends the process if a signal comes during the start and the main thread does not.
+
+        It may be deaf, or something that it called may have swallowed the exception.
+        """
         with bell:
             while bell.recv(1):
-                if self.starting and not self._heard.wait(GRACE):
-                    hosts.leave(130, self.starting, self.starting)
+                if self.starting and not (self._heard.wait(GRACE) and self._left.wait(UNWIND)):
+                    if words := self.starting:  # nothing was trained meanwhile
+                        hosts.leave(130, words, words)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._left.set()
         signal.set_wakeup_fd(self._rope_before)
         self._rope.close()  # ends the thread
         for number, handler in self._before.items():

@@ -167,10 +167,10 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         if saved is None or not custom:
             raise ValueError("the description of its arrays is missing or damaged")
         names = _saved_names(abstract, saved)
-        wanted = _nested({names[name]: leaf for name, leaf in _named_leaves(abstract).items()})
+        wanted = {names[name]: leaf for name, leaf in _named_leaves(abstract).items()}
         _check_leaves(path, saved, wanted, partial)
         with context:
-            loaded = ocp.load_checkpointables(path, {_NAME: wanted})[_NAME]
+            loaded = ocp.load_checkpointables(path, {_NAME: _nested(wanted)})[_NAME]
         leaves = _named_leaves(loaded)
         state = jax.tree.unflatten(
             jax.tree.structure(abstract), [leaves[saved_name] for saved_name in names.values()]
@@ -217,9 +217,9 @@ def _unreadable(
     )
 
 
-def _check_leaves(path: epath.Path, saved: Any, abstract: Any, partial: bool) -> None:
+def _check_leaves(path: epath.Path, saved: Any, wanted: Mapping[str, Any], partial: bool) -> None:
     have = {name: _describe(leaf) for name, leaf in _named_leaves(saved).items()}
-    want = {name: _describe(leaf) for name, leaf in _named_leaves(abstract).items()}
+    want = {name: _describe(leaf) for name, leaf in wanted.items()}
     different = [f"{name}: missing, expected {want[name]}" for name in want if name not in have]
     different += [
         f"{name}: {have[name]}, expected {want[name]}"

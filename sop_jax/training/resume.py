@@ -152,7 +152,7 @@ def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Pat
     """
     if not (workdir / "config.json").exists():
         return []
-    began = _recorded(workdir)
+    began = recorded(workdir)
     if began is None:
         images = {split: found["images"] for split, found in data.items() if found}
         told = " and ".join(f"{count} {split} images" for split, count in images.items())
@@ -160,12 +160,7 @@ def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Pat
             f"{workdir} has no record of the data that the run began with. The data of now is "
             f"recorded: {told}."
         ]
-    different = [
-        f"{split}: {_difference(began[split], data[split])}"
-        for split in SPLITS
-        if began[split] != data[split]
-    ]
-    if different:
+    if different := differences(began, data):
         path = f" in {config.data.path}" if config.data.path else ""
         raise UserError(
             f"the data{path} is not what the run in {workdir} began with:\n  "
@@ -208,7 +203,16 @@ def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> 
     config_lib.save(config, workdir)
 
 
-def _recorded(workdir: epath.Path) -> Data | None:
+def differences(then: Data, now: Data) -> list[str]:
+    """What differs between the data of a run then and now, a line for each split."""
+    return [
+        f"{split}: {_difference(then[split], now[split])}"
+        for split in SPLITS
+        if then[split] != now[split]
+    ]
+
+
+def recorded(workdir: epath.Path) -> Data | None:
     """The data that a run began with; None if its version kept no record of it."""
     path = workdir / _DATA
     if not path.exists():
@@ -242,7 +246,7 @@ def _difference(then: Identity | None, now: Identity | None) -> str:
 
 def _images(config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
     """The number of train images that a run began with, or of now if that was not recorded."""
-    began = _recorded(workdir)
+    began = recorded(workdir)
     if began is not None and began["train"] is not None:
         return began["train"]["images"]
     source = open_source(config.data, "train")

@@ -109,7 +109,7 @@ def test_the_scale_is_never_the_range_of_the_image_itself():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_grey_values_whose_white_is_unknown_are_refused_with_the_setting_that_says_it(dtype):
-    with pytest.raises(ValueError, match=r"white.*--config\.data\.white=VALUE"):
+    with pytest.raises(ValueError, match=r"white.*data\.white=VALUE"):
         decode(tiff(GREY.astype(dtype)))
 
 
@@ -150,7 +150,7 @@ def test_16_bit_colours_that_end_earlier_are_refused():
 def test_a_folder_of_floats_is_refused_by_name_and_read_when_white_is_said(tmp_path):
     values = np.random.default_rng(0).random((24, 12, 12), np.float32)
     source = source_of(tmp_path, [tiff(image) for image in values])
-    with pytest.raises(UserError, match=r"\.png.*--config\.data\.white=VALUE"):
+    with pytest.raises(UserError, match=r"\.png.*data\.white=VALUE"):
         next(pipeline.train_batches(source, config_of(tmp_path), 4))
     with_white = config_of(tmp_path, **{"data.white": 1.0})
     batch = next(pipeline.train_batches(source, with_white, 4))
@@ -246,7 +246,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_an_image_of_too_many_pixels_says_so_and_names_the_setting():
-    with pytest.raises(ValueError, match=r"13400 x 13400.*--config\.data\.max_pixels=179560000"):
+    with pytest.raises(ValueError, match=r"13400 x 13400.*data\.max_pixels=179560000"):
         decode(png_header(13400, 13400))
     record = encoded(photo(), "PNG")
     assert decode(record, decoding.Decoding(max_pixels=2000)).shape == (40, 50, 3)

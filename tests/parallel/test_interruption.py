@@ -110,19 +110,32 @@ def test_after_the_start_a_signal_only_asks() -> None:
         assert interruption.asked
 
 
-def test_a_signal_during_a_long_compilation_ends_the_process(tmp_path: pathlib.Path) -> None:
-    script = """
-import ctypes, multiprocessing, threading, os, signal
-from sop_jax.parallel import interruption
-if __name__ == "__main__":
-    interruption.GRACE = 0.1
-    with interruption.Interruption() as asked:
-        asked.starting = "nothing was trained"
-        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+DEAF = """
         lock = ctypes.CDLL(None).pthread_mutex_lock  # as deaf as XLA's compiler
         mutex = ctypes.create_string_buffer(64)
         lock(mutex), lock(mutex)
 """
+SWALLOWING = """
+        while True:  # as a callback of the garbage collector, whose exceptions are ignored
+            try:
+                time.sleep(1)
+            except KeyboardInterrupt:
+                pass
+"""
+
+
+@pytest.mark.parametrize("main_thread", [DEAF, SWALLOWING], ids=["deaf", "swallowing"])
+def test_a_signal_during_a_long_compilation_ends_the_process(main_thread: str) -> None:
+    script = """
+import ctypes, multiprocessing, threading, os, signal, time
+from sop_jax.parallel import interruption
+if __name__ == "__main__":
+    interruption.GRACE = interruption.UNWIND = 0.1
+    with interruption.Interruption() as asked:
+        asked.starting = "nothing was trained"
+        threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+"""
+    script += main_thread
     ended = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},

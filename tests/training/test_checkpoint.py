@@ -290,3 +290,19 @@ def test_the_sums_are_part_of_the_checkpoint(tmp_path: pathlib.Path) -> None:
     file.write_text(json.dumps(metadata))
     with pytest.raises(UserError, match="values have changed since they were saved: memory"):
         checkpoint.restore(tmp_path, on(8))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(tmp_path: pathlib.Path) -> None:
+    """What is called `carried` was called `memories`."""
+    rows = jax.random.normal(jax.random.key(0), (4, 8))
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(3, {"memories": {"cls": rows}, "step": jnp.int32(3)})
+    checkpoints.close()
+    now = {"carried": {"cls": rows}, "step": jnp.int32(3)}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), now
+    )
+    found = checkpoint.restore(tmp_path, abstract)
+    assert found["carried"]["cls"].tobytes() == rows.tobytes() and found["step"] == 3
+    part = checkpoint.restore_part(tmp_path, abstract["carried"], "carried")
+    assert part["cls"].tobytes() == rows.tobytes()
