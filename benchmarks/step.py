@@ -66,7 +66,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 IMAGES = 1_281_167  # of ImageNet, which schedules follow
-STUDENT, TEACHER = 0.1, 0.04  # temperatures
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
