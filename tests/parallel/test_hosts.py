@@ -538,7 +538,7 @@ def test_virtual_devices_beyond_the_cores_get_threads_to_spare(
 
 def test_the_threads_are_there_when_devices_are() -> None:
     program = (
-        "import os, jax; from sop_jax import hosts; os.cpu_count = lambda: 2; "
+        "import os, jax; from sop_jax.parallel import hosts; os.cpu_count = lambda: 2; "
         "hosts.start(processes=1); jax.devices(); print(len(os.listdir('/proc/self/task')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
