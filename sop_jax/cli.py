@@ -37,8 +37,8 @@ PROCESSES = ("coordinator", "processes", "process")
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
-def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
-    """Parses the flags, runs `main(argv)` and exits; an error people can mend is one message.
+def run(main: Callable[[], None], devices: bool = True) -> None:
+    """Parses the flags, runs `main` and exits; an error people can mend is one message.
 
     Among those are a `UserError`, a config file that is missing or does not load, an unknown
     setting or flag, a value of the wrong type, a full disk, and too little memory. Other errors
@@ -46,7 +46,8 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
 
     Args:
         main: what the command does; prints to stdout in process 0 alone.
-        devices: whether it computes on devices, hence perhaps in several processes.
+        devices: whether it computes on devices, perhaps in several processes; what is compiled
+            for them is then kept on disk for the next time.
     """
     if devices:
         flags.DEFINE_string(
@@ -60,14 +61,15 @@ def run(main: Callable[[list[str]], None], devices: bool = True) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is printed as it came
         sys.stdout.reconfigure(errors="surrogateescape")
 
-    def guarded(argv: list[str]) -> None:
+    def guarded(_: list[str]) -> None:
         signal.signal(signal.SIGTERM, _as_ctrl_c)
         hosts = _hosts()
         try:
             if hosts:
                 hosts.start(*_processes())
                 hosts.check_agreement(_settings())
-            main(argv)
+                _keep_compiled()
+            main()
         except (Exception, KeyboardInterrupt) as error:
             if hosts and hosts.several():
                 return _end_among_others(hosts, error)
@@ -208,6 +210,12 @@ def _hosts() -> Any:
     from sop_jax.parallel import hosts
 
     return hosts
+
+
+def _keep_compiled() -> None:
+    from sop_jax.compiled.cache import keep_compiled  # loads JAX
+
+    keep_compiled()
 
 
 def _processes() -> list[Any]:

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 from sop_jax import __version__
 from sop_jax.errors import UserError, nearest
+from sop_jax.paths import write_whole
 
 # Each version's new settings, with the value by which runs of earlier versions behaved.
 BEFORE: dict[str, dict[str, Any]] = {
@@ -202,9 +203,7 @@ def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Writes `workdir/config.json`, in which the version that made the workdir stays."""
     path = workdir / _FILE
     version = _read(path)[0] if path.exists() else __version__
-    draft = workdir / "config.tmp"
-    draft.write_text(json.dumps({"version": version, **config.to_dict()}, indent=2) + "\n")
-    draft.replace(path)  # whole or not at all, on a full disk too
+    write_whole(path, json.dumps({"version": version, **config.to_dict()}, indent=2) + "\n")
 
 
 def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:

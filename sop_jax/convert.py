@@ -226,9 +226,8 @@ def save(
     config_lib.save(config, to)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Converts what the flags name."""
-    del argv
     args = flags.FLAGS
     source = args["from"].value or args.workdir
     if not source or (args["from"].value and args.workdir):

@@ -21,7 +21,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sop_jax import cli, paths
-from sop_jax.compiled.cache import keep_compiled
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.named import LOOKED_AT, describe, name_data, splits_of
@@ -33,6 +32,7 @@ from sop_jax.models import Params
 from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
+from sop_jax.paths import write_whole
 from sop_jax.pretrained import load
 from sop_jax.training import resume
 
@@ -153,7 +153,7 @@ def knn(
     other = f"_{test.digest}" if data else ""  # not in place of the numbers of the run's own data
     path = epath.Path(workdir) / f"knn_{step}{other}.json"
     try:
-        path.write_text(json.dumps(record) + "\n")
+        write_whole(path, json.dumps(record) + "\n")
     except OSError as error:
         raise UserError(
             f"the accuracy above was not saved, because {path} cannot be written: {error}; make "
@@ -214,10 +214,8 @@ def table(result: dict[str, float | int | None]) -> str:
 TASKS = {"knn": knn}
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Evaluates what the flags name."""
-    del argv
-    keep_compiled()
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")

@@ -30,7 +30,6 @@ from absl import flags
 from etils import epath
 
 from sop_jax import cli, paths
-from sop_jax.compiled.cache import keep_compiled
 from sop_jax.config import load as load_config
 from sop_jax.data.decode import decoding
 from sop_jax.data.folders import FolderSource, list_images, printable, whole_tree
@@ -247,10 +246,8 @@ WRITERS: dict[str, Callable[[Any, Arrays], None]] = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes what the flags name."""
-    del argv
-    keep_compiled()
     args, given = flags.FLAGS, cli.given_data()
     if bool(args.images) == bool(given):
         raise UserError("say which images: either --images=FOLDER (or files) or --data.path=DATA")

@@ -1,4 +1,4 @@
-"""Paths as people write them, and whether they can be written to."""
+"""Paths as people write them, whether they can be written to, and files written whole."""
 
 import importlib.util
 import os
@@ -71,3 +71,24 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
         raise UserError(
             f"cannot make {folder} in {there}: {reason}; choose another {flag}"
         ) from error
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that is never half written: it appears, or is replaced, when it is complete.
+
+    Args:
+        path: the file, local or `gs://`, in a folder that exists.
+        text: the whole of it.
+
+    Raises:
+        OSError: it cannot be written; what was there before is unchanged.
+    """
+    if "://" in str(path):  # an object appears whole or not at all
+        path.write_text(text)
+        return
+    draft = path.with_suffix(".tmp")
+    try:
+        draft.write_text(text)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -320,9 +320,8 @@ def record(found: Plan) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Plans what the flags name."""
-    del argv
     args = flags.FLAGS
     check_used(args.config, given := cli.given())
     if args.largest_batch and "batch_size" in given:

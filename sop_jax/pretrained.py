@@ -17,6 +17,7 @@ from sop_jax.models import Model, Params, build, size_of
 from sop_jax.models.positions import resize_positions
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Arrays
@@ -101,8 +102,7 @@ def origin(workdir: epath.PathLike) -> Origin | None:
 
 def save_origin(origin: Origin, workdir: epath.PathLike) -> None:
     """Writes what `origin` reads."""
-    text = json.dumps(origin._asdict(), indent=2)
-    (epath.Path(workdir) / _ORIGIN).write_text(f"{text}\n")
+    write_whole(epath.Path(workdir) / _ORIGIN, json.dumps(origin._asdict(), indent=2) + "\n")
 
 
 def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:

@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 from sop_jax import cli, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check, check_trace, check_used
-from sop_jax.compiled.cache import keep_compiled
 from sop_jax.config import PATHS, flatten
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
@@ -46,7 +45,7 @@ from sop_jax.monitor.profiling import Trace
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import host_rows, make_mesh, place, replicated, to_devices
-from sop_jax.paths import check_writable, expand
+from sop_jax.paths import check_writable, expand, write_whole
 from sop_jax.training import checkpoint, optim, resume
 from sop_jax.training.assemble import Run, assemble, compiled_step
 from sop_jax.training.owner import Owner, owned
@@ -459,9 +458,7 @@ def finish(
     summary = summarise(rows, steps, compile_s)
     if hosts.is_first():
         owner.check()
-        draft = workdir / "summary.tmp"
-        draft.write_text(json.dumps(summary, indent=2) + "\n")
-        draft.replace(workdir / "summary.json")  # whole or not at all: it says that all is done
+        write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(in_words(summary, workdir), file=sys.stderr)
         print(json.dumps(summary))
     return summary
@@ -672,10 +669,8 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
     return f"{accuracy}; {minutes}; {curves}"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains what the flags name."""
-    del argv
-    keep_compiled()
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     made = config_lib.load(workdir) if (workdir / "config.json").exists() else None
     check_used(config, cli.given(), made)

@@ -60,7 +60,7 @@ def fail(how):
         raise ZeroDivisionError("a bug")
 
 
-def main(argv):
+def main():
     fail(flags.FLAGS.fail)
     logging.getLogger("library").info("news that nobody asked for")
     if CONFIG.value:
@@ -101,10 +101,16 @@ def command(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def run(command: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "HOME": "/home/me",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     return subprocess.run(
         [sys.executable, command.name, *flags],
         cwd=command.parent,
-        env={"PYTHONPATH": str(pathlib.Path(__file__).parents[1]), "HOME": "/home/me"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -421,7 +427,7 @@ def test_help_with_a_recipe_lists_its_settings(command: pathlib.Path) -> None:
 def test_paths_that_are_not_utf8_are_printed_byte_for_byte() -> None:
     program = (
         "import os, sys\nfrom sop_jax import cli\n"
-        "cli.run(lambda argv: print(os.fsdecode(b'caf\\xe9.npz')), devices=False)"
+        "cli.run(lambda: print(os.fsdecode(b'caf\\xe9.npz')), devices=False)"
     )
     environment = {
         **os.environ,

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import pytest
+from etils import epath
 
 from sop_jax import paths
 from sop_jax.errors import UserError
@@ -54,3 +55,14 @@ def test_a_check_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="dangling: No such file"):
         paths.check_writable(tmp_path / "dangling" / "a", "--out")
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: pathlib.Path) -> None:
+    file = epath.Path(tmp_path) / "config.json"
+    paths.write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        paths.write_whole(file, "new" * 10_000 + "\ud800")
+    assert file.read_text() == "old"
+    paths.write_whole(file, "new")
+    assert file.read_text() == "new"
+    assert os.listdir(tmp_path) == ["config.json"]

@@ -60,13 +60,13 @@ def save(out: str, arrays: dict[str, np.ndarray]) -> None:
         np.savez(out, **arrays)
 
 
-def main(argv: list[str]) -> None:
-    {"trajectory": trajectory, "restore": restore, "shuffle": shuffle}[TASK](*argv[1:])
+def main() -> None:
+    {"trajectory": trajectory, "restore": restore, "shuffle": shuffle}[TASK](*arguments)
 
 
 if __name__ == "__main__":
     TASK = sys.argv.pop(1)
     arguments = [word for word in sys.argv[1:] if not word.startswith("--")]
     sys.argv = [sys.argv[0], *(word for word in sys.argv if word.startswith("--"))]
-    cli.run(lambda argv: main([argv[0], *arguments]))
+    cli.run(main)
     assert flags.FLAGS.is_parsed()

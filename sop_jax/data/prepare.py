@@ -158,9 +158,8 @@ def _read(tree: FolderSource, index: int) -> bytes:
         ) from error
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prepares the data set that the flags name."""
-    del argv
     args = flags.FLAGS
     config_flags = prepare(args.images, args.out, args.name, args.splits)
     print(f"Done. To train on it:\n{config_flags}")

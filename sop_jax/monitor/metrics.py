@@ -11,6 +11,8 @@ import tensorboardX
 import tqdm
 from etils import epath
 
+from sop_jax.paths import write_whole
+
 Scalar = float | int | str | None
 
 _FILE = "metrics.jsonl"
@@ -78,14 +80,8 @@ class Writer:
         self._board.close()
 
     def _rewrite(self) -> None:
-        """Puts the rows in place of the file, which at no moment is missing or half written."""
-        text = "".join(json.dumps(row) + "\n" for row in self._rows)
-        if self._remote:  # an object appears whole or not at all
-            self._path.write_text(text)
-        else:
-            draft = self._path.with_suffix(".tmp")
-            draft.write_text(text)
-            draft.replace(self._path)
+        """Puts the rows in place of the file."""
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in self._rows))
         self._written = time.monotonic()
 
 

@@ -13,6 +13,7 @@ from sop_jax import config as config_lib
 from sop_jax import schedules
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
+from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 
 SPLITS = ("train", "test")
@@ -197,9 +198,7 @@ def facts(data: Data) -> dict[str, Any]:
 
 def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> None:
     """Writes what decides the run to its workdir, the settings last."""
-    draft = workdir / "data.tmp"
-    draft.write_text(json.dumps(data, indent=2) + "\n")
-    draft.replace(workdir / _DATA)  # whole or not at all
+    write_whole(workdir / _DATA, json.dumps(data, indent=2) + "\n")
     config_lib.save(config, workdir)
 
 

@@ -180,7 +180,8 @@ def test_an_image_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkeyp
     tree = write_tree(tmp_path / "tree")
     link = tmp_path / "tree" / "train" / "n01" / "link.jpg"
     link.symlink_to("nowhere.jpg")
-    with pytest.raises(UserError, match=r"link.jpg cannot be read: it is a link to nowhere.jpg, which") as told:
+    what = r"link.jpg cannot be read: it is a link to nowhere.jpg, which"
+    with pytest.raises(UserError, match=what) as told:
         prepare(tree, str(tmp_path / "out"), "tiny", ["train", "val"])
     assert "room" not in str(told.value)
     link.unlink()

@@ -112,22 +112,22 @@ def test_a_store_that_cannot_append_gets_the_whole_file(
     assert [row["step"] for row in metrics.read_metrics(bucket)] == [1, 2, 3]
 
 
-class Bucket:
-    """A path with a bucket's name whose objects are written whole: it has no `open`, no rename."""
+class Bucket(epath.Path):
+    """A path of a bucket, whose objects are written whole: it has no `open` or `replace`."""
 
-    def __init__(self, root: pathlib.Path, name: str) -> None:
-        self.root, self.name = root, name
-        self.local = epath.Path(root / name.replace("://", "/"))
+    def __init__(self, folder: pathlib.Path, address: str) -> None:
+        self._folder, self._address = folder, address
+        self.local = epath.Path(folder / address.replace("://", "/"))
 
     def __truediv__(self, part: str) -> "Bucket":
-        return Bucket(self.root, f"{self.name}/{part}")
+        return Bucket(self._folder, f"{self._address}/{part}")
 
     def __str__(self) -> str:
-        return self.name
+        return self._address
 
     @property
     def parent(self) -> "Bucket":
-        return Bucket(self.root, self.name.rpartition("/")[0])
+        return Bucket(self._folder, self._address.rpartition("/")[0])
 
     def mkdir(self, parents: bool, exist_ok: bool) -> None:
         self.local.mkdir(parents=parents, exist_ok=exist_ok)

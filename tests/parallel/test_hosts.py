@@ -45,7 +45,7 @@ def refusal(call, *args):
         return str(error)
 
 
-def main(argv):
+def main():
 {body}
 
 
@@ -101,7 +101,7 @@ def test_a_process_alone_starts_at_once(tmp_path: pathlib.Path) -> None:
     file = tmp_path / name
     file.write_text(
         file.read_text().replace(
-            "def main(argv):",
+            "def main():",
             "start = hosts.start\n"
             "def timed(*args):\n"
             "    global began\n"
@@ -109,7 +109,7 @@ def test_a_process_alone_starts_at_once(tmp_path: pathlib.Path) -> None:
             "    start(*args)\n"
             "    began = time.monotonic() - before\n"
             "hosts.start = timed\n"
-            "def main(argv):",
+            "def main():",
         )
     )
     flags = [[], ["--processes=1"], []]
