@@ -1,1 +1,1 @@
-"""Training objectives, a folder each."""
+"""Training objectives: their interface, what they share, and a folder for each of them."""

@@ -1,4 +1,7 @@
-"""Cross-entropy of views and masked patches, for whatever assigns them (equations 2 and 4)."""
+"""The cross-entropies of views and of masked patches, for any way to assign them to prototypes.
+
+With SOPs as prototypes these are equations 2 and 4 of the paper.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -10,14 +13,19 @@ from jaxtyping import Array, Bool, Float
 
 @runtime_checkable
 class Assign(Protocol):
-    """Assigns embeddings to K prototypes."""
+    """A function that softly assigns embeddings to K prototypes."""
 
     def __call__(self, learnt: Any, u: Float[Array, "*B d"]) -> Float[Array, "*B K"]:
-        """Log probabilities in float32, differentiable by `learnt` and by `u`."""
+        """Returns log probabilities in float32, differentiable with respect to both arguments.
+
+        Args:
+            learnt: parameters that learn by gradient, such as prototypes; () if there are none.
+            u: unit embeddings.
+        """
 
 
 def cross_entropy(target: Float[Array, "*B K"], log_p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
-    """-sum target log p."""
+    """Returns the cross-entropy -sum(target * log_p) in nats."""
     return -(target * log_p).sum(-1)
 
 
@@ -28,14 +36,17 @@ def cls_loss(
     learnt: Any = (),
     at_once: int = 1,
 ) -> Float[Array, ""]:
-    """Equation 2 over all pairs of different views, mean over pairs and images.
+    """Returns the loss of equation 2: each student view predicts the teacher's other views.
+
+    The loss, in nats, is the mean over images and over all pairs of a student view and a different
+    view of the teacher.
 
     Args:
-        student: unit [CLS] embeddings of all views, global ones first.
-        targets: the teacher's assignments of the global views.
-        assign: gives the student's assignments.
-        learnt: parameters of `assign`, such as prototypes; they get a gradient.
-        at_once: views whose logits exist together.
+        student: unit [CLS] embeddings of all V views, the global views first.
+        targets: the teacher's assignments of the Q global views, as probabilities.
+        assign: computes the student's assignments.
+        learnt: parameters of `assign`, such as prototypes; they receive a gradient.
+        at_once: the number of views whose logits are in memory at the same time.
     """
     (batch, views, _), globals_ = student.shape, targets.shape[1]
     pairs = 1.0 - jnp.eye(views, globals_)  # a view never predicts itself
@@ -57,18 +68,19 @@ def mim_loss(
     learnt: Any = (),
     at_once: int = 1,
 ) -> Float[Array, ""]:
-    """Equation 4: same view, masked patches; mean over an image's patches, then images and views.
+    """Returns the loss of equation 4: masked patches predict the teacher's, within each view.
 
-    An image without a masked patch counts as zero.
+    The loss, in nats, is the mean over the masked patches of a view, then over images and views.
+    A view without a masked patch counts as zero.
 
     Args:
-        student: unit embeddings of patches.
-        teacher: of the same patches.
-        mask: those that count.
-        assign: gives the student's assignments.
-        assign_teacher: gives the log of the targets; has no gradient.
-        learnt: parameters of `assign`, such as prototypes; they get a gradient.
-        at_once: views whose logits exist together.
+        student: unit embeddings of M patches of each of the Q global views.
+        teacher: unit embeddings of the same patches by the teacher, which sees no mask.
+        mask: which of the patches are masked; only they count.
+        assign: computes the student's assignments.
+        assign_teacher: computes the logarithm of the targets; it receives no gradient.
+        learnt: parameters of `assign`, such as prototypes; they receive a gradient.
+        at_once: the number of views whose logits are in memory at the same time.
     """
 
     def view(learnt: Any, student: Array, teacher: Array, mask: Array) -> Array:
@@ -81,7 +93,7 @@ def mim_loss(
 
 
 def by_view(x: Array) -> Array:
-    """[B V ...] as [V B ...]."""
+    """Moves the axis of views of an array [B V ...] to the front: [V B ...]."""
     return jnp.moveaxis(x, 1, 0)
 
 
@@ -92,16 +104,24 @@ def sum_over_views(
     student: Float[Array, "V ..."],
     *others: Array,
 ) -> Float[Array, ""]:
-    """The sum of term(learnt, student, *others) over views, differentiable by the first two only.
+    """Returns the sum of `term(learnt, student, *others)` over views.
 
-    Logits (a view's B x K(k+1)) are the largest arrays of the method. Gradients are made along
-    with the terms, `at_once` views at a time, so that no logits wait for the backward pass and
-    none are computed twice. The gradient of `learnt` is summed on the way, one copy of it.
+    The logits (B x K(k+1) per view) are the largest arrays of the method. Gradients are computed
+    along with the terms, `at_once` views at a time, so that no logits are kept for the backward
+    pass and none are computed twice. The gradient of `learnt` is summed on the way, so that only
+    one copy of it exists.
+
+    Args:
+        term: the loss of one view, summed over its images.
+        at_once: the number of views whose logits are in memory at the same time.
+        learnt: the first argument of `term`, the same for all views; differentiable.
+        student: the second argument, one entry per view; differentiable.
+        *others: further arguments, one entry per view; they receive no gradient.
     """
     fixed, inputs = jax.lax.stop_gradient((learnt, (student, *others)))
 
     def some(inputs: tuple[Array, ...]) -> tuple[Array, tuple[Any, Array]]:
-        """The sum over some views, and its gradients."""
+        """Returns the sum over some views, and its gradients."""
 
         def total(learnt: Any, student: Array) -> Array:
             return jax.vmap(lambda *view: term(learnt, *view))(student, *inputs[1:]).sum()
@@ -124,6 +144,9 @@ def sum_over_views(
 
 
 def linear(variables: Any, fixed: Any, gradients: Any) -> Array:
-    """Zero in value, with these gradients by `variables`, which equal `fixed`."""
+    """Returns zero, with `gradients` as its gradient with respect to `variables`.
+
+    `fixed` has the values of `variables`, without their gradient.
+    """
     products = jax.tree.map(lambda x, x0, g: ((x - x0) * g).sum(), variables, fixed, gradients)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))

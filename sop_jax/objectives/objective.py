@@ -1,8 +1,11 @@
-"""What the train step asks of a training objective, and what it gives in return.
+"""The interface between the train step and a training objective.
 
-A step embeds the views with the teacher, hands the embeddings of the whole batch to `teach`, and
-minimises `loss` over the student's embeddings, one microbatch at a time. Everything that belongs
-to a method stands behind these functions: prototypes, memories, centers, temperatures.
+A step embeds the views with the teacher, passes the embeddings of the whole batch to `teach`, and
+minimises `loss` over the student's embeddings, one microbatch at a time. Everything that is
+specific to a method is behind these functions: prototypes, memories, centers, temperatures.
+
+In the shapes, B images have V views each, Q of them global; M patches are selected of each global
+view. The backbone's features have D numbers, the head's embeddings d.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,18 +16,18 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.schedules import Schedule
 
-Now = Mapping[str, Float[Array, ""] | float]  # the values of all schedules at this step
-Params = dict[str, Any]  # the objective's own, {} for one that learns none
+Now = Mapping[str, Float[Array, ""] | float]  # the values of all schedules at the current step
+Params = dict[str, Any]  # the parameters of the objective itself; {} if it learns none
 
 
 class Outputs(NamedTuple):
-    """What a network makes of the V views that it sees, of which the first Q are global.
+    """The outputs of a network for the V views that it sees, the first Q of which are global.
 
     Attributes:
-        cls: unit embeddings of [CLS] in float32.
-        patches: unit embeddings of the selected patches of the global views in float32.
-        cls_features: [CLS] before the head.
-        patch_features: the selected patches before the head.
+        cls: unit embeddings of [CLS], in float32.
+        patches: unit embeddings of the selected patches of the global views, in float32.
+        cls_features: the features of [CLS] before the head.
+        patch_features: the features of the selected patches before the head.
     """
 
     cls: Float[Array, "B V d"]
@@ -34,11 +37,14 @@ class Outputs(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Which patches of the global views a network sees, and which it gives embeddings of.
+    """Which patches of the global views a network encodes, and which of them it embeds.
+
+    Patches are numbered row by row from 0.
 
     Attributes:
-        patches: those that the head sees, row by row; of the kept ones where some are dropped.
-        kept: those that enter the encoder, row by row; None for all. Only a ViT can drop patches.
+        patches: the patches that the head embeds. Where some patches are dropped, these are
+            positions among the kept ones.
+        kept: the patches that enter the encoder; None for all. Only a ViT can drop patches.
     """
 
     patches: Int[Array, "B Q M"]
@@ -46,11 +52,11 @@ class Places(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The patches of both networks.
+    """The patches that student and teacher encode and embed.
 
     Attributes:
-        student: of the student, whose masked patches show the mask token.
-        teacher: of the teacher, which sees no mask.
+        student: the student's patches; the masked ones are replaced by the mask token.
+        teacher: the teacher's patches; the teacher sees no mask.
         masked: which of the student's selected patches are masked.
     """
 
@@ -61,23 +67,31 @@ class Selection(NamedTuple):
 
 @runtime_checkable
 class Init(Protocol):
-    """Makes the start of what an objective learns and of what it carries from step to step."""
+    """Initializes an objective."""
 
     def __call__(self, key: Key[Array, ""]) -> tuple[Params, Any]:
-        """Its parameters, which learn by gradient and are averaged as the network is; the rest."""
+        """Returns the objective's parameters, and what it carries from step to step.
+
+        The parameters learn by gradient and are averaged in the teacher as the network's are.
+        """
 
 
 @runtime_checkable
 class Select(Protocol):
-    """Chooses patches."""
+    """Selects the patches of a batch."""
 
     def __call__(self, mask: Bool[Array, "B Q h w"], keys: Key[Array, " B"]) -> Selection:
-        """The selection for a batch; each image draws from a key of its own."""
+        """Returns the patches that both networks encode and embed.
+
+        Args:
+            mask: the masked patches of each global view, on its grid of h x w patches.
+            keys: a key for each image, so that what it draws does not depend on the others.
+        """
 
 
 @runtime_checkable
 class Teach(Protocol):
-    """Makes the targets, from the whole batch and without gradient."""
+    """Makes the targets from the whole batch, without gradient."""
 
     def __call__(
         self,
@@ -89,25 +103,26 @@ class Teach(Protocol):
         now: Now,
         key: Key[Array, ""],
     ) -> tuple[Any, Any, Any]:
-        """What all images share, the targets of each (leading axis B), and what is carried on.
+        """Returns `(shared, targets, carried)`.
 
-        Targets may be embeddings that become probabilities in `loss`: the probabilities of a
-        large batch take gigabytes.
+        `shared` is what all images share, such as prototypes. `targets` has one entry per image on
+        its leading axis of size B; these may be embeddings that `loss` turns into probabilities,
+        since the probabilities of a large batch take gigabytes. `carried` goes to the next step.
 
         Args:
             student: the objective's parameters in the student.
-            teacher: their moving average.
-            carried: from the step before.
-            outputs: the teacher's.
-            index: the data set's index of each image.
+            teacher: their moving average in the teacher.
+            carried: what the step before returned, or `init`.
+            outputs: the teacher's outputs.
+            index: the index of each image in the data set.
             now: the values of all schedules.
-            key: of this step.
+            key: the key of this step.
         """
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """The loss of some images."""
+    """Computes the loss of a microbatch."""
 
     def __call__(
         self,
@@ -118,14 +133,14 @@ class Loss(Protocol):
         masked: Bool[Array, "b Q M"],
         now: Now,
     ) -> tuple[Array, dict[str, Array]]:
-        """The loss and its terms, each a mean over the images given.
+        """Returns the loss and its terms by name, each a mean over the b images given.
 
         Args:
             params: the objective's parameters in the student.
-            shared: what all images share.
-            targets: of these images.
+            shared: what all images share, from `teach`.
+            targets: the targets of these images, from `teach`.
             student: the student's outputs.
-            masked: which of its patches are masked.
+            masked: which of the student's selected patches are masked.
             now: the values of all schedules.
         """
 
@@ -137,27 +152,35 @@ class Measure(Protocol):
     def __call__(
         self, carried: Any, shared: Any, targets: Any, student_cls: Float[Array, "B V d"], now: Now
     ) -> dict[str, Array]:
-        """Scalars by name, of the whole batch; `carried` is what `teach` gave."""
+        """Returns scalars by name.
+
+        Args:
+            carried: what `teach` returned at this step.
+            shared: what all images share, from `teach`.
+            targets: the targets of the whole batch, from `teach`.
+            student_cls: the student's [CLS] embeddings of the whole batch.
+            now: the values of all schedules.
+        """
 
 
 @runtime_checkable
 class Verdict(Protocol):
-    """Puts the signs of health in words."""
+    """Judges the signs of health."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
-        """Words for a person when the logged rows show that training goes wrong, else None."""
+        """Returns a warning if the logged rows, newest last, show a failing run, else None."""
 
 
 class Objective(NamedTuple):
     """A method of self-supervised training.
 
     Attributes:
-        student_views: the views that the student sees, at least one of them global. Global views
-            are numbered from 0, local ones follow.
-        teacher_views: the views that the teacher sees.
-        schedules: by name; their values reach all functions as `now`.
-        optimizers: for sub-trees of the objective's parameters, by their name. Other parameters
-            are optimized as the network is.
+        student_views: the views that the student sees, at least one of them global. Views are
+            numbered from 0, the global ones first.
+        teacher_views: the views that the teacher sees, numbered likewise.
+        schedules: schedules by name; all functions receive their values as `now`.
+        optimizers: optimizers for sub-trees of the objective's parameters, by the name of the
+            sub-tree. All other parameters are optimized as the network's are.
         terms: the names of the terms of the loss.
         init: see `Init`.
         select: see `Select`.

@@ -77,7 +77,9 @@ def test_an_image_stays_in_the_lane_of_its_place_in_the_batch() -> None:
 @pytest.mark.parametrize("batch", [12, 6])
 def test_refuses_rows_that_do_not_fit_its_lanes(batch: int) -> None:
     memory = init_memory(jax.random.key(0), 8, DIM, lanes=4)
-    with pytest.raises(ValueError, match=f"{batch} rows do not fit 4 lanes of 2 slots.*at most 8"):
+    with pytest.raises(
+        ValueError, match=f"{batch} rows do not fit a memory with 4 lanes of 2 slots.*at most 8"
+    ):
         push(memory, *numbered(0, batch))
 
 

@@ -1,1 +1,1 @@
-"""What is SOP's own: memories, prototypes, soft assignment, losses, health and their objective."""
+"""The parts specific to SOP: memories, prototypes, soft assignment, health and the objective."""

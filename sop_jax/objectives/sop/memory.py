@@ -10,17 +10,18 @@ from sop_jax.models.head import unit
 
 
 class Memory(NamedTuple):
-    """A ring of slots in each of L lanes; holds the N newest rows, N at most L T.
+    """A first-in-first-out store of N rows, as a ring of T slots in each of L lanes, N <= L T.
 
-    A batch enters by one slot, image i in lane i. Lanes are sharded as the images of a batch are,
-    so that a push sends nothing, and their number is the same on any number of devices. Where L
-    does not divide N, the first lanes of the oldest slot hold rows that are too old; see `live`.
+    Each batch overwrites the oldest slot, with image i in lane i. Lanes are sharded as the images
+    of a batch are, so that a push needs no communication, and their number does not depend on the
+    number of devices. Where L does not divide N, the first lanes of the oldest slot hold rows that
+    are too old; `live` tells them apart.
 
     Attributes:
-        rows: unit embeddings, float32.
-        image: the data set's index of the image that a row came from; -1 for the random start.
+        rows: unit embeddings in float32.
+        image: the index in the data set of the image of each row; -1 for the initial random rows.
         next: the slot to overwrite next, which is the oldest.
-        filled: how many rows came from images, at most L T.
+        filled: the number of rows that came from images, at most L T.
     """
 
     rows: Float[Array, "L T d"]
@@ -30,7 +31,14 @@ class Memory(NamedTuple):
 
 
 def init_memory(key: Key[Array, ""], size: int, dim: int, lanes: int) -> Memory:
-    """Random unit rows, at least `size` of them."""
+    """Returns a memory of random unit rows.
+
+    Args:
+        key: draws the rows.
+        size: N, the rows to hold; rounded up to a multiple of `lanes` in the memory's shape.
+        dim: d, the numbers in a row.
+        lanes: L, usually the images of a batch.
+    """
     slots = -(-size // lanes)
     return Memory(
         rows=unit(jax.random.normal(key, (lanes, slots, dim))),
@@ -41,17 +49,25 @@ def init_memory(key: Key[Array, ""], size: int, dim: int, lanes: int) -> Memory:
 
 
 def push(memory: Memory, rows: Float[Array, "B d"], index: Int[Array, " B"]) -> Memory:
-    """The memory with its B oldest rows replaced.
+    """Returns the memory with its B oldest rows replaced.
 
-    B is a multiple of the lanes, and each of them takes B / L consecutive rows: with one row a
-    lane, or with one lane, the last given row becomes the newest.
+    Each lane takes B / L consecutive rows. With one row per lane, or with only one lane, the last
+    of `rows` becomes the newest.
+
+    Args:
+        memory: the memory to add to.
+        rows: the new rows.
+        index: the index in the data set of the image of each row.
+
+    Raises:
+        ValueError: B is not a multiple of L, or exceeds L T.
     """
     lanes, slots, dim = memory.rows.shape
     batch = len(rows)
     if batch % lanes or batch > lanes * slots:
         raise ValueError(
-            f"{batch} rows do not fit {lanes} lanes of {slots} slots: expected a multiple of "
-            f"{lanes}, at most {lanes * slots}"
+            f"{batch} rows do not fit a memory with {lanes} lanes of {slots} slots: expected a "
+            f"multiple of {lanes}, at most {lanes * slots}"
         )
     new = batch // lanes
     taken = (memory.next + jnp.arange(new)) % slots
@@ -64,19 +80,25 @@ def push(memory: Memory, rows: Float[Array, "B d"], index: Int[Array, " B"]) -> 
 
 
 def flat_rows(memory: Memory) -> Float[Array, "LT d"]:
-    """All rows, lane by lane; their indices are those that `by_age` gives and `live` marks."""
+    """Returns all rows, lane by lane, in the order to which `by_age` and `live` refer."""
     return memory.rows.reshape(-1, memory.rows.shape[-1])
 
 
 def by_age(memory: Memory, size: int, places: Int[Array, "*K"]) -> Int[Array, "*K"]:
-    """Flat indices of rows given by their place among the `size` newest, 0 for the oldest."""
+    """Returns the indices in `flat_rows` of rows given by age.
+
+    Args:
+        memory: the memory.
+        size: N, the newest rows among which places are counted.
+        places: positions among these rows, 0 for the oldest and `size` - 1 for the newest.
+    """
     lanes, slots = memory.image.shape
     places = places + lanes * slots - size
     return places % lanes * slots + (memory.next + places // lanes) % slots
 
 
 def live(memory: Memory, size: int) -> Bool[Array, " LT"]:
-    """Which of the flat rows are among the `size` newest."""
+    """Returns which of `flat_rows` are among the `size` newest."""
     lanes, slots = memory.image.shape
     age = (jnp.arange(slots) - memory.next) % slots  # slots since the oldest
     place = age * lanes + jnp.arange(lanes)[:, None]

@@ -1,4 +1,4 @@
-"""SOP as a training objective: what it draws, remembers, compares and measures."""
+"""SOP as a training objective (section 2 of the paper)."""
 
 import functools
 from typing import Any
@@ -24,18 +24,23 @@ from sop_jax.objectives.sop.prototypes import (
 from sop_jax.parallel.search import nearest, take
 from sop_jax.schedules import Length, Schedule, constant, duration, ramp
 
-SLOTS = 2**31  # folded into the seed's key for fixed slots; nothing else of a run is
+SLOTS = 2**31  # folded into the seed's key to draw fixed slots; no other key of a run is
 
-LOGITS = 2**28  # bytes of the logits of a device's student views at a time
+LOGITS = 2**28  # bytes per device of the student's logits that are in memory at the same time
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
 
 def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
-    """The temperatures of the softmax over SOPs; `config` is the run's `sop`."""
-    heating = min(duration(config, "temperature_warmup_", length.epoch), length.steps)
+    """Returns the schedules of both temperatures of the softmax over SOPs.
+
+    Args:
+        config: `config.sop` of the run.
+        length: the length of the run.
+    """
+    warmup = min(duration(config, "temperature_warmup_", length.epoch), length.steps)
     return {
-        "teacher_temperature": ramp(config.teacher_temperature, heating),
+        "teacher_temperature": ramp(config.teacher_temperature, warmup),
         "student_temperature": constant(config.student_temperature),
     }
 
@@ -43,12 +48,18 @@ def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str,
 def assign_views(
     sops: SOPs, cls: Float[Array, "B Q d"], temperature: Float[Array, ""] | float
 ) -> Float[Array, "tasks B Q K"]:
-    """Assignments of the views' [CLS] to the SOPs of every task."""
+    """Returns the assignments of the views' [CLS] embeddings to the SOPs of every task."""
     return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
 
 
 def views_at_once(student: Float[Array, "B V ..."], sops: SOPs, mesh: Mesh) -> int:
-    """So many views of a device's images that their logits take at most LOGITS bytes."""
+    """Returns the number of views whose logits take at most LOGITS bytes per device, at least 1.
+
+    Args:
+        student: the embeddings of a microbatch, split over the devices by image.
+        sops: the SOPs of one task.
+        mesh: the devices.
+    """
     views = student.shape[1]
     rows = student.size // student.shape[-1] / views / mesh.devices.size
     size = 4 * rows * sops.votes.size
@@ -58,14 +69,17 @@ def views_at_once(student: Float[Array, "B V ..."], sops: SOPs, mesh: Mesh) -> i
 def masked_first(
     mask: Bool[Array, "B Q h w"], most: int | None
 ) -> tuple[Int[Array, "B Q M"], Bool[Array, "B Q M"]]:
-    """Places of `most` patches of each view, masked ones before others, and which are masked."""
+    """Returns the positions of `most` patches of each view, masked ones first, and their masks.
+
+    `most` is M; None selects all patches.
+    """
     flat = mask.reshape(*mask.shape[:2], -1)
     places = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
     return places, jnp.take_along_axis(flat, places, axis=-1)
 
 
 def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
-    """The place of one random patch of each image, the same for all of its views."""
+    """Returns the position of one random patch of each image, the same for all of its views."""
     drawn = jax.vmap(lambda key: jax.random.randint(key, (1, 1), 0, patches))(keys)
     return jnp.broadcast_to(drawn, (len(keys), views, 1))
 
@@ -78,15 +92,15 @@ def draw_sops(
     key: Key[Array, ""],
     frozen: Float[Array, "K d"] | None,
 ) -> SOPs:
-    """The SOPs of one task.
+    """Returns the SOPs of one task.
 
     Args:
-        memory: of this level.
-        level: `config.cls` or `config.patch`.
-        config: the run's `sop`.
+        memory: the memory of [CLS] or of patches.
+        level: `config.cls` or `config.patch` accordingly.
+        config: `config.sop` of the run.
         mesh: the devices that the memory is split over.
         key: draws the anchors.
-        frozen: anchors to use in their place.
+        frozen: the embeddings of anchors that never change, in place of drawn ones.
     """
     rows, alive = flat_rows(memory), live(memory, level.memory)
     if frozen is not None:
@@ -118,26 +132,26 @@ def sop(
     length: Length,
     most_masked: int | None = None,
 ) -> Objective:
-    """The paper's objective, as set in `config.sop`.
+    """Returns the paper's objective, as set in `config.sop`.
 
-    A memory has a lane for each image of `config.batch_size`, split over the devices of `mesh`.
-    Without rows for patches (`config.sop.patch.memory` 0) there is only E_C.
+    Both memories have a lane for each image of a batch, split over the devices of `mesh`. If
+    `config.sop.patch.memory` is 0, there is no memory of patches and no loss of masked patches.
 
     Args:
-        run_config: of the whole run.
-        dim: numbers of an embedding.
-        mesh: devices that share the memories.
-        length: of the run.
-        most_masked: patches of a view, at most, as masks are drawn; the heads see so many. By
-            default all.
+        run_config: the config of the run.
+        dim: d, the numbers in an embedding.
+        mesh: the devices.
+        length: the length of the run.
+        most_masked: the largest number of masked patches in a view, which is the number of patches
+            per view that the head embeds; all by default.
     """
     config, lanes = run_config.sop, run_config.batch_size
     levels = {name: config[name] for name in ("cls", "patch") if config[name].memory}
     takes_patches = "patch" in levels
 
     def init(key: Key[Array, ""]) -> tuple[Params, dict[str, Any]]:
-        """Nothing to learn; E_C and E_P full of random rows, and anchors that are kept fixed."""
-        # The first keys of a split do not depend on how many there are.
+        """Returns no parameters, and E_C and E_P full of random rows, with any frozen anchors."""
+        # The first keys of a split do not depend on the number of keys.
         keys = jax.random.split(key, 2 * len(levels))
         of_rows, of_anchors = keys[: len(levels)], keys[len(levels) :]
         memories: dict[str, Any] = {
@@ -160,7 +174,7 @@ def sop(
         return take(flat_rows(memory), rows, mesh)
 
     def select(mask: Bool[Array, "B Q h w"], keys: Key[Array, " B"]) -> Selection:
-        """The masked patches and, for the teacher, one more drawn for each image, which is last."""
+        """Selects the masked patches and, for the teacher, a last one drawn for each image."""
         masked, is_masked = masked_first(mask, most_masked if takes_patches else 0)
         taken = masked
         if takes_patches:
@@ -169,9 +183,9 @@ def sop(
         return Selection(Places(masked), Places(taken), is_masked)
 
     def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
-        """SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
+        """Returns the SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
         if config.anchors == "fixed_slots":
-            # The same slots at every step.
+            # A key that does not depend on the step draws the same slots at every step.
             key = jax.random.fold_in(jax.random.key(run_config.seed), SLOTS)
         drawn = {}
         for name, level_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
@@ -180,7 +194,7 @@ def sop(
                 continue
             draw = functools.partial(draw_sops, memories[name], level, config, mesh)
             frozen = memories["frozen"][name] if config.anchors == "frozen_rows" else None
-            # One task after another: batched, the top-k would leave XLA's fast path on CPUs.
+            # One task at a time: if batched, the top-k would leave XLA's fast path on CPUs.
             drawn[name] = jax.lax.map(
                 lambda task, draw=draw: draw(*task),
                 (jax.random.split(level_key, level.tasks), frozen),
@@ -196,9 +210,10 @@ def sop(
         now: Now,
         key: Key[Array, ""],
     ) -> tuple[dict[str, SOPs], dict[str, Array], dict[str, Any]]:
-        """SOPs from the memories, the teacher's embeddings as targets, and the memories after it.
+        """Returns the SOPs, the teacher's embeddings as targets, and the updated memories.
 
-        The memories take of the second global view its [CLS] and the random patch.
+        The SOPs are drawn before the memories take the embeddings of this step: the [CLS] and the
+        random patch of the second global view (appendix A).
         """
         del student, teacher, now
         with jax.named_scope("prototypes"):
@@ -219,7 +234,7 @@ def sop(
         masked: Bool[Array, "b Q M"],
         now: Now,
     ) -> tuple[Array, dict[str, Array]]:
-        """λ1 times equation 2 plus λ2 times equation 4, each the mean of its tasks."""
+        """Returns λ1 times equation 2 plus λ2 times equation 4, each the mean over its tasks."""
         del params
         warm, sharp = now["student_temperature"], now["teacher_temperature"]
 

@@ -1,4 +1,4 @@
-"""Self-organizing prototypes: anchors, their supports and the votes of both (section 2.2.1)."""
+"""Self-organizing prototypes: anchors, their supports, and the votes of both (section 2.2.1)."""
 
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ VOTES = ("similarity", "smoothed", "pure_similarity", "one_hot")
 
 
 class SOPs(NamedTuple):
-    """K prototypes, each an anchor (first) and its k supports, nearest first; S = 1 + k.
+    """K prototypes, each an anchor followed by its k supports, nearest first; S = 1 + k.
 
-    K comes last, so that what is computed for every SOP is contiguous.
+    The axis of length K comes after that of length S, so that per-SOP results are contiguous.
 
     Attributes:
-        embeddings: D of the paper, unit rows.
-        votes: what each support gives its own SOP; the rest of its one vote is spread evenly over
-            the other SOPs. These are the entries of Y on the SOP's own column.
+        embeddings: D in the paper; unit rows.
+        votes: the share of its vote that each support gives to its own SOP, that is, the entry of
+            Y in the SOP's own column. The rest of the vote is spread evenly over the other SOPs.
     """
 
     embeddings: Float[Array, "S K d"]
@@ -29,7 +29,7 @@ class SOPs(NamedTuple):
 
 
 def draw_anchors(key: Key[Array, ""], size: int, anchors: int) -> Int[Array, " K"]:
-    """Places in the memory, drawn uniformly without replacement."""
+    """Returns positions in a memory of `size` rows, drawn uniformly without replacement."""
     return jax.random.choice(key, size, (anchors,), replace=False)
 
 
@@ -43,17 +43,18 @@ def find_supports(
     live: Bool[Array, " N"] | None = None,
     precision: str = "float32",
 ) -> Int[Array, "S K"]:
-    """Each anchor and its nearest rows by cosine.
+    """Returns the indices of the anchors and, below each, of its nearest rows by cosine.
 
     Args:
-        rows: the memory, split over the devices.
-        anchors: rows that are anchors.
-        supports: k, besides the anchor.
+        rows: the rows of the memory, split over the devices.
+        anchors: the indices of the rows that are anchors.
+        supports: k, the number of supports of each anchor.
         mesh: the devices.
-        pool: `non_anchors` looks among rows that are no anchor of this draw (the released code),
-            `all` among all rows but the anchor itself (the paper's text and pseudo-code).
-        live: rows that are in the memory; all by default.
-        precision: of the scores, see `search.PRECISIONS`.
+        pool: `non_anchors` searches the rows that are not anchors of this draw (the released
+            code); `all` searches all rows except the anchor itself (the paper's text and
+            pseudo-code).
+        live: which rows belong to the memory; all by default.
+        precision: the precision of the scores, a key of `search.PRECISIONS`.
     """
     if supports == 0:
         return anchors[None]
@@ -68,13 +69,14 @@ def find_supports(
 def cast_votes(
     embeddings: Float[Array, "S K d"], votes: str, smoothing: float
 ) -> Float[Array, "S K"]:
-    """The vote of each support for its own SOP.
+    """Returns the vote of each support for its own SOP, in [0, 1].
 
     Args:
-        embeddings: anchors first.
-        votes: `one_hot` 1 · `smoothed` 1 - s (the paper's pseudo-code) · `similarity` 1 - s for
-            the anchor and the cosine to it, clipped to [0, 1], for the others (the released code)
-            · `pure_similarity` the same with 1 for the anchor (the paper's text).
+        embeddings: unit embeddings, the anchors first.
+        votes: one of VOTES. `one_hot`: 1 for all (Table 9). `smoothed`: 1 - s for all (the paper's
+            pseudo-code, appendix A.1). `similarity`: 1 - s for the anchor, and for the others
+            their cosine to it, clipped to [0, 1] (the released code). `pure_similarity`: the same
+            with 1 for the anchor (the paper's text, section 2.2.1).
         smoothing: s.
     """
     if votes == "one_hot":
@@ -92,6 +94,14 @@ def cast_votes(
 def build_sops(
     rows: Float[Array, "N d"], found: Int[Array, "S K"], votes: str, smoothing: float, mesh: Mesh
 ) -> SOPs:
-    """The SOPs of anchors and supports given as rows of the memory, on every device."""
+    """Returns the SOPs of the given anchors and supports, replicated on every device.
+
+    Args:
+        rows: the rows of the memory, split over the devices.
+        found: the indices of the anchors and their supports, from `find_supports`.
+        votes: see `cast_votes`.
+        smoothing: see `cast_votes`.
+        mesh: the devices.
+    """
     embeddings = take(rows, found, mesh)
     return SOPs(embeddings, cast_votes(embeddings, votes, smoothing))
