@@ -14,131 +14,171 @@ from sop_jax.models.vit import REMATS
 from sop_jax.objectives.sop.objective import ANCHORS
 from sop_jax.objectives.sop.prototypes import POOLS, VOTES
 from sop_jax.parallel.search import PRECISIONS
+from sop_jax.rules import (
+    COUNT,
+    COUNT_OR_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STEPS,
+    TEXT,
+    Rule,
+    ascending,
+    each,
+    less_than,
+    number,
+    one_of,
+    positive,
+    some,
+    unset_or,
+    whole,
+)
 from sop_jax.training.optim import CLIPS
 
-CHOICES = {
-    "data.source": ("tfds", "folder", "packed", "digits"),
-    "data.orientation": ("auto", "exif", "ignore"),
-    "augment.resample": ("opencv", "pillow"),
-    "mask.kind": ("block", "random"),
-    "model.family": tuple(FAMILIES),
-    "model.positions": positions.RULES,
-    "model.dtype": ("float32", "bfloat16"),
-    "model.precision": tuple(linear.PRECISIONS),
-    "model.remat": tuple(REMATS),
-    "model.attention": IMPLEMENTATIONS,
-    "sop.cls.votes": VOTES,
-    "sop.patch.votes": VOTES,
-    "sop.pool": POOLS,
-    "sop.anchors": ANCHORS,
-    "sop.search_precision": tuple(PRECISIONS),
-    "optim.clip_kind": tuple(CLIPS),
+TRACE = Rule(
+    lambda steps: (
+        each(COUNT_OR_ZERO, 2).fits(steps) and (steps == [0, 0] or 1 <= steps[0] <= steps[1])
+    ),
+    "the first and the last step to trace, counted from 1, or 0,0 for none",
+)
+
+# Which values each setting can have, in the order of `config.paper`.
+RULES: dict[str, Rule] = {
+    "seed": whole(0, 2**32 - 1),  # of which JAX takes 32 bits
+    "init_from": TEXT,
+    "epochs": NOT_NEGATIVE,
+    "steps": unset_or(whole(1, 2**31 - 1)),
+    "batch_size": COUNT,
+    "accumulate": COUNT,
+    "log_every": COUNT_OR_ZERO,
+    "eval_every": COUNT_OR_ZERO,
+    "checkpoint_every": COUNT_OR_ZERO,
+    "profile_steps": TRACE,
+    "data.source": one_of(("tfds", "folder", "packed", "digits")),
+    "data.path": TEXT,
+    "data.name": TEXT,
+    "data.train_split": TEXT,
+    "data.test_split": TEXT,
+    "data.workers": COUNT_OR_ZERO,
+    "data.threads": COUNT_OR_ZERO,
+    "data.max_corrupt_share": SHARE,
+    "data.orientation": one_of(("auto", "exif", "ignore")),
+    "data.white": NOT_NEGATIVE,
+    "data.max_pixels": COUNT,
+    "data.retry_seconds": NOT_NEGATIVE,
+    "augment.resample": one_of(("opencv", "pillow")),
+    "augment.global_size": COUNT,
+    "augment.local_size": COUNT,
+    "augment.local_crops": COUNT_OR_ZERO,
+    "augment.global_scale": ascending(positive(1)),
+    "augment.local_scale": ascending(positive(1)),
+    "augment.flip": SHARE,
+    "augment.jitter": SHARE,
+    "augment.brightness": NOT_NEGATIVE,
+    "augment.contrast": NOT_NEGATIVE,
+    "augment.saturation": NOT_NEGATIVE,
+    "augment.hue": number(0, 0.5),  # turns of the circle, both ways, as in torchvision
+    "augment.grayscale": SHARE,
+    "augment.blur": each(SHARE, 3),
+    "augment.blur_sigma": ascending(POSITIVE),
+    "augment.solarize": SHARE,
+    "mask.kind": one_of(("block", "random")),
+    "mask.ratio": ascending(SHARE),
+    "mask.none": SHARE,
+    "mask.start_epochs": NOT_NEGATIVE,
+    "mask.start_steps": unset_or(STEPS),
+    "model.family": one_of(FAMILIES),
+    "model.size": TEXT,  # `size_of` knows those of each family
+    "model.width": COUNT,
+    "model.depth": COUNT,
+    "model.heads": COUNT,
+    "model.stage_depths": each(COUNT, 4),
+    "model.stage_heads": each(COUNT, 4),
+    "model.patch": COUNT,
+    "model.window": COUNT,
+    "model.registers": COUNT_OR_ZERO,
+    "model.layer_scale": NOT_NEGATIVE,
+    "model.positions": one_of(positions.RULES),
+    "model.norm_eps": POSITIVE,
+    "model.drop_path": less_than(1),
+    "model.init_std": NOT_NEGATIVE,
+    "model.position_std": NOT_NEGATIVE,
+    "model.remat": one_of(REMATS),
+    "model.attention": one_of(IMPLEMENTATIONS),
+    "model.dtype": one_of(("float32", "bfloat16")),
+    "model.precision": one_of(linear.PRECISIONS),
+    "head.hidden": COUNT,
+    "head.dim": COUNT,
+    "sop.cls.memory": COUNT,
+    "sop.cls.anchors": COUNT,
+    "sop.cls.supports": COUNT_OR_ZERO,
+    "sop.cls.tasks": COUNT,
+    "sop.cls.votes": one_of(VOTES),
+    "sop.cls.weight": NOT_NEGATIVE,
+    "sop.patch.memory": COUNT_OR_ZERO,
+    "sop.patch.anchors": COUNT,
+    "sop.patch.supports": COUNT_OR_ZERO,
+    "sop.patch.tasks": COUNT_OR_ZERO,
+    "sop.patch.votes": one_of(VOTES),
+    "sop.patch.weight": NOT_NEGATIVE,
+    "sop.pool": one_of(POOLS),
+    "sop.smoothing": SHARE,
+    "sop.anchors": one_of(ANCHORS),
+    "sop.search_precision": one_of(PRECISIONS),
+    "sop.student_temperature": POSITIVE,
+    "sop.teacher_temperature": each(POSITIVE, 2),
+    "sop.temperature_warmup_epochs": NOT_NEGATIVE,
+    "sop.temperature_warmup_steps": unset_or(STEPS),
+    "optim.lr": NOT_NEGATIVE,
+    "optim.min_lr": NOT_NEGATIVE,
+    "optim.warmup_epochs": NOT_NEGATIVE,
+    "optim.warmup_steps": unset_or(STEPS),
+    "optim.weight_decay": each(NOT_NEGATIVE, 2),
+    "optim.clip": NOT_NEGATIVE,
+    "optim.clip_kind": one_of(CLIPS),
+    "optim.momentum": each(SHARE, 2),
+    "eval.resize": COUNT,
+    "eval.crop": COUNT,
+    "eval.batch_size": COUNT,
+    "eval.knn_k": some(COUNT),
+    "eval.knn_temperature": POSITIVE,
+    "checkpoint.keep_last": COUNT,
+    "checkpoint.keep_every": COUNT_OR_ZERO,
+    "mesh.data": COUNT_OR_ZERO,
+    "mesh.fsdp": COUNT,
 }
-
-POSITIVE = (
-    "batch_size",
-    "accumulate",
-    "mesh.fsdp",
-    "data.max_pixels",
-    "augment.global_size",
-    "augment.local_size",
-    "model.patch",
-    "model.norm_eps",
-    "model.window",
-    "head.hidden",
-    "head.dim",
-    "sop.cls.memory",
-    "sop.cls.tasks",
-    "sop.student_temperature",
-    "eval.resize",
-    "eval.crop",
-    "eval.batch_size",
-    "eval.knn_temperature",
-    "augment.blur_sigma",
-    "sop.teacher_temperature",
-    "checkpoint.keep_last",
-)
-
-
-NOT_NEGATIVE = (
-    "augment.local_crops",
-    "data.workers",
-    "data.threads",
-    "data.white",
-    "data.retry_seconds",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-    "checkpoint.keep_every",
-    "sop.cls.supports",
-    "sop.patch.supports",
-    "sop.patch.tasks",
-    "sop.patch.memory",
-    "optim.clip",
-    "mesh.data",
-    "seed",
-    "optim.lr",
-    "optim.min_lr",
-    "optim.weight_decay",
-    "model.init_std",
-    "model.position_std",
-    "model.registers",
-    "model.layer_scale",
-    "sop.cls.weight",
-    "sop.patch.weight",
-    "augment.hue",
-    "augment.brightness",
-    "augment.contrast",
-    "augment.saturation",
-)
-
-SHARES = (
-    "sop.smoothing",
-    "mask.ratio",
-    "mask.none",
-    "model.drop_path",
-    "augment.global_scale",
-    "augment.local_scale",
-    "augment.flip",
-    "augment.jitter",
-    "augment.grayscale",
-    "augment.blur",
-    "augment.solarize",
-    "data.max_corrupt_share",
-    "optim.momentum",
-)
-
-RANGES = (
-    (POSITIVE, lambda value: value > 0, "more than 0"),
-    (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-    (SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
-)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting that cannot work, saying which would."""
-    flat = flatten(config)
-    if wrong := misnamed(flat):
-        raise UserError("; ".join(wrong))
-    for key, default in flatten(paper()).items():
-        if isinstance(default, list) and key != "eval.knn_k" and len(flat[key]) != len(default):
-            raise UserError(
-                f"{key} is {tuple(flat[key])}; expected {len(default)} numbers, as {tuple(default)}"
-            )
-    for key, known in CHOICES.items():
-        if flat[key] not in known:
-            raise UserError(f"{key} is {flat[key]!r}; expected one of {', '.join(known)}")
-    for keys, fits, expected in RANGES:
-        for key in keys:
-            values = flat[key] if isinstance(flat[key], list) else [flat[key]]
-            if not all(fits(value) for value in values):
-                raise UserError(f"{key} is {flat[key]}; expected {expected}")
+    check_values(config)
     check_length(config)
     check_sizes(config)
     for name in ("cls", "patch"):
         check_memory(name, config)
     if config.model.family == "resnet":
-        check_cls_alone(flat)
+        check_cls_alone(flatten(config))
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Each setting is known, and its value is one that it can have."""
+    flat, defaults = flatten(config), flatten(paper())
+    if wrong := misnamed(flat):
+        raise UserError("; ".join(wrong))
+    for key, rule in RULES.items():
+        if not rule.fits(flat[key]):
+            value = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
+            raise UserError(
+                f"{key} is {value!r}; expected {rule.expected}; {_remedy(key, defaults[key])}"
+            )
+
+
+def _remedy(key: str, default: Any) -> str:
+    """How to set a setting that has a wrong value."""
+    if default in (None, ""):
+        return f"set --config.{key} to such a value, or leave it out"
+    shown = ",".join(map(str, default)) if isinstance(default, list) else default
+    return f"for example, set --config.{key}={shown}"
 
 
 # What the networks of a family do not have, beside the numbers of a size of its own.
@@ -202,25 +242,11 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 def check_length(config: ml_collections.ConfigDict) -> None:
     """A run has steps, or epochs."""
-    first, last = config.profile_steps
-    if not (first == last == 0 or 1 <= first <= last):
-        raise UserError(
-            f"profile_steps is {first},{last}; expected the first and the last step to trace, "
-            "counted from 1, such as --config.profile_steps=20,25, or 0,0 for none"
-        )
-    for key in ("optim.warmup", "sop.temperature_warmup", "mask.start"):
-        section, name = key.split(".")
-        steps, epochs = config[section][f"{name}_steps"], config[section][f"{name}_epochs"]
-        if (steps or 0) < 0 or epochs < 0:
-            raise UserError(f"{key}_steps is {steps}, {key}_epochs {epochs}; expected 0 or more")
-    length = config.steps if config.steps is not None else config.epochs
-    if length <= 0:
+    if config.steps is None and not config.epochs:
         raise UserError(
             f"the run has {config.steps} steps and {config.epochs} epochs; set --config.steps or "
             "--config.epochs to more than 0 (steps win over epochs)"
         )
-    if config.model.drop_path == 1:
-        raise UserError("model.drop_path is 1.0, which drops everything; expected less")
 
 
 def check_trace(profile_steps: tuple[int, int], steps: int) -> None:
@@ -259,7 +285,8 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             f"eval.resize {config.eval.resize} is smaller than eval.crop {config.eval.crop}; "
             "the crop is taken from the resized image"
         )
-    NETWORKS[config.model.family](size)
+    if config.model.family in NETWORKS:
+        NETWORKS[config.model.family](size)
     if config.model.attention == "cudnn" and config.model.family != "vit":
         raise UserError(
             f"model.attention is cudnn, which model.family={config.model.family} has no use for; "
@@ -267,22 +294,8 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def check_resnet(size: Any) -> None:
-    """Every stage has blocks."""
-    if min(size.width, *size.depths) <= 0:
-        raise UserError(
-            f"model.width is {size.width} and model.stage_depths {size.depths}; expected more "
-            "than 0"
-        )
-
-
 def check_vit(size: Any) -> None:
     """Heads are whole."""
-    if min(size) <= 0:
-        raise UserError(
-            f"model.width, depth and heads are {size.width}, {size.depth} and {size.heads}; "
-            "expected more than 0"
-        )
     if size.width % size.heads:
         raise UserError(
             f"model.width {size.width} cannot be split over model.heads {size.heads}; "
@@ -297,11 +310,6 @@ def check_swin(size: Any) -> None:
             f"model.stage_depths is {size.depths} and stage_heads {size.heads}; expected four "
             "stages"
         )
-    if min(size.width, *size.depths, *size.heads) <= 0:
-        raise UserError(
-            f"model.width, stage_depths and stage_heads are {size.width}, {size.depths} and "
-            f"{size.heads}; expected more than 0"
-        )
     if any(depth % 2 for depth in size.depths):
         raise UserError(
             f"model.stage_depths is {size.depths}; expected even numbers, because every second "
@@ -315,7 +323,7 @@ def check_swin(size: Any) -> None:
             )
 
 
-NETWORKS = {"vit": check_vit, "swin": check_swin, "resnet": check_resnet}
+NETWORKS = {"vit": check_vit, "swin": check_swin}
 
 
 # A ResNet has no patches to mask or to remember, and no drop path.

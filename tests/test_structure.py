@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports from the layers above its own alone, or from its own package.
 LAYERS = [
-    {"errors", "schedules", "compiled"},
+    {"errors", "rules", "schedules", "compiled"},
     {"paths"},
     {"config", "data", "weights", "parallel"},
     {"cli", "models", "monitor"},

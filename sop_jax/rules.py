@@ -1,0 +1,111 @@
+"""Rules for single settings: which values make sense, and how a message describes them."""
+
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FLOAT32 = np.finfo(np.float32)  # in which settings are computed with
+LARGEST, SMALLEST = float(FLOAT32.max), float(FLOAT32.tiny)
+
+
+class Rule(NamedTuple):
+    """The values that a setting can have.
+
+    Attributes:
+        fits: value -> whether it is one of them. Several values are a list.
+        expected: these values, as part of a sentence.
+    """
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is a number of a kind; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _between(least: int | float, most: int | float) -> str:
+    return f"from {least:g} to {most}" if math.isfinite(most) else f"of {least:g} or more"
+
+
+def whole(least: int, most: int | float = math.inf) -> Rule:
+    """Whole numbers from `least` to `most`."""
+    return Rule(
+        lambda value: _is(value, Integral) and least <= value <= most,
+        f"a whole number {_between(least, most)}",
+    )
+
+
+def number(least: int | float, most: int | float = math.inf) -> Rule:
+    """Finite numbers from `least` to `most`."""
+    return Rule(
+        lambda value: _is(value, Real) and least <= value <= min(most, LARGEST),
+        f"a finite number {_between(least, most)}",
+    )
+
+
+def positive(most: int | float = math.inf) -> Rule:
+    """Finite numbers that are more than 0, in float32 too, and at most `most`."""
+    return Rule(
+        number(SMALLEST, most).fits,
+        "a finite number of more than 0" + f" and at most {most:g}" * math.isfinite(most),
+    )
+
+
+def less_than(limit: int | float) -> Rule:
+    """Numbers from 0 to less than `limit`."""
+    return Rule(
+        lambda value: _is(value, Real) and 0 <= value < limit,
+        f"a number of 0 or more and less than {limit:g}",
+    )
+
+
+def one_of(choices: Iterable[str]) -> Rule:
+    """One of some words."""
+    known = tuple(choices)
+    return Rule(lambda value: value in known, f"one of {', '.join(known)}")
+
+
+def unset_or(rule: Rule) -> Rule:
+    """Nothing, or what a rule allows."""
+    return Rule(lambda value: value is None or rule.fits(value), f"none or {rule.expected}")
+
+
+def each(rule: Rule, count: int) -> Rule:
+    """So many values, each by the same rule."""
+    return Rule(
+        lambda values: (
+            isinstance(values, list) and len(values) == count and all(map(rule.fits, values))
+        ),
+        f"{count} values, each {rule.expected}",
+    )
+
+
+def some(rule: Rule) -> Rule:
+    """One value or more, each by the same rule."""
+    return Rule(
+        lambda values: isinstance(values, list) and len(values) > 0 and all(map(rule.fits, values)),
+        f"one value or more, each {rule.expected}",
+    )
+
+
+def ascending(rule: Rule) -> Rule:
+    """The ends of a range, the lower one first."""
+    pair = each(rule, 2)
+    return Rule(
+        lambda values: pair.fits(values) and values[0] <= values[1],
+        f"the lower and the upper end of a range, in this order, each {rule.expected}",
+    )
+
+
+TEXT = Rule(lambda value: isinstance(value, str), "a text")
+COUNT = whole(1)
+COUNT_OR_ZERO = whole(0)
+POSITIVE = positive()
+NOT_NEGATIVE = number(0)
+SHARE = number(0, 1)
+STEPS = whole(0, 2**31 - 1)  # a state counts its steps in int32
