@@ -161,7 +161,7 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     try:
-        _read_through(path)
+        _check_files(path)
         metadata = ocp.checkpointables_metadata(path)
         saved, custom = metadata.metadata[_NAME], metadata.custom_metadata
         if saved is None or not custom:
@@ -170,7 +170,7 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         wanted = {names[name]: leaf for name, leaf in _named_leaves(abstract).items()}
         _check_leaves(path, saved, wanted, partial)
         with context:
-            loaded = ocp.load_checkpointables(path, {_NAME: _nested(wanted)})[_NAME]
+            loaded = _load(path, {_NAME: _nested(wanted)})[_NAME]
         leaves = _named_leaves(loaded)
         state = jax.tree.unflatten(
             jax.tree.structure(abstract), [leaves[saved_name] for saved_name in names.values()]
@@ -186,17 +186,51 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
     return state
 
 
-def _read_through(path: epath.Path) -> None:
-    """Reads every file once, in turn: Orbax's parallel reads bury the first error in many."""
+def _check_files(path: epath.Path) -> None:
+    """Checks that all files are there and have the bytes of each array, without reading these.
+
+    Raises:
+        OSError: one is missing, or too short.
+        ValueError: what describes the arrays is damaged.
+    """
     if "://" in str(path):
         return
-    for file in (path / _NAME / "array_metadatas").glob("*"):
+    folder = path / _NAME
+    for file in (folder / "array_metadatas").glob("*"):
         json.loads(file.read_text())
+    store = tensorstore.KvStore.open({"driver": "file", "path": f"{folder}/"}).result()
+    manifest = tensorstore.ocdbt.dump(store).result()
+    nodes = [manifest["versions"][-1]["root"]["location"]]
+    ends: dict[str, int] = {}
+    for node in nodes:
+        for entry in tensorstore.ocdbt.dump(store, node).result()["entries"]:
+            if "location" in entry:  # of a node further down the tree
+                nodes.append(entry["location"])
+            elif "indirect_value" in entry:
+                _, *parts, offset, length = entry["indirect_value"].split(":")
+                name = "".join(parts)
+                ends[name] = max(ends.get(name, 0), int(offset) + int(length))
+    for name, end in ends.items():
+        if (there := (folder / name).stat().length) < end:
+            raise OSError(f"{folder / name} has {there} bytes, expected {end} or more")
+
+
+def _load(path: epath.Path, abstract: Any) -> Any:
+    """Reads the arrays; Orbax does so in parallel, which buries the first error in many."""
+    try:
+        return ocp.load_checkpointables(path, abstract)
+    except (OSError, ValueError, KeyError):
+        _read_in_turn(path)
+        raise
+
+
+def _read_in_turn(path: epath.Path) -> None:
+    """Reads array after array, so that the error names the one that is damaged."""
+    if "://" in str(path):
+        return
     store = {"driver": "ocdbt", "base": f"file://{path / _NAME}/"}
     keys = tensorstore.KvStore.open(store).result().list().result()
     names = [key.decode().removesuffix("zarr.json") for key in keys if key.endswith(b"/zarr.json")]
-    if not names:
-        raise FileNotFoundError("files are missing")
     for name in names:
         array = {"driver": "zarr3", "kvstore": store | {"path": name}}
         tensorstore.open(array | {"fill_missing_data_reads": False}).result().read().result()

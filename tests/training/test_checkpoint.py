@@ -181,6 +181,38 @@ def test_damage_to_any_file_is_found(tmp_path: pathlib.Path, file: str, damage: 
         checkpoint.restore(tmp_path, on(8))
 
 
+@pytest.mark.parametrize(
+    "damage, words", [(truncate, " bytes, expected "), (flip, " have changed ")]
+)
+def test_damage_to_arrays_is_found_in_one_reading(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, damage: Any, words: str
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(checkpoint, "_read_in_turn", lambda path: read.append(str(path)))
+    save(tmp_path, 1)
+    checkpoint.restore(tmp_path, on(8))
+    damage(largest_file(tmp_path / "checkpoints" / "1"))
+    with pytest.raises(UserError, match=words):
+        checkpoint.restore(tmp_path, on(8))
+    assert not read
+
+
+def test_an_array_that_cannot_be_decoded_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Orbax's parallel reads any may be the first that fails."""
+
+    def fail(*_: Any) -> None:
+        raise ValueError("one of many")
+
+    save(tmp_path, 1)
+    largest = largest_file(tmp_path / "checkpoints" / "1")
+    largest.write_bytes(bytes(largest.stat().st_size))
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
+    with pytest.raises(UserError, match="cannot be read: .*[Ee]rror .*memory"):
+        checkpoint.restore(tmp_path, on(8))
+
+
 def test_another_architecture_is_told_leaf_by_leaf(tmp_path: pathlib.Path) -> None:
     save(tmp_path, 1)
     other = on(8)
