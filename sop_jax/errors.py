@@ -1,23 +1,24 @@
-"""The exceptions that the commands show to people without a traceback, and a word of help."""
+"""Exceptions that the commands report without a traceback, and suggestions for mistyped names."""
 
 import difflib
 from collections.abc import Sequence
 
-LOST = 75  # the exit code where a process or the data is gone: the same command goes on
+LOST = 75  # exit code when a process or the data is lost; the same command resumes the run
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend.
+    """An error that the user can fix.
 
     The message says what was wrong, what was expected and what to do.
     """
 
 
 class Interrupted(UserError):
-    """A run that was asked to stop has stopped, with its state saved if anything was trained.
+    """A run was asked to stop and has stopped, with its state saved if anything was trained.
 
     Attributes:
-        together: whether all processes of the run stop at the same place; else they must be told.
+        together: whether all processes of the run stop at the same point; if not, the others must
+            be notified.
     """
 
     def __init__(self, message: str, together: bool = True) -> None:
@@ -26,23 +27,25 @@ class Interrupted(UserError):
 
 
 class Lost(UserError):
-    """A process that a run needs is gone. A new start may do better: the exit code is LOST."""
+    """A process that the run needs is gone. A restart may succeed; the exit code is LOST."""
 
 
 class Unreachable(Lost):
-    """Data that was there cannot be reached."""
+    """Data that existed when the run started can no longer be reached."""
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """A question naming what was probably meant, by the whole name or by its last part.
+    """Suggests what a mistyped name was probably meant to be.
+
+    Names are compared as a whole and by their last dotted part.
 
     Args:
-        name: what was given.
-        known: what it could have been.
-        prefix: put before the known name in the question.
+        name: the name that was given.
+        known: the valid names.
+        prefix: put before the suggested name.
 
     Returns:
-        The question, to be appended to a message; empty if nothing known is similar.
+        A question to append to a message, or an empty string if no valid name is similar.
     """
 
     def likeness(candidate: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Paths as people write them, whether they can be written to, and files written whole."""
+"""Normalizes paths, checks that they can be written to, and writes files atomically."""
 
 import importlib.util
 import os
@@ -12,19 +12,19 @@ from sop_jax.errors import UserError
 
 
 def expand(text: str) -> str:
-    """A path as a person wrote it, in the form that all commands use.
+    """Normalizes a path that a user wrote to the form that all commands use.
 
     Args:
         text: a local path, in which `~` and `~user` stand for home folders, or a `gs://` address.
 
     Returns:
-        The local path without `~`, `./` and a trailing slash; an address as it was.
+        A local path without `~`, `./` and a trailing slash; an address is returned unchanged.
 
     Raises:
         UserError: the path is empty, the user is unknown, or this kind of address is not supported.
     """
     if not text.strip():
-        raise UserError("it is empty: give a path; is a variable not set?")
+        raise UserError("it is empty; give a path (is a shell variable not set?)")
     if re.match(r"[A-Za-z][\w+.-]+:/", text):
         if not text.startswith("gs://"):
             raise UserError(
@@ -37,21 +37,21 @@ def expand(text: str) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise UserError(
-            f"there is no user {expanded.split('/')[0][1:]!r}; for a name that starts with ~ "
+            f"there is no user {expanded.split('/')[0][1:]!r}; if the name itself starts with ~, "
             "write ./~"
         )
     return str(epath.Path(expanded))
 
 
 def check_writable(path: epath.PathLike, flag: str) -> None:
-    """Checks that a folder can be written to, or made, and leaves everything as it was.
+    """Checks that a folder can be written to, or created, without leaving anything behind.
 
     Args:
-        path: of the folder, local or `gs://`; it need not exist.
-        flag: by which another one can be chosen.
+        path: the folder, local or `gs://`; it need not exist.
+        flag: the flag that sets this folder, for the message.
 
     Raises:
-        UserError: it cannot be written to, and why.
+        UserError: it cannot be written to; the message gives the reason.
     """
     folder = there = epath.Path(path)
     try:
@@ -64,26 +64,26 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
             there = there.parent
         with tempfile.TemporaryFile(dir=there):
             pass
-    except Exception as error:  # each kind of remote storage has its own
+    except Exception as error:  # each kind of remote storage has its own exceptions
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if there == folder:
             raise UserError(f"cannot write to {folder}: {reason}; choose another {flag}") from error
         raise UserError(
-            f"cannot make {folder} in {there}: {reason}; choose another {flag}"
+            f"cannot create {folder} in {there}: {reason}; choose another {flag}"
         ) from error
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is never half written: it appears, or is replaced, when it is complete.
+    """Writes a file atomically: it appears, or replaces the old one, when it is complete.
 
     Args:
-        path: the file, local or `gs://`, in a folder that exists.
-        text: the whole of it.
+        path: the file, local or `gs://`, in an existing folder.
+        text: the entire content.
 
     Raises:
-        OSError: it cannot be written; what was there before is unchanged.
+        OSError: the file cannot be written; an old one is left unchanged.
     """
-    if "://" in str(path):  # an object appears whole or not at all
+    if "://" in str(path):  # objects in a bucket appear only when complete
         path.write_text(text)
         return
     draft = path.with_suffix(".tmp")

@@ -293,7 +293,7 @@ def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -
     ("data", "message"),
     [
         ({"path": "/does/not/exist"}, "nothing at --data.path=/does/not/exist"),
-        ({"path": __file__}, "is a file, but no packed .npz"),
+        ({"path": __file__}, "is a file, but not a packed .npz"),
         ({"source": "digits", "path": "/x"}, "--data.path=/x would have no effect"),
         ({"test_split": "val"}, "--data.test_split=val would have no effect"),
         ({"source": "folder", "path": "/", "name": "x"}, "--data.name=x would have no effect"),

@@ -94,7 +94,7 @@ def test_labels_are_not_the_names_of_splits(
     with np.load(out) as found:
         assert found["class_names"].tolist() == ["train", "val"]
     (tree / "red").rename(tree.parent / "red")
-    with pytest.raises(UserError, match="train, val, as splits are called, and in red"):
+    with pytest.raises(UserError, match="train, val, which are names of splits, and in red"):
         export(run, open_images([str(tree.parent)]), out)
 
 
@@ -205,7 +205,7 @@ def test_errors_say_what_to_do(run: pathlib.Path, tree: pathlib.Path) -> None:
     with pytest.raises(UserError, match="--images"):
         export(run, open_images([str(tree / "nowhere")]), out)
     (tree / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         export(run, open_images([str(tree / "empty")]), out)
     with pytest.raises(UserError, match="no folder of a training run"):
         export(tree, open_images([str(tree)]), out)

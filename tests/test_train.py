@@ -1157,8 +1157,8 @@ def test_what_is_left_out_of_a_folder_is_told_at_the_start(
     images = tmp_path / "images"
     for note in (
         f"{images}: splits: train, valid; not used: test",
-        f"{images}/train: left out: 1 file ending in .txt is not images",
-        f"{images}/valid: left out: 1 file ending in .txt is not images",
+        f"{images}/train: ignored 1 file that is not an image (1 .txt)",
+        f"{images}/valid: ignored 1 file that is not an image (1 .txt)",
     ):
         assert told.count(note) == 1
 

@@ -1,1 +1,1 @@
-"""The input pipeline: sources, decoding, multi-crop, masks and batches. It never imports jax."""
+"""The input pipeline: sources, decoding, multi-crop, masks and batches. Does not import jax."""

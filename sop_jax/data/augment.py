@@ -1,12 +1,13 @@
 """Multi-crop of the iBOT recipe (its `DataAugmentationiBOT`), and the crop of the k-NN protocol.
 
-Every operation follows torchvision on Pillow images: same order, probabilities, ranges and
-meaning. OpenCV does the work, so that pixels differ from Pillow's by rounding; blur is a true
-Gaussian where Pillow stacks three box filters. All images are uint8 RGB [h, w, 3].
+Every operation follows torchvision on Pillow images: the order, probabilities, ranges and meaning
+are the same. The work is done by OpenCV, so pixels differ from Pillow's by rounding; the blur is a
+true Gaussian, whereas Pillow stacks three box filters. All images are uint8 RGB [h, w, 3].
 
-Decoding and these functions decide how many images a core makes (benchmarks/input.py), hence a few
-unusual ways: sums of bytes that OpenCV saturates instead of look-up tables, separable filters with
-given weights instead of cv2.GaussianBlur, which takes twice as long.
+Decoding and these functions determine how many images per second a core makes
+(benchmarks/input.py). A few unusual choices are made for speed: sums of bytes that OpenCV saturates
+instead of look-up tables, and separable filters with given weights instead of cv2.GaussianBlur,
+which takes twice as long.
 """
 
 import itertools
@@ -19,10 +20,10 @@ from PIL import Image
 
 cv2.setNumThreads(0)  # parallel over images, not within one
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as Pillow and OpenCV
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow and OpenCV
 LOG_RATIO = math.log(3 / 4), math.log(4 / 3)  # torchvision's default
-THIN = 8  # times longer than wide: where an evaluation scales only what it looks at
-MOST_FILTERED = 2.5  # times smaller: where areas come nearer to Pillow than three weights do
+THIN = 8  # the ratio of sides above which an evaluation scales only the centre crop
+MOST_FILTERED = 2.5  # the shrink factor above which area averages come closer to Pillow
 JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
 
 
@@ -33,8 +34,8 @@ def multi_crop(
 
     Args:
         image: uint8 [h, w, 3].
-        rng: where every draw comes from.
-        augment_config: the names of `config.augment` as attributes. A plain namespace is much
+        rng: the generator of all draws.
+        augment_config: has the names of `config.augment` as attributes. A plain namespace is much
             faster here than a ConfigDict.
 
     Returns:
@@ -60,7 +61,7 @@ def _view(
     blur: float,
     solarize: float,
 ) -> np.ndarray:
-    """One augmented crop, uint8 [size, size, 3]."""
+    """Makes one augmented crop, uint8 [size, size, 3]."""
     draw = rng.random
     top, left, h, w = crop_box(image.shape[0], image.shape[1], scale, rng)
     view = resize(image, (top, left, h, w), size, c.resample)
@@ -81,17 +82,17 @@ def _view(
 def crop_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A random box as torchvision's RandomResizedCrop draws it, aspect 3/4 to 4/3.
+    """Draws a box as torchvision's RandomResizedCrop does, with an aspect ratio of 3/4 to 4/3.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        scale: smallest and largest share of the image's area.
-        rng: where every draw comes from.
+        height: the height of the image in pixels.
+        width: the width of the image in pixels.
+        scale: the smallest and the largest share of the image's area.
+        rng: the generator of all draws.
 
     Returns:
-        (top, left, height, width). After ten boxes that do not fit: the largest centred one
-        whose aspect is allowed.
+        (top, left, height, width) in pixels. After ten boxes that do not fit, the largest centred
+        box whose aspect ratio is allowed.
     """
     draw = rng.random
     (low, high), (log_low, log_high) = scale, LOG_RATIO
@@ -113,14 +114,14 @@ def resize(
 
     Args:
         image: uint8 [h, w, 3].
-        box: pixels.
-        size: side of the result, pixels.
-        resample: "pillow" is bicubic with antialiasing, as iBOT; "opencv" comes close to it in a
-            fraction of the time: a low-pass of three weights, then bicubic. A side that shrinks
-            f-fold gets the weights [t, 1 - 2t, t], t = (f - 1) / 4 from 0 to 1/4, and none when
-            it grows. Photos come out 1 to 2 grey levels (root mean square) from Pillow's, less
-            than area averages do. Boxes that are to shrink more than 2.5-fold are averaged over
-            areas instead.
+        box: in pixels.
+        size: the side of the result in pixels.
+        resample: "pillow" is bicubic with antialiasing, as in iBOT; "opencv" approximates it in a
+            fraction of the time, by a low-pass filter of three weights followed by bicubic
+            interpolation. A side that shrinks f-fold is filtered with the weights [t, 1 - 2t, t],
+            t = (f - 1) / 4 clipped to [0, 1/4]; a side that grows is not filtered. On photos the
+            result differs from Pillow's by 1 to 2 grey levels (root mean square), less than area
+            averages do. Boxes that shrink more than 2.5-fold are averaged over areas instead.
 
     Returns:
         uint8 [size, size, 3].
@@ -128,19 +129,19 @@ def resize(
     top, left, h, w = box
     view = image[top : top + h, left : left + w]
     if resample == "pillow":
-        # Pixels outside the box have no part in it, as in torchvision.
+        # As in torchvision, pixels outside the box do not contribute.
         return np.asarray(Image.fromarray(view).resize((size, size), Image.Resampling.BICUBIC))
     if max(h, w) > MOST_FILTERED * size and min(h, w) >= size:
         return cv2.resize(view, (size, size), interpolation=cv2.INTER_AREA)
     if max(h, w) > size:
-        # Aliasing is what bicubic alone would add: it looks at the four nearest pixels.
+        # Bicubic interpolation sees only the four nearest pixels, which would cause aliasing.
         horizontal, vertical = _low_pass(w / size), _low_pass(h / size)
         view = cv2.sepFilter2D(view, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(view, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def _low_pass(shrink: float) -> np.ndarray:
-    """Three weights that sum to one."""
+    """Returns the three weights of the filter, which sum to 1."""
     t = min(max(shrink - 1, 0.0), 1.0) / 4
     return np.array((t, 1 - 2 * t, t))
 
@@ -153,15 +154,15 @@ def color_jitter(
     saturation: float,
     hue: float,
 ) -> np.ndarray:
-    """The four adjustments in random order (torchvision's ColorJitter).
+    """Applies the four adjustments in random order (torchvision's ColorJitter).
 
     Args:
         image: uint8 [h, w, 3].
-        rng: where the order and the four strengths come from.
-        brightness: its factor is ~ U(max(0, 1 - brightness), 1 + brightness); the next two alike.
-        contrast: see brightness.
-        saturation: see brightness.
-        hue: its shift is ~ U(-hue, hue) turns of the colour circle.
+        rng: the generator of the order and of the four strengths.
+        brightness: the factor is ~ U(max(0, 1 - brightness), 1 + brightness).
+        contrast: the factor is drawn as for brightness.
+        saturation: the factor is drawn as for brightness.
+        hue: the shift is ~ U(-hue, hue), in turns of the colour circle.
 
     Returns:
         uint8 [h, w, 3].
@@ -185,7 +186,7 @@ def _factor(strength: float, uniform: float) -> float:
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
-    """The image times `factor`, clipped; uint8 [h, w, 3] in and out."""
+    """Multiplies the image by `factor` and clips; uint8 [h, w, 3] in and out."""
     return cv2.convertScaleAbs(image, alpha=factor)
 
 
@@ -201,40 +202,40 @@ def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
-    """Turns the hue in HSV by `turns` of the circle; uint8 [h, w, 3] in and out."""
+    """Rotates the hue in HSV by `turns` of the circle; uint8 [h, w, 3] in and out."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     row = np.zeros(hsv.shape[1:], np.uint8)
     row[:, 0] = int(turns * 255) % 256
-    hsv += row  # wraps round the circle; adding to every third byte alone takes twice as long
+    hsv += row  # wraps around the circle; adding to every third byte only takes twice as long
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def grayscale(image: np.ndarray) -> np.ndarray:
-    """Grey in all three channels; uint8 [h, w, 3] in and out."""
+    """Sets all three channels to the grey value; uint8 [h, w, 3] in and out."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian of `sigma` pixels to 3 sigma, edges repeated; uint8 [h, w, 3] in and out."""
+    """Gaussian blur of `sigma` pixels, cut at 3 sigma, edges repeated; uint8 [h, w, 3] in, out."""
     weights = cv2.getGaussianKernel(round(6 * sigma) | 1, sigma)
     return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REPLICATE)
 
 
 def solarized(image: np.ndarray) -> np.ndarray:
-    """Inverts values from 128 on; uint8 [h, w, 3] in and out."""
+    """Inverts values of 128 and above; uint8 [h, w, 3] in and out."""
     return cv2.min(image, cv2.bitwise_not(image))
 
 
 def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
-    """The view of the k-NN protocol: short side to `resize`, then the centre.
+    """Makes the view of the k-NN protocol: scales the short side to `resize`, then crops.
 
-    Of images more than THIN times as long as they are wide, which would be scaled to any size at
-    all, only the centre is scaled.
+    Only the centre is scaled if the long side is more than THIN times the short side, because such
+    an image could become arbitrarily large.
 
     Args:
         image: uint8 [h, w, 3].
-        resize: the short side, pixels; bicubic with antialiasing (Pillow).
-        crop: side of the centre crop, pixels, at most `resize`.
+        resize: the length of the short side in pixels; bicubic with antialiasing (Pillow).
+        crop: the side of the centre crop in pixels, at most `resize`.
 
     Returns:
         uint8 [crop, crop, 3].

@@ -1,4 +1,4 @@
-"""From a stored record to RGB pixels, and what replaces a record that cannot be read."""
+"""Decodes stored records to RGB pixels and replaces records that cannot be read."""
 
 import io
 import logging
@@ -15,8 +15,8 @@ from sop_jax.data.read import read
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
-SUBSTITUTES = 32  # tries before the data set is given up
-MAX_PIXELS = 178_956_970  # what Pillow refuses to exceed by default
+SUBSTITUTES = 32  # replacements to try before giving up on the data set
+MAX_PIXELS = 178_956_970  # Pillow's default limit
 
 ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
@@ -32,23 +32,23 @@ BITS, PHOTOMETRIC, BLACK, WHITE = (
     TiffTags.lookup(number).value
     for number in (258, 262, 340, 341)  # BitsPerSample to SMaxSampleValue
 )
-FULL_RANGE = ("PNG", "PPM", "JPEG2000")  # their grey values of mode I fill 16 bits, by definition
+FULL_RANGE = ("PNG", "PPM", "JPEG2000")  # whose grey values in mode I span 16 bits by definition
 
-Image.MAX_IMAGE_PIXELS = None  # `decode` has a limit of its own, which a setting raises
-# What Pillow says of a file reaches the person as the reason why it cannot be read.
+Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, which a setting can raise
+# Pillow's complaints about a file are reported as the reason why it cannot be read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class Decoding(NamedTuple):
-    """How records become pixels: the same in training, evaluation and extraction.
+    """How records are decoded: the same in training, evaluation and extraction.
 
     Attributes:
-        upright: whether images are turned as their EXIF orientation says.
-        white: the value that is white in single-channel images of more than 8 bits, where black
-            is 0; 0 for what the file says.
-        max_pixels: larger images are not decoded.
-        retry_seconds: how long a record is waited for whose storage does not answer.
+        upright: whether images are rotated according to their EXIF orientation.
+        white: the value of white in single-channel images of more than 8 bits, with black at 0;
+            0 to use what the file specifies.
+        max_pixels: images with more pixels than this are not decoded.
+        retry_seconds: how long to retry reading a record whose storage fails, in seconds.
     """
 
     upright: bool = False
@@ -61,12 +61,12 @@ AS_STORED = Decoding()
 
 
 def decoding(data_config: Any, source: Source) -> Decoding:
-    """How the records of a source are decoded by the settings of a run.
+    """Returns how the settings of a run decode the records of a source.
 
     Args:
         data_config: has `orientation` ("auto" | "exif" | "ignore"), `white`, `max_pixels` and
             `retry_seconds`.
-        source: whose records. "auto" turns images that come from a folder: cameras and phones
+        source: the data set. "auto" rotates images that come from a folder: cameras and phones
             write such files, whereas prepared data sets mostly come with codebases that ignore
             the orientation.
     """
@@ -76,25 +76,25 @@ def decoding(data_config: Any, source: Source) -> Decoding:
 
 
 def decode(record: bytes | np.ndarray, how: Decoding = AS_STORED) -> np.ndarray:
-    """Decodes one record as Pillow's `convert("RGB")` does; of an animation, the first frame.
+    """Decodes one record as Pillow's `convert("RGB")` does; only the first frame of an animation.
 
     Alpha is therefore dropped. A single channel of more than 8 bits, which Pillow would clip, is
-    scaled: by `how.white`, or by the TIFF tags SMinSampleValue and SMaxSampleValue, or by its type
-    where that has a range (BitsPerSample of 9 to 16, unsigned), of which the high byte is kept.
-    Pillow and not OpenCV, because it reports truncated data and broken streams as errors and
-    writes nothing about broken files to stderr. OpenCV's JPEG pixels are the same, 15 % sooner,
-    which is 4 % of the time that the views of an image take.
+    scaled: by `how.white`, else by the TIFF tags SMinSampleValue and SMaxSampleValue, else by its
+    type if that has a range (unsigned, BitsPerSample of 9 to 16), in which case the high byte is
+    kept. Pillow is used rather than OpenCV because it reports truncated data and broken streams as
+    errors and writes nothing about broken files to stderr. OpenCV decodes JPEG to the same pixels
+    15 % faster, which is 4 % of the time needed to make the views of an image.
 
     Args:
-        record: an encoded image, or pixels uint8 [h, w, 3], which are returned as they are.
-        how: see there.
+        record: an encoded image, or pixels uint8 [h, w, 3], which are returned unchanged.
+        how: the decoding options.
 
     Returns:
         uint8 [h, w, 3].
 
     Raises:
-        ValueError: the data is empty, truncated, corrupt, no image, larger than is allowed, or
-            does not say which value is white.
+        ValueError: the data is empty, truncated, corrupt, not an image, larger than allowed, or
+            does not specify which value is white.
     """
     if isinstance(record, np.ndarray):
         if record.dtype != np.uint8 or record.ndim != 3 or record.shape[2] != 3:
@@ -115,14 +115,14 @@ def decode(record: bytes | np.ndarray, how: Decoding = AS_STORED) -> np.ndarray:
     except UnidentifiedImageError as error:
         tiff = record[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
         raise ValueError(
-            "it is a TIFF with pixels of a kind that Pillow cannot read"
+            "it is a TIFF with a pixel format that Pillow cannot read"
             if tiff
             else "it is not an image in a format that Pillow can read"
         ) from error
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+    except Exception as error:  # broken bytes can make Pillow's decoders raise anything
         reason = str(error).partition(" <_io.")[0]  # without the address of a buffer
-        told = isinstance(error, OSError | ValueError) and reason
-        raise ValueError(reason if told else f"{type(error).__name__}: {reason}") from error
+        clear = isinstance(error, OSError | ValueError) and reason
+        raise ValueError(reason if clear else f"{type(error).__name__}: {reason}") from error
 
 
 def _check_size(image: Image.Image, most: int) -> None:
@@ -130,27 +130,27 @@ def _check_size(image: Image.Image, most: int) -> None:
     if pixels > most:
         raise ValueError(
             f"it has {image.width} x {image.height} = {pixels} pixels, more than "
-            f"data.max_pixels={most}; allow it with data.max_pixels={pixels}"
+            f"data.max_pixels={most}; to allow it, set data.max_pixels={pixels}"
         )
 
 
 def _check_white(image: Image.Image) -> None:
-    """Refuses colours that are meant to be scaled: of 16 bits, Pillow has kept the high byte."""
+    """Refuses colours that would need scaling, because Pillow keeps the high byte of 16 bits."""
     if not (tags := getattr(image, "tag_v2", None)):
         return
     bits, white = max(np.ravel(tags.get(BITS, 8))), max(np.ravel(tags.get(WHITE, 0)))
     if bits > 8 and 0 < white < 2**bits - 1:
         raise ValueError(
             f"its colours of {bits} bits end at {white:g}, which Pillow cannot scale; convert it "
-            "to 8 bits a channel"
+            "to 8 bits per channel"
         )
 
 
 def _eight_bits(image: Image.Image, white: float) -> Image.Image:
-    """A single channel of more than 8 bits, scaled to 8.
+    """Scales a single channel of more than 8 bits to 8 bits.
 
     Raises:
-        ValueError: neither `white` nor the file says which value is white.
+        ValueError: neither `white` nor the file specifies which value is white.
     """
     tags = getattr(image, "tag_v2", {})
     values = np.asarray(image)
@@ -159,7 +159,7 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
     if not white and WHITE in tags:
         black, white = (float(np.ravel(tags.get(tag, 0))[0]) for tag in (BLACK, WHITE))
         if not white > black:
-            raise ValueError(f"its TIFF tags say that white is {white:g} and black {black:g}")
+            raise ValueError(f"its TIFF tags set white to {white:g} and black to {black:g}")
     if white:
         scaled = (values.astype(np.float32) - black) * (255 / (white - black))
         grey = np.rint(np.nan_to_num(scaled)).clip(0, 255).astype(np.uint8)
@@ -169,34 +169,37 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
     else:
         kind = "floating-point" if image.mode == "F" else "integer"
         raise ValueError(
-            f"nothing says which of its {bits}-bit {kind} values is white; set it for all such "
-            "images with data.white=VALUE, such as 1 or 255"
+            f"the file does not specify which of its {bits}-bit {kind} values is white; set it "
+            "for all such images with data.white=VALUE, for example 1 or 255"
         )
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF has it, 1 where it says nothing that can be understood."""
+    """Returns the EXIF orientation, 1 to 8, or 1 if it is absent or cannot be parsed."""
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's parser raises whatever broken bytes lead it to
+    except Exception:  # broken bytes can make Pillow's parser raise anything
         return 1
 
 
 def load(
     source: Source, index: int, how: Decoding, stop: threading.Event | None = None
 ) -> np.ndarray:
-    """Reads and decodes record `index`: uint8 [h, w, 3].
+    """Reads and decodes record `index`.
 
     Args:
         source: the data set.
-        index: of the record.
-        how: see `Decoding`.
-        stop: ends the wait for storage that does not answer, see `read`.
+        index: the index of the record.
+        how: the decoding options.
+        stop: ends the wait for storage that does not respond when it is set, see `read`.
+
+    Returns:
+        uint8 [h, w, 3].
 
     Raises:
-        ValueError: the record cannot be read, and why.
-        UserError: its storage cannot be reached, or denies it.
+        ValueError: the record cannot be read; the message is the reason.
+        UserError: its storage cannot be reached, or denies access.
     """
     return decode(read(source, index, how.retry_seconds, stop), how)
 
@@ -204,17 +207,19 @@ def load(
 def decode_or_substitute(
     source: Source, index: int, how: Decoding, stop: threading.Event | None = None
 ) -> tuple[np.ndarray, int, int]:
-    """Reads record `index`, or when that is corrupt one that `index` alone decides.
+    """Reads record `index`, or a substitute if that record is corrupt.
+
+    The substitute depends on `index` only.
 
     Args:
         source: the data set.
-        index: the record that is wanted.
-        how: see `Decoding`.
-        stop: see `load`.
+        index: the index of the record to read.
+        how: the decoding options.
+        stop: ends the wait for storage that does not respond when it is set, see `read`.
 
     Returns:
-        The image uint8 [h, w, 3], the index of the record that it really is, and -1, or `index`
-        when that record could not be read.
+        A tuple of the image, uint8 [h, w, 3]; the index of the record that was read; and -1, or
+        `index` if that record could not be read.
 
     Raises:
         UserError: no substitute could be read either, or the storage cannot be reached.
@@ -230,13 +235,13 @@ def decode_or_substitute(
             continue
     raise UserError(
         f"Neither {source.name(index)} nor {SUBSTITUTES} other records picked at random could be "
-        f"read as images. Of the first: {reason}. Where that is not to be mended by a setting, "
-        "check data.path, or that the copy of the data is complete."
+        f"read as images. The reason for the first: {reason}. If no setting fixes that, check "
+        "data.path, and that the copy of the data is complete."
     )
 
 
 def reason(source: Source, index: int, how: Decoding) -> str:
-    """Why a record that was found corrupt cannot be read, for a person."""
+    """Returns a message that explains why a record that was found corrupt cannot be read."""
     try:
         load(source, index, how._replace(retry_seconds=0.0))
     except (ValueError, UserError) as error:

@@ -1,7 +1,7 @@
 """Folders of images: which files are read, which folders are splits, and which are classes.
 
-Names are kept byte for byte: those that are not UTF-8 have surrogates in them, as `os.fsdecode`
-makes them, and `printable` makes them readable.
+Names are kept byte for byte: names that are not UTF-8 contain surrogates, as `os.fsdecode`
+produces them, and `printable` makes them readable.
 """
 
 import collections
@@ -20,9 +20,9 @@ from sop_jax.data.formats import HEIC_SUFFIXES, SUFFIXES, is_image, suffix_of
 from sop_jax.data.shared import SharedArray, SharedNames
 from sop_jax.errors import UserError
 
-HELD_OUT = ("val", "valid", "validation")  # three names of the same split
+HELD_OUT = ("val", "valid", "validation")  # three names for the same split
 SPLITS = ("train", *HELD_OUT, "test")
-SHOWN = 5  # names in a message
+SHOWN = 5  # the most names that a message lists
 
 _SHARING = threading.Lock()
 
@@ -31,7 +31,7 @@ class FolderSource:
     """Image files below one folder, sorted by path; processes share one copy of the list.
 
     Attributes:
-        notes: what a person should know about the folder: what was left out, and why.
+        notes: sentences for the user on what was left out of the folder, and why.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class FolderSource:
         class_names: list[str] | None,
         notes: Sequence[str] = (),
     ) -> None:
-        """Takes files relative to `root` and their labels, int32 [n]."""
+        """Creates a source from files relative to `root` and their labels, int32 [n] or None."""
         self.root, self.files, self.labels, self.class_names = root, files, labels, class_names
         self.notes = list(notes)
 
@@ -68,7 +68,7 @@ class FolderSource:
         return epath.Path(f"{self.root}/{self.files[index]}").read_bytes()
 
     def name(self, index: int) -> str:
-        """The path of the file, as it can be printed."""
+        """Returns the path of the file in printable form."""
         return printable(f"{self.root}/{self.files[index]}")
 
     @property
@@ -77,19 +77,19 @@ class FolderSource:
         return self.labels is not None
 
     def label(self, index: int) -> int:
-        """The class of the folder that a file is in."""
+        """Returns the label of a file, given by the folder that it is in."""
         assert self.labels is not None
         return int(self.labels[index])
 
     @property
     def digest(self) -> str:
-        """Of the names below the root."""
+        """A hash of the sorted file names, relative to the root."""
         names = "\0".join(self.files).encode("utf-8", "surrogateescape")
         return hashlib.sha256(names).hexdigest()[:12]
 
 
 def printable(name: str) -> str:
-    r"""A name as it can be printed: `caf\xe9.jpg` for bytes that are not UTF-8."""
+    r"""Returns a name in printable form: `caf\xe9.jpg` for bytes that are not UTF-8."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -97,8 +97,8 @@ def printable(name: str) -> str:
 def open_folder(data_config: Any, split: str, train: Any = None) -> FolderSource | None:
     """Opens one split of a tree, as `sources.open_source` does.
 
-    A tree has splits when it has a folder called `train_split`, in any letter case. Without one,
-    or with an empty `train_split`, its first-level folders are classes.
+    A tree has splits if it has a folder called `train_split`, in any letter case. Without one, or
+    with an empty `train_split`, its first-level folders are classes.
     """
     root = str(epath.Path(data_config.path))
     wanted = [name for name in (data_config.train_split, data_config.test_split) if name]
@@ -118,14 +118,14 @@ def open_folder(data_config: Any, split: str, train: Any = None) -> FolderSource
 
 
 def folder_source(root: str, like: FolderSource | None = None) -> FolderSource:
-    """The images below one folder, whose first-level folders are the classes.
+    """Returns the images below one folder, whose first-level folders are the classes.
 
     Args:
         root: the folder, local or gs://.
-        like: a source whose class ids to use; without it the tree's own folders are the classes.
+        like: a source whose classes to use; by default the tree's own folders are the classes.
 
     Raises:
-        UserError: no image, or a class that `like` does not have.
+        UserError: there is no image, or there is a class that `like` does not have.
     """
     root = str(epath.Path(root))
     files, notes = list_images(root)
@@ -136,15 +136,16 @@ def folder_source(root: str, like: FolderSource | None = None) -> FolderSource:
     unknown = sorted(set(folders) - set(names))
     if unknown:
         raise UserError(
-            f"{printable(root)} holds '{printable(unknown[0])}', which is no class of "
-            f"{printable(like.root if like else root)} ({len(unknown)} such names). The images of "
-            "every split must lie in folders named as the train classes are."
+            f"{printable(root)} contains {_some(unknown)}, but the classes of "
+            f"{printable(like.root if like else root)} are {_some(names)}. The images of every "
+            "split must be in folders that have the names of the training classes. Rename or move "
+            "what differs."
         )
     return FolderSource(root, files, _labels(folders, names), names, notes)
 
 
 def whole_tree(root: str, splits: bool = True) -> FolderSource:
-    """All images below a folder. The folders of splits are not classes: those in them are.
+    """Returns all images below a folder, of all splits; classes are the folders in the splits.
 
     Args:
         root: the folder, local or gs://.
@@ -152,22 +153,23 @@ def whole_tree(root: str, splits: bool = True) -> FolderSource:
             are splits; if not, they are classes.
 
     Raises:
-        UserError: no image, or images beside the splits, so that it is not clear what is a class.
+        UserError: there is no image, or there are images outside the splits, so that it is not
+            clear which folders are classes.
     """
     source = folder_source(root)
     first = {file.split("/", 1)[0] for file in source.files if "/" in file}
     known = sorted(name for name in first if name.casefold() in SPLITS)
     if not splits or not known:
         return source
-    if strangers := sorted(first - set(known)):
+    if outside := sorted(first - set(known)):
         raise UserError(
-            f"{printable(source.root)} has images in {_some(known)}, as splits are called, and in "
-            f"{_some(strangers)}, so that it is not clear which folders are classes. Use "
+            f"{printable(source.root)} has images in {_some(known)}, which are names of splits, "
+            f"and in {_some(outside)}, so it is not clear which folders are classes. Use "
             "--nosplits if all of them are, or give the folder of one split."
         )
     inside = [file.split("/", 1)[1] if "/" in file else file for file in source.files]
     names = class_folders(inside)
-    notes = [*source.notes, f"{_some(known)} are splits: labels come from the folders in them"]
+    notes = [*source.notes, f"labels come from the folders inside the splits: {_some(known)}"]
     if names is None:
         notes += _why_unlabelled(source.root, inside)
         return FolderSource(source.root, source.files, None, None, notes)
@@ -176,13 +178,14 @@ def whole_tree(root: str, splits: bool = True) -> FolderSource:
 
 
 def class_folders(files: list[str]) -> list[str] | None:
-    """The classes of a tree: its first-level folders, sorted.
+    """Returns the classes of a tree: its first-level folders, sorted.
 
     Args:
         files: relative paths.
 
     Returns:
-        None for an unlabelled tree: some files lie in no folder, or all in the same one.
+        The names of the folders, or None if the tree has no labels, because some files are in no
+        folder or all are in the same one.
     """
     names = {file.split("/", 1)[0] if "/" in file else "" for file in files}
     return None if "" in names or len(names) < 2 else sorted(names)
@@ -198,8 +201,8 @@ def _why_unlabelled(root: str, files: list[str]) -> list[str]:
     if loose in (0, len(files)):
         return []
     return [
-        f"{printable(root)}: no labels, because {loose} of {_count(len(files), 'image')} are in no "
-        "class folder"
+        f"{printable(root)}: no labels, because {loose} of {len(files)} images "
+        f"{'is' if loose == 1 else 'are'} not in a class folder"
     ]
 
 
@@ -210,8 +213,8 @@ class Splits(NamedTuple):
     """The splits of a tree."""
 
     folders: dict[str, str]  # by the name that was asked for
-    unused: list[str]  # other folders that are called as splits are
-    notes: list[str]  # what a person should know
+    unused: list[str]  # other folders that have the name of a split
+    notes: list[str]  # sentences for the user
 
 
 def find_splits(root: str, wanted: Sequence[str], setting: str) -> Splits:
@@ -219,14 +222,15 @@ def find_splits(root: str, wanted: Sequence[str], setting: str) -> Splits:
 
     Args:
         root: the tree, local or gs://.
-        wanted: names of splits, the one to train on first. One that has a slash in it is a path.
-        setting: how a person names the splits; empty, it says that there are none.
+        wanted: names of splits, the one to train on first. A name with a slash is a path.
+        setting: the setting that names the splits, for messages; users set it to nothing if there
+            are no splits.
 
     Returns:
-        The splits; without folders for a tree that has none.
+        The splits; without folders if the tree has none.
 
     Raises:
-        UserError: it is not clear what is a split, or there are images in other folders.
+        UserError: it is not clear which folders are splits, or there are images in other folders.
     """
     _check_folder(root)
     here = _contents(root)
@@ -239,7 +243,7 @@ def find_splits(root: str, wanted: Sequence[str], setting: str) -> Splits:
     if train not in found:
         if known or found or train.casefold() != "train":
             there = known or list(found.values())
-            what = f"the split {_some(there)}" if there else "folders"
+            what = _some_splits(there) if there else "folders"
             raise UserError(
                 f"{printable(root)} has {what}, but none called {train!r}. Set {setting} to the "
                 f"folder to train on, or to nothing ({setting}=) if all folders are classes."
@@ -249,29 +253,29 @@ def find_splits(root: str, wanted: Sequence[str], setting: str) -> Splits:
         return Splits(found, [], [])
     used = set(found.values())
     others = [name for name in here.folders if name not in used and name not in known]
-    strangers = [name for name in others if _holds_images(f"{root}/{name}", {})]
-    if strangers:  # which is well if the splits have links to their folders
+    outside = [name for name in others if _holds_images(f"{root}/{name}", {})]
+    if outside:  # fine if the splits have links to these folders
         read: dict[str, str] = {}
         for name in sorted(used):
             collections.deque(_walk(f"{root}/{name}", read, {}), maxlen=0)
-        strangers = [name for name in strangers if _holds_images(f"{root}/{name}", dict(read))]
-    if strangers:
+        outside = [name for name in outside if _holds_images(f"{root}/{name}", dict(read))]
+    if outside:
         raise UserError(
-            f"{printable(root)} has the split {_some(sorted(used))}, but also images in "
-            f"{_some(strangers)}, which would not be used. If all of these folders are classes, "
-            f"say that there are no splits with {setting}= ; if not, give a folder that has the "
-            "splits only, or links to them."
+            f"{printable(root)} has {_some_splits(sorted(used))}, but also images in "
+            f"{_some(outside)}, which would not be used. If all of these folders are classes, "
+            f"set {setting}= (to nothing); if not, give a folder that contains only the splits, or "
+            "links to them."
         )
     unused = [name for name in known if name not in used]
     rest = f"; not used: {_some(unused)}" if unused else ""
     notes = [f"{printable(root)}: splits: {_some(list(found.values()))}{rest}"]
     if loose := sum(map(is_image, here.files)):
-        notes.append(f"{printable(root)}: not used: {_count(loose, 'image')} beside the splits")
+        notes.append(f"{printable(root)}: not used: {_count(loose, 'image')} outside the splits")
     return Splits(found, unused, notes)
 
 
 def _find_split(root: str, name: str, here: "Contents") -> str | None:
-    """The folder of one split, if it is there."""
+    """Returns the folder of one split, or None if there is none."""
     if "/" in name:
         return name if epath.Path(f"{root}/{name}").is_dir() else None
     same = [folder for folder in here.folders if folder.casefold() == name.casefold()]
@@ -279,19 +283,19 @@ def _find_split(root: str, name: str, here: "Contents") -> str | None:
         same = [folder for folder in here.folders if folder.casefold() in HELD_OUT]
     if len(same) > 1:
         raise UserError(
-            f"{printable(root)} has the folders {_some(same)}, and any of them may be the split "
+            f"{printable(root)} has the folders {_some(same)}, and any of them could be the split "
             f"{name!r}. Rename or remove those that are not."
         )
     if not same and name in here.files:
         raise UserError(
-            f"{printable(root)}/{name} is a file, where the folder of the split {name!r} was "
-            "expected. Move it elsewhere, or unpack it there if it is an archive."
+            f"{printable(root)}/{name} is a file, but a folder with the split {name!r} was "
+            "expected. Move the file elsewhere, or unpack it there if it is an archive."
         )
     return same[0] if same else None
 
 
 def _holds_images(root: str, seen: dict[str, str]) -> bool:
-    """Whether there are images in a folder, apart from those in folders that were `seen`."""
+    """Whether a folder contains images, not counting those in folders that were `seen`."""
     walk = _walk(root, seen, {})
     return any(is_image(name) for _, here in walk for name in here.files)
 
@@ -300,25 +304,26 @@ def _holds_images(root: str, seen: dict[str, str]) -> bool:
 
 
 class Contents(NamedTuple):
-    """The names in one folder, by what they are."""
+    """The names in one folder, by kind."""
 
     folders: list[str]
     files: list[str]
-    broken: list[str]  # links that lead nowhere, and what is neither a file nor a folder
+    broken: list[str]  # broken links, and what is neither a file nor a folder
     hidden: list[str]
 
 
 class Listing(NamedTuple):
-    """The images below a folder as sorted relative paths, and what a person should know."""
+    """The images below a folder as sorted relative paths, and notes for the user."""
 
     files: list[str]
     notes: list[str]
 
 
 def list_images(root: str) -> Listing:
-    """Lists all image files below `root`; hidden ones are left out, and links are followed.
+    """Lists all image files below `root`, follows links, and leaves out hidden files.
 
-    Every folder is listed once: where links lead to the same one, the first by name has it.
+    Every folder is listed only once: if several links lead to it, its images are listed under the
+    first by name.
 
     Args:
         root: a folder, local or gs://.
@@ -343,46 +348,48 @@ def list_images(root: str) -> Listing:
             first = set(here.folders)
         broken += [f"{inside}{name}" for name in here.broken]
         hidden += len(here.hidden)
-    told = _not_images(others)
+    not_images = _not_images(others)
     if not files:
         raise UserError(
-            f"The folder {printable(root)} holds no images{f', but {told}' if told else ''}. "
-            "Expected files ending in .jpg, .png or what else Pillow reads, in it or in folders "
-            "below it."
+            f"The folder {printable(root)} contains no images"
+            f"{f', but {not_images}' if not_images else ''}. Expected .jpg, .png or other files "
+            "that Pillow can read, in it or in folders below it. Give the path of such a folder."
         )
-    notes = [f"left out: {told}"] if told else []
+    notes = [f"ignored {not_images}"] if not_images else []
     if hidden:
-        notes.append(f"left out: {hidden} whose name begins with a dot")
+        kinds = "file or folder" if hidden == 1 else "files or folders"
+        notes.append(f"ignored {hidden} hidden {kinds}")
     if again:
-        pairs = [f"{path} (is {place})" for path, place in again.items()]
-        notes.append(f"linked again, and read once: {_some(pairs)}")
+        pairs = [f"{path} (same as {first_path})" for path, first_path in again.items()]
+        notes.append(f"linked more than once, but read once: {_some(pairs)}")
     if broken:
-        notes.append(
-            f"links that lead nowhere, or neither files nor folders: {_some(sorted(broken))}"
-        )
+        notes.append(f"ignored broken links or special files: {_some(sorted(broken))}")
     empty = first - {file.split("/", 1)[0] for file in files} - again.keys()
     if empty:
-        notes.append(f"without images, hence no classes: {_some(sorted(empty))}")
+        notes.append(f"not classes, because they contain no images: {_some(sorted(empty))}")
     return Listing(sorted(files), [f"{printable(root)}: {note}" for note in notes])
 
 
 def _check_folder(root: str) -> None:
     folder = epath.Path(root)
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        name, missing = printable(root), not folder.exists()
+        wrong = f"There is no folder {name}" if missing else f"{name} is a file, not a folder"
         raise UserError(
-            f"There is no folder {printable(root)}: it {what}. Give the path of a folder of "
-            "images, or of one that holds such a folder for every split."
+            f"{wrong}. Give the path of a folder of images, or of a folder that contains such a "
+            "folder for each split."
         )
 
 
 def _walk(root: str, seen: dict[str, str], again: dict[str, str]) -> Iterator[tuple[str, Contents]]:
-    """Every folder once, as its path below `root` with a slash at its end, and its contents.
+    """Yields every folder once: its path below `root` with a trailing slash, and its contents.
 
     Args:
         root: a folder, local or gs://.
-        seen: the local folders so far, as they are without links, and their paths; is added to.
-        again: gets the folders that were met again through links, and as what they were `seen`.
+        seen: maps the real paths of the local folders seen so far to the paths by which they were
+            reached; updated.
+        again: maps folders that were reached again through links to their paths in `seen`;
+            updated.
     """
     remote = "://" in root
     to_come = [""]
@@ -401,33 +408,37 @@ def _walk(root: str, seen: dict[str, str], again: dict[str, str]) -> Iterator[tu
 
 
 def _contents(folder: str) -> Contents:
-    """Lists one folder; one that cannot be listed is an error, because its images would be lost."""
+    """Lists one folder.
+
+    Raises:
+        UserError: it cannot be listed, so that its images would be missing.
+    """
     here = Contents([], [], [], [])
     remote = "://" in folder
     try:
         for name, kind in _remote_entries(folder) if remote else _entries(folder):
-            # A file system that can be repaired has a lost+found at its root.
+            # File systems such as ext4 have a folder lost+found at their root.
             hidden = name.startswith(".") or name == "lost+found"
             (here.hidden if hidden else getattr(here, kind)).append(name)
     except OSError as error:
         place = folder if remote else error.filename or folder
         raise UserError(
             f"Cannot list the folder {printable(place)}: {error.strerror or error}. Its images "
-            "would be missing: make it readable, or move it elsewhere, and start again."
+            "would be missing. Make it readable, or move it elsewhere, and start again."
         ) from error
     here.folders.sort()
     return here
 
 
 def _entries(folder: str) -> Iterator[tuple[str, str]]:
-    """The names in a local folder, and which field of `Contents` each belongs to."""
+    """Yields the names in a local folder, each with the field of `Contents` that it belongs to."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 if entry.is_dir():
                     yield entry.name, "folders"
                 elif entry.is_file() or (entry.is_symlink() and is_image(entry.name)):
-                    yield entry.name, "files"  # to read an image through a broken link says why
+                    yield entry.name, "files"  # reading an image through a broken link says why
                 else:
                     yield entry.name, "broken"
             except OSError as error:
@@ -440,36 +451,39 @@ def _remote_entries(folder: str) -> Iterator[tuple[str, str]]:
     def fail(error: OSError) -> None:
         raise error
 
-    # One level at a time: further down, walk() passes over folders that cannot be listed.
+    # One level at a time, because deeper down walk() skips folders that cannot be listed.
     _, folders, files = next(epath.Path(folder).walk(on_error=fail), (None, [], []))
     yield from ((name.strip("/"), "folders") for name in folders)
     yield from ((name, "files") for name in files if name)  # "" marks an empty folder
 
 
-# Words
+# Messages
 
 
 def _some(names: Sequence[str]) -> str:
-    """Some names in a sentence."""
+    """Joins the first few names and counts the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(map(printable, names[:SHOWN])) + more
+
+
+def _some_splits(names: Sequence[str]) -> str:
+    return f"the {'split' if len(names) == 1 else 'splits'} {_some(names)}"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _not_images(endings: collections.Counter[str]) -> str:
-    """How many files of which endings are no images."""
-    if not endings:
+def _not_images(suffixes: collections.Counter[str]) -> str:
+    """Describes the files that are not images by their suffixes; empty if there are none."""
+    if not suffixes:
         return ""
-    parts = []
-    for i, (ending, number) in enumerate(endings.most_common(SHOWN)):
-        files = f"{_count(number, 'file')} " if i == 0 else f"{number} "
-        parts.append(files + (f"ending in {printable(ending)}" if ending else "without an ending"))
-    if len(endings) > SHOWN:
-        parts.append(f"{endings.total() - sum(n for _, n in endings.most_common(SHOWN))} others")
-    told = f"{', '.join(parts)} {'are' if endings.total() > 1 else 'is'} not images"
-    if HEIC_SUFFIXES & set(endings) - SUFFIXES:
-        told += " (to read HEIC: pip install pillow-heif)"
-    return told
+    shown = suffixes.most_common(SHOWN)
+    parts = [f"{number} {printable(suffix) or 'without an extension'}" for suffix, number in shown]
+    if others := suffixes.total() - sum(number for _, number in shown):
+        parts.append(f"{others} others")
+    what = "file that is not an image" if suffixes.total() == 1 else "files that are not images"
+    text = f"{suffixes.total()} {what} ({', '.join(parts)})"
+    if HEIC_SUFFIXES & set(suffixes) - SUFFIXES:
+        text += "; to read HEIC: pip install pillow-heif"
+    return text

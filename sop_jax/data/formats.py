@@ -1,18 +1,19 @@
-"""Image formats: which file endings are images, and which formats are decoded.
+"""Image formats: which file extensions count as images, and which formats are decoded.
 
-Importing this module registers HEIC with Pillow where pillow-heif is installed, in every process.
+Importing this module registers HEIC with Pillow if pillow-heif is installed; every process that
+decodes images imports it.
 """
 
 import importlib.util
 
 from PIL import Image, features
 
-# EPS and WMF need other programs; Pillow knows the others without being able to decode them.
+# EPS and WMF need external programs; Pillow recognizes the others but cannot decode them.
 REFUSED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
-CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # which a Pillow may lack
+CODECS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # optional parts of Pillow
 HEIC_SUFFIXES = frozenset((".heic", ".heics", ".heif", ".heifs", ".hif"))
 
-Image.preinit()  # first, so that the common formats are tried first
+Image.preinit()  # registers the common formats first, so that they are tried first
 Image.init()
 if importlib.util.find_spec("pillow_heif"):
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -30,10 +31,10 @@ SUFFIXES = frozenset(
 
 
 def suffix_of(name: str) -> str:
-    """The ending of a file's name in lower case, with its dot; empty where there is none."""
+    """Returns the extension of a file name in lower case, with its dot, or an empty string."""
     return name[name.rfind(".") :].lower() if "." in name else ""
 
 
 def is_image(name: str) -> bool:
-    """Whether the ending of a file's name is that of an image."""
+    """Whether a file name has the extension of an image format that can be decoded."""
     return suffix_of(name) in SUFFIXES

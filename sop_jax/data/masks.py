@@ -1,20 +1,20 @@
-"""Which patches the student does not see."""
+"""Draws the masks that hide patches from the student."""
 
 import math
 from typing import Any
 
 import numpy as np
 
-TRIES = 10  # a block, before the mask is left as it is
+TRIES = 10  # attempts per block, before the mask is left as it is
 LOG_ASPECT = math.log(0.3), math.log(1 / 0.3)
 
 
 def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any) -> np.ndarray:
-    """Draws the mask of one view: nothing with probability `none`, else a ratio ~ U(*ratio).
+    """Draws the mask of one view: empty with probability `none`, else of a ratio ~ U(*ratio).
 
     Args:
-        grid: patches (high, wide).
-        rng: where every draw comes from.
+        grid: the number of patches (high, wide).
+        rng: the generator of all draws.
         mask_config: has `kind` ("block" | "random"), `ratio` (low, high) and `none`.
 
     Returns:
@@ -28,12 +28,12 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
 
 
 def most_masked(grid: tuple[int, int], mask_config: Any) -> int:
-    """How many patches of a view `view_mask` masks at most; at least 1, so that shapes hold."""
+    """Returns the most patches that `view_mask` masks in a view, at least 1 so no shape is 0."""
     return max(1, int(max(mask_config.ratio) * grid[0] * grid[1] + 1e-6))
 
 
 def first_step(mask_config: Any, epoch: float) -> int:
-    """The first step with masks; there are `epoch` steps an epoch."""
+    """Returns the first step with masks, given the number of steps per epoch in `epoch`."""
     steps = mask_config.start_steps
     return round(mask_config.start_epochs * epoch) if steps is None else steps
 
@@ -48,18 +48,18 @@ def random_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -
 def block_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -> np.ndarray:
     """Masks rectangles until ratio * high * wide patches are covered (BEiT, as iBOT draws it).
 
-    A block has an area ~ U((min(high, wide) // 3)^2, what is still to mask), a log-uniform aspect
-    in [0.3, 1 / 0.3], is smaller than the grid in both directions, and is kept when it masks
-    something new and not more than what is still to mask. After ten tries in vain the mask stays
-    as it is, so that on average a little less than `ratio` is masked: 0.292 of 0.3 on 14 x 14,
-    0.284 on 7 x 7. Small grids end the same way: 0.25 of 0.3 on 4 x 4 and on 2 x 2. Blocks that
-    fit a long strip are rare, so that half of the 30 x 2 grids stay unmasked, and a grid one patch
-    high or wide always does, because no block is smaller than it.
+    A block has an area ~ U((min(high, wide) // 3)^2, remaining) and a log-uniform aspect ratio in
+    [0.3, 1 / 0.3], where `remaining` is the number of patches still to mask. It must be smaller
+    than the grid in both directions, and is kept if it masks at least one new patch and at most
+    `remaining`. After ten failed attempts the mask stays as it is, so that on average a little
+    less than `ratio` is masked: 0.292 for a ratio of 0.3 on a 14 x 14 grid, 0.284 on 7 x 7, and
+    0.25 on 4 x 4 and on 2 x 2. Blocks that fit a long strip are rare, so half of the 30 x 2 grids
+    stay unmasked; a grid that is one patch high or wide always does, because no block is smaller.
 
     Args:
-        grid: patches (high, wide).
-        rng: where every draw comes from.
-        ratio: the share to mask.
+        grid: the number of patches (high, wide).
+        rng: the generator of all draws.
+        ratio: the share of patches to mask.
 
     Returns:
         bool [high, wide], True where masked.

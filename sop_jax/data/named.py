@@ -1,4 +1,4 @@
-"""Data as a command line names it: which kind of source a path is, and which splits it has."""
+"""Data as named on a command line: which kind of source a path is, and which splits it has."""
 
 import zipfile
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from sop_jax.data import folders
 from sop_jax.data.tfds import builder_of
 from sop_jax.errors import UserError
 
-# The settings in which each source looks.
+# The settings that each kind of source reads.
 SPLITS = ("train_split", "test_split")
 LOOKED_AT = {
     "tfds": ("path", "name", *SPLITS),
@@ -18,31 +18,31 @@ LOOKED_AT = {
     "packed": ("path", *SPLITS),
     "digits": (),
 }
-TO_CLASSIFY = (*folders.HELD_OUT, "test")  # names of splits, best first
+TO_CLASSIFY = (*folders.HELD_OUT, "test")  # names of splits, in order of preference
 
 
 def without_use(source: str, name: str) -> str:
-    """Why a setting of `config.data` that names data has no effect; empty where it has one."""
+    """Returns why a setting of `config.data` has no effect, or an empty string if it has one."""
     if name not in LOOKED_AT["tfds"] or name in LOOKED_AT.get(source, LOOKED_AT["tfds"]):
         return ""
     users = [kind for kind, names in LOOKED_AT.items() if name in names]
-    return f"it is for data.source={' or '.join(users)}, and data.source is {source}"
+    return f"it is for data.source={' or '.join(users)}, but data.source is {source}"
 
 
 def name_data(data_config: Any, given: Mapping[str, str]) -> None:
-    """Changes `config.data` of a run to the data that the flags of a command name.
+    """Updates `config.data` of a run to the data that the flags of a command name.
 
-    A path without a source is a packed file if it is an .npz file, a TFDS data set if it holds
-    one, and a folder of images otherwise. A split to classify that is not named is the run's, or
-    the first of `TO_CLASSIFY` that the data has.
+    A path without a source is a packed file if it is an .npz file, a TFDS data set if it contains
+    one, and a folder of images otherwise. If no split to classify is named, it is the run's, or
+    else the first of `TO_CLASSIFY` that the data has.
 
     Args:
-        data_config: of the run; changed.
-        given: from the names of settings to what the flags say: `source`, `path`, `name`,
+        data_config: `config.data` of the run; updated.
+        given: the flags that were given, by the names of the settings `source`, `path`, `name`,
             `train_split` and `test_split`.
 
     Raises:
-        UserError: there is nothing at the path, or a flag would have no effect.
+        UserError: nothing exists at the path, or a flag would have no effect.
     """
     if "source" in given:
         source = given["source"]
@@ -70,23 +70,27 @@ def name_data(data_config: Any, given: Mapping[str, str]) -> None:
 
 
 def source_at(path: str, data_config: Any) -> str:
-    """Which kind of source a path is.
+    """Returns the kind of source that a path is: "packed", "tfds" or "folder".
 
     Args:
         path: local or gs://.
-        data_config: of the run; if its source is TFDS, the path may be another data_dir.
+        data_config: `config.data` of the run; if its source is TFDS, the path may be another
+            data_dir.
 
     Raises:
-        UserError: there is nothing, or a file of another kind.
+        UserError: nothing exists at the path, or it is a file of another kind.
     """
     place = epath.Path(path)
     if place.is_file():
         if place.suffix == ".npz":
             return "packed"
-        raise UserError(f"--data.path={path} is a file, but no packed .npz")
+        raise UserError(
+            f"--data.path={path} is a file, but not a packed .npz file; give a folder of images, a "
+            "packed .npz file or the folder of a TFDS data set"
+        )
     if not place.is_dir():
         raise UserError(
-            f"there is nothing at --data.path={path}; give a folder of images, a packed .npz or "
+            f"--data.path={path} does not exist; give a folder of images, a packed .npz file or "
             "the folder of a TFDS data set"
         )
     if (place / "dataset_info.json").exists():
@@ -96,7 +100,7 @@ def source_at(path: str, data_config: Any) -> str:
 
 
 def splits_of(data_config: Any) -> dict[str, str]:
-    """The names of splits that data has, by their lower-case form; empty where that is unknown."""
+    """Returns the names of the splits of a data set by their lower-case form; empty if unknown."""
     path = epath.Path(data_config.path)
     names: list[str] = []
     if data_config.source == "folder" and path.is_dir():
@@ -112,7 +116,7 @@ def splits_of(data_config: Any) -> dict[str, str]:
 
 
 def describe(data_config: Any) -> str:
-    """The data in words, for a person."""
+    """Returns the settings that name the data, for messages."""
     names = LOOKED_AT[data_config.source]
     words = [f"data.{name}={getattr(data_config, name)}" for name in names]
     return ", ".join([f"data.source={data_config.source}", *words])

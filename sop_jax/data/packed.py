@@ -1,4 +1,4 @@
-"""Encoded images end to end in one .npz."""
+"""Reads packed files: encoded images concatenated in one .npz file."""
 
 import hashlib
 import os
@@ -13,18 +13,18 @@ from sop_jax.errors import UserError
 
 
 class PackedSource:
-    """Encoded images end to end in a .npz: {split}_blob uint8, {split}_offsets [n + 1].
+    """Encoded images concatenated in an .npz file: {split}_blob uint8, {split}_offsets [n + 1].
 
-    {split}_labels [n] and class_names may be there too. All processes of a machine share one copy
-    of the images: a blob that is stored uncompressed in a local file is mapped, any other is read
-    once.
+    {split}_labels [n] and class_names are optional. All processes of a machine share one copy of
+    the images: a blob that is stored uncompressed in a local file is memory-mapped, any other is
+    read once.
     """
 
     def __init__(self, path: str, split: str) -> None:
         """Reads and checks all arrays of a split.
 
         Raises:
-            UserError: one of them is damaged or not what it should be.
+            UserError: an array is damaged, or not of the expected kind.
         """
         self.path, self.split = path, split
         with epath.Path(path).open("rb") as file, np.load(file) as packed:
@@ -75,7 +75,7 @@ class PackedSource:
         return self._blob[start:end].tobytes()
 
     def name(self, index: int) -> str:
-        """File, split and number."""
+        """Returns file, split and number."""
         return f"{self.path}:{self.split}[{index}]"
 
     @property
@@ -84,7 +84,7 @@ class PackedSource:
         return self.labels is not None
 
     def label(self, index: int) -> int:
-        """One of {split}_labels."""
+        """Returns the entry of {split}_labels."""
         assert self.labels is not None
         return int(self.labels[index])
 
@@ -95,7 +95,7 @@ class PackedSource:
 
     @property
     def digest(self) -> str:
-        """Of the sizes of the records and their labels."""
+        """A hash of the sizes of the records and of their labels."""
         sizes = np.diff(self._offsets.array).tobytes()
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hashlib.sha256(sizes + labels).hexdigest()[:12]
@@ -105,22 +105,22 @@ BYTES = "bytes (uint8), the encoded images end to end"
 
 
 def _read(path: str, packed: Any, name: str, expected: str, kinds: str) -> np.ndarray:
-    """One array of the file, of one dimension and one of the kinds of NumPy's dtypes."""
+    """Reads a one-dimensional array of the file; `kinds` are the allowed kinds of NumPy dtypes."""
     try:
         array = packed[name]
     except ValueError as error:
         if "Object arrays" in str(error):
             raise UserError(_wrong(path, name, expected, "Python objects")) from error
         raise UserError(_damaged(path, name, error)) from error
-    except Exception as error:  # zip, zlib and end-of-file errors, as the bytes happen to be
+    except Exception as error:  # zip, zlib and end-of-file errors, depending on the bytes
         raise UserError(_damaged(path, name, error)) from error
     _check(path, name, array, expected, kinds)
     return array
 
 
 def _check(path: str, name: str, array: Any, expected: str, kinds: str) -> None:
-    if not isinstance(array, np.ndarray):  # a member that is no array is given as bytes
-        raise UserError(_wrong(path, name, expected, "no array"))
+    if not isinstance(array, np.ndarray):  # NumPy returns a member that is not an array as bytes
+        raise UserError(_wrong(path, name, expected, "it is not an array"))
     if array.ndim != 1 or array.dtype.kind not in kinds:
         raise UserError(_wrong(path, name, expected, f"{array.dtype} {list(array.shape)}"))
 
@@ -131,14 +131,14 @@ def _check_labels(
     if len(labels) != images:
         raise UserError(
             f"{path}: the array {name} has {len(labels)} labels for {images} images. Expected one "
-            "per image. Make the file again."
+            "label per image. Make the file again."
         )
     most = np.iinfo(np.int32).max if class_names is None else len(class_names) - 1
     wrong = labels[(labels < 0) | (labels > most)]
     if len(wrong):
         why = "" if class_names is None else f", because class_names has {len(class_names)} names"
         raise UserError(
-            f"{path}: the array {name} has a label {wrong[0]}. Expected numbers from 0 to {most}"
+            f"{path}: the array {name} has the label {wrong[0]}. Expected numbers from 0 to {most}"
             f"{why}. Make the file again."
         )
 
@@ -159,24 +159,29 @@ def _text(name: Any) -> str:
 
 
 def _check_stored(path: str, name: str) -> None:
-    """Compares a member that is to be mapped with its checksum, as a read of it would."""
+    """Verifies the checksum of a member that is to be mapped, as reading it would.
+
+    Raises:
+        UserError: the member is damaged.
+    """
     try:
         with zipfile.ZipFile(path) as packed, packed.open(f"{name}.npy") as member:
             while member.read(2**24):
                 pass
-    except Exception as error:  # zip and end-of-file errors, as the bytes happen to be
+    except Exception as error:  # zip and end-of-file errors, depending on the bytes
         raise UserError(_damaged(path, name, error)) from error
 
 
 def _map(path: str, name: str) -> Any:
-    """An array of bytes that is stored as it is in a local file, or None if it is not so stored."""
+    """Maps an array of bytes that is stored uncompressed in a local file, else returns None."""
     if "://" in path:
         return None
     with zipfile.ZipFile(path) as packed, open(path, "rb") as file:
         member = packed.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             return None
-        # The local header of a member: 30 bytes, whose last four are the lengths of what follows.
+        # The local header of a member has 30 bytes; the last four are the lengths of two fields
+        # that follow it.
         file.seek(member.header_offset + 26)
         lengths = file.read(4)
         file.seek(sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2)), os.SEEK_CUR)
@@ -191,20 +196,22 @@ def _map(path: str, name: str) -> Any:
 
 
 def open_packed(data_config: Any, split: str) -> PackedSource | None:
-    """The split that `open_source` asks for; None where there is no test split."""
+    """Opens one split as `sources.open_source` does; returns None if there is no test split."""
     path, name = str(data_config.path), getattr(data_config, f"{split}_split")
     if not epath.Path(path).is_file():
-        raise UserError(f"There is no file {path}. Set --config.data.path to a packed .npz.")
+        raise UserError(f"There is no file {path}. Set --config.data.path to a packed .npz file.")
     try:
         with epath.Path(path).open("rb") as file, np.load(file) as packed:
             keys = set(packed.files)
-    except Exception as error:  # zip, pickle and value errors, as the bytes happen to be
-        raise UserError(f"{path} is no .npz file ({error}). Set --config.data.path.") from error
+    except Exception as error:  # zip, pickle and value errors, depending on the bytes
+        raise UserError(
+            f"{path} is not an .npz file ({error}). Set --config.data.path to a packed .npz file."
+        ) from error
     if f"{name}_blob" not in keys or f"{name}_offsets" not in keys:
         if split == "test":
             return None
         raise UserError(
-            f"{path} has no {name}_blob and {name}_offsets; it holds {', '.join(sorted(keys))}. "
-            "Set --config.data.train_split to the name of a split that is there."
+            f"{path} has no {name}_blob and {name}_offsets; it contains {', '.join(sorted(keys))}. "
+            "Set --config.data.train_split to the name of a split that it has."
         )
     return PackedSource(path, name)

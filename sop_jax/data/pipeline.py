@@ -1,7 +1,7 @@
-"""From a source to batches of numpy arrays.
+"""Makes batches of NumPy arrays from a source.
 
-Training batches are a pure function of (seed, global index): neither hosts nor processes nor
-threads change what they hold, and to resume is to start at a step.
+Training batches are a pure function of (seed, global index): they do not depend on the number of
+hosts, processes or threads, and a run resumes by starting at a step.
 """
 
 import gc
@@ -24,14 +24,14 @@ from sop_jax.data.masks import first_step, view_mask
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
-PIECE_BYTES = 2**24  # what a thread makes and a process hands over at a time
+PIECE_BYTES = 2**24  # the most that a thread makes and a process hands over at a time
 
 
 class Batches:
     """An endless iterator of batches."""
 
     def __init__(self, iterator: Any, stop: threading.Event) -> None:
-        """Takes Grain's iterator, and what ends the waits of this process for storage."""
+        """Takes Grain's iterator, and the event that ends this process's waits for storage."""
         self._iterator, self._stop, self._begun = iterator, stop, False
 
     def __iter__(self) -> "Batches":
@@ -46,19 +46,19 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Ends the threads and processes; may be called twice."""
+        """Ends the threads and processes; can be called more than once."""
         if self._iterator is not None:
             self._stop.set()
-            if not self._begun:  # nobody waits for workers that are still starting
+            if not self._begun:  # do not wait for workers that are still starting
                 workers.kill()
             self._iterator.close()
-            # grain's iterators print errors when they are left until the interpreter ends.
+            # Grain's iterators print errors if they are still alive when the interpreter exits.
             self._iterator = None
             gc.collect()
 
 
 class MakeViews(grain.transforms.RandomMap):
-    """Turns the index of a record into its views and masks."""
+    """Maps the index of a record to its views and masks."""
 
     def __init__(
         self,
@@ -69,16 +69,16 @@ class MakeViews(grain.transforms.RandomMap):
         patch: int,
         stop: threading.Event | None,
     ) -> None:
-        # Plain attributes, because a ConfigDict takes longer to read than a crop to make.
+        # Plain attributes, because reading a ConfigDict takes longer than making a crop.
         self.source, self.how, self.patch = source, how, patch
         self.augment, self.mask = SimpleNamespace(**augment), SimpleNamespace(**mask)
         self.stop = stop
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"stop": None}  # another process is ended as a whole
+        return self.__dict__ | {"stop": None}  # other processes are ended as a whole
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One element of the batches that `train_batches` describes."""
+        """Makes one element of the batches that `train_batches` describes."""
         image, used, corrupt = decode_or_substitute(self.source, int(element), self.how, self.stop)
         side = self.augment.global_size // self.patch
         masks = [view_mask((side, side), rng, self.mask) for _ in range(2)]
@@ -93,18 +93,18 @@ class MakeViews(grain.transforms.RandomMap):
 
 
 class MaskFrom(grain.transforms.MapWithIndex):
-    """Empties the masks of a stream before its image number `first`; what was drawn stays drawn."""
+    """Empties the masks of all images before image `first`, without changing any draw."""
 
     def __init__(self, first: int) -> None:
         self.first = first
 
     def map_with_index(self, index: int, element: dict[str, Any]) -> dict[str, Any]:
-        """The element, with its masks or with empty ones."""
+        """Returns the element, with its masks or with empty ones."""
         return element | {"mask": element["mask"] & (index >= self.first)}
 
 
 class Share(grain.MapDataset):
-    """Of every batch of a stream, from one step on, the images in some places."""
+    """The images at some places of every batch of a stream, starting at a given step."""
 
     def __init__(
         self, stream: grain.MapDataset, batch_size: int, start_step: int, places: Sequence[int]
@@ -130,17 +130,19 @@ def train_batches(
     start_step: int = 0,
     places: Sequence[int] | None = None,
 ) -> Batches:
-    """Endless batches of augmented views, shuffled anew every epoch.
+    """Returns endless batches of augmented views, reshuffled every epoch.
 
     Args:
         source: the training split.
-        config: the run's; reads `seed`, `batch_size`, `data`, `augment` and `mask`.
-        patch_size: of the encoder, pixels.
-        start_step: the first batch is the one of this step.
-        places: in the global batch, of the images that this process makes; all by default.
+        config: the config of the run; `seed`, `batch_size`, `data`, `augment` and `mask` are read.
+        patch_size: the patch size of the encoder in pixels.
+        start_step: the step of the first batch.
+        places: the positions in the global batch of the images that this process makes; all by
+            default.
 
     Returns:
-        An iterator of dicts, b = len(places), S and s the two sizes, V local crops:
+        An iterator of dicts, where b = len(places), S and s are the sizes of global and local
+        views, and V is the number of local views:
         `global_views` uint8 [b, 2, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
         `mask` bool [b, 2, S / patch_size, S / patch_size], `index` int32 [b], the record that
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
@@ -152,8 +154,8 @@ def train_batches(
     augment, mask = config.augment.to_dict(), config.mask.to_dict()
     stop = threading.Event()
     views = MakeViews(source, how, augment, mask, patch_size, stop)
-    # The random numbers of an image come from its place in the global stream, hence random_map
-    # before the share: after it, all hosts would draw the same.
+    # The random numbers of an image depend on its position in the global stream, so random_map
+    # comes before Share: after it, all hosts would draw the same numbers.
     images = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat()
     images = images.random_map(views)
     first = first_step(config.mask, len(source) / config.batch_size)
@@ -163,7 +165,7 @@ def train_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     pieces = images.batch(piece, drop_remainder=True).to_iter_dataset(options)
     if config.data.workers:
-        if not flags.FLAGS.is_parsed():  # grain hands its flags to the workers
+        if not flags.FLAGS.is_parsed():  # Grain passes its flags to the workers
             flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(
             grain.MultiprocessingOptions(
@@ -180,14 +182,14 @@ def train_batches(
 
 
 def check_shared_memory(config: Any, local_batch: int) -> None:
-    """Checks that the worker processes can hand over what they make.
+    """Checks that there is enough shared memory for the batches of the worker processes.
 
     Args:
-        config: the run's.
-        local_batch: images of a batch that this process makes.
+        config: the config of the run.
+        local_batch: the number of images per batch that this process makes.
 
     Raises:
-        UserError: there is too little shared memory.
+        UserError: there is not enough shared memory.
     """
     piece = _piece_size(local_batch, config.augment)
     piece_bytes = piece * _image_bytes(config.augment)
@@ -195,46 +197,47 @@ def check_shared_memory(config: Any, local_batch: int) -> None:
 
 
 def _image_bytes(augment: Any) -> int:
-    """Of all views of an image."""
+    """Returns the size of all views of one image in bytes."""
     return 3 * (2 * augment.global_size**2 + augment.local_crops * augment.local_size**2)
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:
-    """The largest divisor of the batch that stays below PIECE_BYTES.
+    """Returns the number of images per piece: the largest divisor of the batch within PIECE_BYTES.
 
-    Whole batches of large images would fill the memory of many threads and processes several
-    times over, and the first one would take one thread to make; small ones are best left whole.
+    If every thread of every process made a whole batch of large images, they would need several
+    times the memory, and one thread would make the first batch by itself. Small batches are best
+    made whole.
     """
     most = max(1, PIECE_BYTES // _image_bytes(augment))
     return max(size for size in range(1, min(local_batch, most) + 1) if local_batch % size == 0)
 
 
 def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Concatenates the pieces of a batch: a copy, which leaves the workers' shared memory."""
+    """Concatenates the pieces of a batch, which copies them out of the workers' shared memory."""
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
 
 def eval_batches(
     source: Source, resize: int, crop: int, batch_size: int, how: Decoding = AS_STORED
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The images of a source in order, centre-cropped as in the k-NN protocol, one pass.
+    """Makes one pass over a source in order, with the centre crops of the k-NN protocol.
 
     Args:
         source: any split.
-        resize: the short side is scaled to this, pixels.
-        crop: side of the centre crop, pixels.
-        batch_size: images a batch; the last one is filled up with the last image.
-        how: records become pixels.
+        resize: the length of the short side after scaling, in pixels.
+        crop: the side of the centre crop in pixels.
+        batch_size: the number of images per batch; the last batch is padded with the last image.
+        how: the decoding options.
 
     Yields:
-        `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt` int32
-        [batch_size], -1 or the record that could not be read, `label` int32 [batch_size], -1 where
-        there is none, and `valid` bool [batch_size]: False for what fills up the last batch and for
-        unreadable records, whose image is black.
+        Dicts of `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt`
+        int32 [batch_size], -1 or the record that could not be read, `label` int32 [batch_size], -1
+        where there is none, and `valid` bool [batch_size], False for padding and for unreadable
+        records, whose image is black.
 
     Raises:
-        UserError: the crop is larger than the resized image, or, in the course, the storage of
-            the records cannot be reached.
+        UserError: the crop is larger than the resized image, or, during the iteration, the
+            storage of the records cannot be reached.
     """
     if not 0 < crop <= resize:
         raise UserError(
@@ -260,7 +263,7 @@ def _eval_batches(
         return images
 
     def submit(start: int) -> tuple[np.ndarray, list[Any]]:
-        """Starts the work on one batch; its indices, and its images in pieces."""
+        """Starts the work on one batch and returns its indices and futures of its images."""
         indices = np.minimum(np.arange(start, start + batch_size, dtype=np.int32), last)
         real = indices[: min(batch_size, len(source) - start)]
         return indices, [pool.submit(make, piece) for piece in np.array_split(real, threads)]
@@ -272,7 +275,7 @@ def _eval_batches(
             for start in range(0, len(source), batch_size):
                 indices, pieces = pending
                 if start + batch_size < len(source):
-                    pending = submit(start + batch_size)  # made while this one is used
+                    pending = submit(start + batch_size)  # made while this batch is used
                 loaded = list(itertools.chain.from_iterable(piece.result() for piece in pieces))
                 image = np.zeros((batch_size, crop, crop, 3), np.uint8)
                 valid = np.zeros(batch_size, bool)
@@ -288,5 +291,5 @@ def _eval_batches(
                 batch = {"image": image, "index": indices, "label": label}
                 yield batch | {"corrupt": corrupt, "valid": valid}
         finally:
-            stop.set()  # nobody waits for images that nobody will see
+            stop.set()  # nobody will use the images that are still being made
             pool.shutdown(wait=False, cancel_futures=True)

@@ -2,9 +2,9 @@
 
     python -m sop_jax.data.prepare --images=ROOT --out=DATA_DIR --name=NAME --splits=train,val
 
-ROOT holds one folder a split and in each one folder a class (ImageNet's layout), or any images
-at all, which then make one split `train`; --splits= says that no folder is a split. The bytes of
-the files and of their names are copied as they are.
+ROOT contains one folder per split, each with one folder per class (ImageNet's layout), or any
+other images, which then form a single split `train`; with --splits= no folder is a split. The bytes
+of the files and of their names are copied unchanged.
 """
 
 import errno
@@ -29,27 +29,28 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
     """Writes the data set.
 
     Args:
-        images: root of the tree, local or gs://.
-        out: the TFDS data_dir; the data set goes to out/name/1.0.0.
-        name: lower-case letters, digits and underscores.
-        splits: folders below `images`, in any letter case; the first decides the classes. When
-            it is empty, or none of them is there, the whole tree becomes the split "train".
+        images: the root of the tree, local or gs://.
+        out: the TFDS data_dir; the data set is written to out/name/1.0.0.
+        name: the name of the data set: lower-case letters, digits and underscores.
+        splits: folders below `images`, in any letter case; the first defines the classes. If the
+            list is empty, or none of them exists, the whole tree becomes the split "train".
 
     Returns:
-        The flags that make a run train on it.
+        The flags with which a run trains on the data set.
 
     Raises:
-        UserError: nothing to read, a bad name, the data set exists, or it cannot be written.
+        UserError: there are no images, the name is invalid, the data set already exists, or it
+            cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
-            f"{name!r} is no name for a data set. Use lower-case letters, digits and underscores, "
-            "a letter first, for example --name=my_images."
+            f"{name!r} is not a valid name for a data set. Use lower-case letters, digits and "
+            "underscores, and begin with a letter, for example --name=my_images."
         )
     folder = epath.Path(out) / name / VERSION
     if folder.exists():
         raise UserError(
-            f"{folder} is there already. Choose another --name, or remove it to make it anew."
+            f"{folder} already exists. Choose another --name, or remove it to make it again."
         )
     paths.check_writable(out, "--out")
     trees = _trees(images, splits)
@@ -60,7 +61,7 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         more = (
-            "It needs about twice the size of the images; make room, or choose"
+            "It needs about twice the size of the images; free some space, or choose"
             if full
             else "Choose"
         )
@@ -75,27 +76,25 @@ def prepare(images: str, out: str, name: str, splits: list[str]) -> str:
         f"--config.data.name={name}",
         f"--config.data.train_split={found[0]}",
         f"--config.data.test_split={found[1] if len(found) > 1 else ''}",
-        "--config.data.orientation=exif",  # the bytes of the files are kept as they are
+        "--config.data.orientation=exif",  # the files are copied unchanged, with their EXIF tags
     ]
     return " ".join(flags_)
 
 
 def _trees(images: str, splits: list[str]) -> dict[str, FolderSource]:
-    """The files and labels of every split, in the order of `splits`."""
+    """Returns the files and labels of every split, in the order of `splits`."""
     if not splits:
         return {"train": folder_source(images)}
     folders, unused, notes = find_splits(images, splits, "--splits")
     if not folders:
         return {"train": folder_source(images)}
-    there = [*folders.values(), *unused]
+    there = list(dict.fromkeys([*folders.values(), *unused]))
     missing = [split for split in splits if split not in folders]
     if missing or len(set(folders.values())) < len(splits):
-        wrong = (
-            f"but not {', '.join(missing)}" if missing else "and two of the splits are the same one"
-        )
+        wrong = f"but not {', '.join(missing)}" if missing else "and two of --splits are the same"
         raise UserError(
-            f"{printable(images)} has the folder {', '.join(there)} {wrong}. Name those that are "
-            f"there: --splits={','.join(there)}"
+            f"{printable(images)} has the {'folder' if len(there) == 1 else 'folders'} "
+            f"{', '.join(there)}, {wrong}. Name each folder once: --splits={','.join(there)}"
         )
     root = epath.Path(images)
     first = folder_source(str(root / folders[splits[0]]))
@@ -105,10 +104,10 @@ def _trees(images: str, splits: list[str]) -> dict[str, FolderSource]:
 
 
 def _builder(name: str, out: str, trees: dict[str, FolderSource]) -> Any:
-    """A TFDS builder that copies the files of `trees`."""
+    """Returns a TFDS builder that copies the files of `trees`."""
     dataset_name = name
     class_names = next(iter(trees.values())).class_names
-    if class_names is not None:  # TFDS writes them as lines of text
+    if class_names is not None:  # TFDS stores them as lines of text
         class_names = [printable(label) for label in class_names]
     features: dict[str, Any] = {
         "image": tfds.features.Image(shape=(None, None, 3)),
@@ -117,10 +116,10 @@ def _builder(name: str, out: str, trees: dict[str, FolderSource]) -> Any:
     if class_names is not None:
         features["label"] = tfds.features.ClassLabel(names=class_names)
 
-    with tfds.core.registered.skip_registration():  # it has no use beyond this call
+    with tfds.core.registered.skip_registration():  # the class is only used here
 
         class ImageTree(tfds.core.GeneratorBasedBuilder):
-            """Encoded images of a folder tree."""
+            """The encoded images of a folder tree."""
 
             name = dataset_name
             VERSION = tfds.core.Version(VERSION)
@@ -151,7 +150,7 @@ def _read(tree: FolderSource, index: int) -> bytes:
         return tree[index]
     except OSError as error:
         target = missing_target(error.filename)
-        why = f"it is a link to {target}, which is not there" if target else error.strerror
+        why = f"it is a link to {target}, which does not exist" if target else error.strerror
         raise UserError(
             f"{tree.name(index)} cannot be read: {why or error}. Repair or remove it, "
             "then run the same command again."
@@ -159,7 +158,7 @@ def _read(tree: FolderSource, index: int) -> bytes:
 
 
 def main() -> None:
-    """Prepares the data set that the flags name."""
+    """Prepares the data set that the flags describe."""
     args = flags.FLAGS
     config_flags = prepare(args.images, args.out, args.name, args.splits)
     print(f"Done. To train on it:\n{config_flags}")
@@ -168,8 +167,8 @@ def main() -> None:
 if __name__ == "__main__":
     from sop_jax import cli
 
-    cli.define_path("images", "The image tree.", required=True)
+    cli.define_path("images", "The root of the image tree.", required=True)
     cli.define_path("out", "The TFDS data_dir to write to.", required=True)
-    flags.DEFINE_string("name", None, "What to call the data set.", required=True)
+    flags.DEFINE_string("name", None, "The name of the data set.", required=True)
     flags.DEFINE_list("splits", ["train", "val"], "Folders of the tree, the one to train on first.")
     cli.run(main, devices=False)

@@ -1,4 +1,4 @@
-"""Arrays and lists of names that worker processes map instead of each getting a copy."""
+"""Arrays and lists of names in memory that worker processes share, rather than copy."""
 
 import os
 import weakref
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class SharedArray:
-    """An array that is stored once on this machine, however many processes it is pickled for.
+    """An array that is stored once per machine, however many processes it is pickled for.
 
-    It lives in anonymous memory that others map through the process that made it, so that nothing
-    stays behind however that one ends. Where the system has no such memory (outside Linux), the
-    pickle holds the array itself.
+    It is kept in anonymous memory that other processes map through the process that created it, so
+    that nothing is left behind however that process ends. On systems without such memory (outside
+    Linux) the pickle contains the array itself.
 
     Attributes:
         array: the values, read-only.
@@ -39,11 +39,11 @@ class SharedArray:
 
 
 def _mapped(path: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # which is faster than a memmap
+    return np.asarray(np.memmap(path, dtype, "r", shape=shape))  # faster to index than a memmap
 
 
 class SharedNames(Sequence[str]):
-    """Strings end to end in shared memory; those that are no UTF-8 keep their bytes."""
+    """Strings concatenated in shared memory; names that are not UTF-8 keep their bytes."""
 
     def __init__(self, names: Sequence[str]) -> None:
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]

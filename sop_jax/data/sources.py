@@ -1,7 +1,8 @@
-"""Where images come from: TFDS, a folder tree, a packed .npz or scikit-learn's digits.
+"""Where images come from: TFDS, a folder tree, a packed .npz file or scikit-learn's digits.
 
-Each kind is a `Source`: records by index, as cheap to pickle as a path, because each of the
-pipeline's worker processes gets one. What is large they share, see `shared.py`.
+Each kind is a `Source`, which returns records by index and is as cheap to pickle as a path,
+because each of the pipeline's worker processes receives one. Workers share what is large, see
+`shared.py`.
 """
 
 import hashlib
@@ -15,28 +16,28 @@ from sop_jax.data.packed import open_packed
 from sop_jax.data.tfds import open_tfds
 from sop_jax.errors import UserError
 
-DIGITS_TRAIN = 1437  # of 1797: four fifths
+DIGITS_TRAIN = 1437  # four fifths of 1797
 DIGITS_SIZE = 32  # pixels
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Records by index."""
+    """A data set whose records are read by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> bytes | np.ndarray:
-        """An encoded image, or uint8 [h, w, 3]."""
+        """Returns an encoded image, or pixels uint8 [h, w, 3]."""
 
     def name(self, index: int) -> str:
-        """What a person would call the record: a path, or data set, split and number."""
+        """Returns a readable name of the record: a path, or data set, split and number."""
 
     @property
     def has_labels(self) -> bool:
-        """Whether the records have labels; found out without reading them."""
+        """Whether the records have labels; does not read them."""
 
     def label(self, index: int) -> int:
-        """The label of a record, where there are labels; free after the record was read."""
+        """Returns the label of a record, if there are labels; free once the record was read."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -44,14 +45,14 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """Which records these are, in a few letters, the same wherever they are stored."""
+        """A short hash that identifies the records, independent of where they are stored."""
 
 
 class Identity(TypedDict):
-    """What tells the records of one split from others.
+    """Identifies the records of a split.
 
     Attributes:
-        images: how many there are.
+        images: the number of images.
         names: the `digest` of the source.
     """
 
@@ -60,7 +61,7 @@ class Identity(TypedDict):
 
 
 def identity(source: Source) -> Identity:
-    """Which records a source has, wherever they are stored."""
+    """Returns what identifies the records of a source, independent of where they are stored."""
     return Identity(images=len(source), names=source.digest)
 
 
@@ -71,14 +72,14 @@ def open_source(data_config: Any, split: str, train: Source | None = None) -> So
         data_config: has `source` ("tfds" | "folder" | "packed" | "digits"), `path`, `name`,
             `train_split` and `test_split`.
         split: "train" or "test", mapped to the two names above.
-        train: the opened train split, whose classes a test split of a folder has; without it that
-            is listed for them.
+        train: the opened train split, whose classes the test split of a folder uses; if it is not
+            given, the train split is listed to find them.
 
     Returns:
-        The source, or None when there is no test split.
+        The source, or None if there is no test split.
 
     Raises:
-        UserError: the data is missing, empty or not what `source` says.
+        UserError: the data is missing, empty or not of the kind that `source` names.
     """
     kinds = {"tfds": open_tfds, "packed": open_packed}
     if data_config.source == "digits":
@@ -90,26 +91,33 @@ def open_source(data_config: Any, split: str, train: Source | None = None) -> So
         )
     if not data_config.path and data_config.source != "tfds":
         raise UserError(
-            f"data.source={data_config.source} needs to know where the data is. "
-            "Set --config.data.path=..."
+            f"data.source={data_config.source} needs the path of the data, and none is set. "
+            "Set --config.data.path=PATH."
         )
     if data_config.source == "folder":
         return open_folder(data_config, split, train)
     return kinds[data_config.source](data_config, split)
 
 
-def notes(*sources: Source | None) -> list[str]:
-    """What a person should know about opened sources: what was left out, and why."""
-    return [note for source in sources for note in getattr(source, "notes", [])]
+def notes(train: Source, test: Source | None = None) -> list[str]:
+    """Returns sentences for the user on opened splits: what was left out, and why."""
+    found = [note for source in (train, test) for note in getattr(source, "notes", [])]
+    if test is not None and len(train) == len(test) and train.name(0) == test.name(0):
+        found.append(
+            "the train split and the test split are the same images, so the k-NN accuracy is that "
+            "of images trained on; set data.test_split to held-out images"
+        )
+    return found
 
 
 # The embedded default
 
 
 class DigitsSource:
-    """scikit-learn's digits, uint8 [32, 32, 3]: 1437 to train and 360 to test, a fixed shuffle.
+    """scikit-learn's digits, uint8 [32, 32, 3], shuffled and split into 1437 to train, 360 to test.
 
-    Enlarged from 8 pixels (bicubic), because crops of so few would fall on a coarse grid.
+    The shuffle is fixed. The images are enlarged from 8 x 8 pixels (bicubic), because the borders
+    of crops would otherwise fall on a coarse grid.
     """
 
     def __init__(self, split: str) -> None:
@@ -133,19 +141,19 @@ class DigitsSource:
         return self.images[index]
 
     def name(self, index: int) -> str:
-        """Split and number."""
+        """Returns split and number."""
         return f"digits:{self.split}[{index}]"
 
     @property
     def has_labels(self) -> bool:
-        """Whether there are `labels`."""
+        """Whether there are labels."""
         return self.labels is not None
 
     def label(self, index: int) -> int:
-        """Which digit it is."""
+        """Returns the digit that the image shows."""
         return int(self.labels[index])
 
     @property
     def digest(self) -> str:
-        """Of the split: the images are always the same."""
+        """A hash of the split's name only, because the images are always the same."""
         return hashlib.sha256(f"digits {self.split}".encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets in array_record files, read without TensorFlow."""
+"""Reads TensorFlow Datasets in array_record files, without TensorFlow."""
 
 import errno
 import functools
@@ -11,14 +11,14 @@ import numpy as np
 
 from sop_jax.errors import UserError
 
-SYSTEM_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")  # in the words of array_record
+SYSTEM_CALL = re.compile(r"\w+\(\) failed: ([^;]+)")  # in messages of array_record
 
 
 class TfdsSource:
     """One split of a prepared TFDS data set in array_record files."""
 
     def __init__(self, folder: str, split: str) -> None:
-        """Takes the folder with dataset_info.json and a split, slices such as train[:10%] too."""
+        """Takes the folder with dataset_info.json and a split, or a slice such as train[:10%]."""
         self.folder, self.split = folder, split
 
     @functools.cached_property
@@ -43,11 +43,11 @@ class TfdsSource:
     def __getitem__(self, index: int) -> bytes:
         try:
             record = self._records[index]
-        except RuntimeError as error:  # what array_record raises, whatever is wrong
+        except RuntimeError as error:  # array_record raises this for every kind of failure
             call = SYSTEM_CALL.search(str(error))
             if call is None:
                 raise ValueError(str(error)) from error
-            self.__dict__.pop("_records", None)  # a reader that failed never reads again
+            self.__dict__.pop("_records", None)  # a reader that failed cannot be used again
             numbers = {os.strerror(number): number for number in errno.errorcode}
             raise OSError(numbers.get(call[1], errno.EIO), call[1]) from error
         if self.has_labels:
@@ -55,11 +55,11 @@ class TfdsSource:
         return record["image"]
 
     def name(self, index: int) -> str:
-        """Folder, split and number, and the original file's name where it is kept."""
+        """Returns folder, split and number, and the name of the original file if it was stored."""
         name = f"{self.folder}:{self.split}[{index}]"
         try:
             file = self._records[index].get("file_name", b"")
-        except RuntimeError:  # the record that cannot be read is the one to be named
+        except RuntimeError:  # the record to be named may be the one that cannot be read
             return name
         return f"{name} {bytes(file).decode(errors='backslashreplace')}".strip()
 
@@ -69,7 +69,7 @@ class TfdsSource:
         return self.class_names is not None
 
     def label(self, index: int) -> int:
-        """The label of a record, remembered from when the record was read last."""
+        """Returns the label of a record, which is cached when the record is read."""
         if self._seen[index] < 0:
             _ = self[index]
         return int(self._seen[index])
@@ -87,35 +87,35 @@ class TfdsSource:
 
     @property
     def digest(self) -> str:
-        """Of the data set's name, version and shards, and of the split."""
+        """A hash of the data set's name, version and shard lengths, and of the split."""
         info = self._builder.info
         shards = info.splits[self.split.split("[")[0]].shard_lengths
-        told = f"{info.full_name} {shards} {self.split} {len(self)}"
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        text = f"{info.full_name} {shards} {self.split} {len(self)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _tfds() -> Any:
-    import tensorflow_datasets  # only when used: it costs a start-up of all other sources
+    import tensorflow_datasets  # only when used, because it delays the start of other sources
 
     return tensorflow_datasets
 
 
 def builder_of(data_config: Any) -> Any:
-    """The TFDS builder of `data_config.name` in `data_config.path`.
+    """Returns the TFDS builder of `data_config.name` in `data_config.path`.
 
     Raises:
-        UserError: TFDS does not know it.
+        UserError: TFDS cannot find it.
     """
     path, name = str(data_config.path), data_config.name
     try:
         if name:
             return _tfds().builder(name, data_dir=path or None)
         return _tfds().builder_from_directory(path)
-    except Exception as error:  # TFDS has many ways to say that there is nothing there
+    except Exception as error:  # TFDS raises many kinds of exceptions if nothing is there
         raise UserError(
             f"TFDS cannot open {_where(data_config)}: {str(error).splitlines()[0]} Set "
-            "--config.data.path and --config.data.name to a prepared data set, or make one from an "
-            "image tree with python -m sop_jax.data.prepare."
+            "--config.data.path and --config.data.name to a prepared data set, or make one from a "
+            "folder of images with python -m sop_jax.data.prepare."
         ) from error
 
 
@@ -125,25 +125,25 @@ def _where(data_config: Any) -> str:
 
 
 def open_tfds(data_config: Any, split: str) -> TfdsSource | None:
-    """The split that `open_source` asks for; None where there is no test split."""
+    """Opens one split as `sources.open_source` does; returns None if there is no test split."""
     builder, where = builder_of(data_config), _where(data_config)
     splits = set(builder.info.splits)
     wanted = getattr(data_config, f"{split}_split") or ""
     if not splits:
         raise UserError(
-            f"TFDS knows {where} but it is not prepared there. Prepare it once with "
+            f"TFDS knows {where}, but the data set is not prepared there. Prepare it once with "
             'file_format="array_record", or with python -m sop_jax.data.prepare.'
         )
     if wanted.split("[")[0] not in splits:
         if split == "test":
             return None
         raise UserError(
-            f"{where} has no split {wanted!r} but {', '.join(sorted(splits))}. "
-            "Set --config.data.train_split."
+            f"{where} has no split {wanted!r}; it has {', '.join(sorted(splits))}. "
+            "Set --config.data.train_split to one of them."
         )
     if "image" not in builder.info.features:
         raise UserError(
-            f"{where} has no feature 'image' but {', '.join(builder.info.features)}. "
+            f"{where} has no feature 'image'; it has {', '.join(builder.info.features)}. "
             "Choose a data set of images."
         )
     source = TfdsSource(str(builder.data_dir), wanted)

@@ -1,4 +1,4 @@
-"""Input worker processes: how they start, what they need and how they end."""
+"""Input worker processes: how they start, which resources they need and how they end."""
 
 import contextlib
 import multiprocessing
@@ -14,9 +14,9 @@ from typing import Any
 
 from sop_jax.errors import Lost, UserError
 
-SHARED_MEMORY = "/dev/shm"  # where Linux keeps what processes share
-BUFFER = 2  # pieces that a worker has ready
-# Grain buffers as many again in the parent, and on each side one piece waits to be put there.
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps the memory that processes share
+BUFFER = 2  # finished pieces per worker
+# Grain buffers as many pieces in the parent, and on each side one more waits to enter the buffer.
 PIECES_PER_WORKER = 2 * (BUFFER + 1)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ROOM = (
@@ -27,15 +27,15 @@ _ROOM = (
 
 
 def check_shared_memory(workers: int, piece_bytes: int, pieces: int) -> None:
-    """Checks that there is room for what the workers hand over.
+    """Checks that there is enough shared memory for the pieces that workers hand over.
 
     Args:
-        workers: how many there are.
-        piece_bytes: of one piece of a batch.
-        pieces: in one batch.
+        workers: the number of worker processes.
+        piece_bytes: the size of one piece of a batch in bytes.
+        pieces: the number of pieces per batch.
 
     Raises:
-        UserError: there is not.
+        UserError: there is not enough shared memory.
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
@@ -43,22 +43,23 @@ def check_shared_memory(workers: int, piece_bytes: int, pieces: int) -> None:
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise UserError(
-            f"data.workers={workers} hand over images through {SHARED_MEMORY}, of which they need "
-            f"up to {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free. {_ROOM}"
+            f"The input workers (data.workers={workers}) hand over images through {SHARED_MEMORY} "
+            f"and need up to {needed / 2**20:.0f} MiB there, but only {free / 2**20:.0f} MiB are "
+            f"free. {_ROOM}"
         )
 
 
 def start(iterator: Any) -> None:
     """Starts the workers of a Grain iterator; returns before they are ready.
 
-    Terminals and clusters signal all processes of a group. The parent decides what a signal means
-    and needs its workers for that, so they never see one: they start with the signals blocked,
-    which they inherit from the threads that start them, until `prepare` ignores them.
+    Terminals and clusters send signals to all processes of a group. Only the parent handles them,
+    and it still needs its workers while it does. Workers therefore start with the signals blocked,
+    which they inherit from the threads that start them, and `prepare` then ignores the signals.
     """
-    # The tracker frees what killed processes shared; it should not call that a leak.
+    # The tracker frees the shared memory of killed processes; it should not warn of a leak.
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")
     try:
-        resource_tracker.ensure_running()  # which unblocks the signals where it has to start
+        resource_tracker.ensure_running()  # first, because starting it unblocks the signals
     finally:
         sys.warnoptions.pop()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -70,11 +71,11 @@ def start(iterator: Any) -> None:
 
 
 def prepare(*_: Any) -> None:
-    """What a worker does first: leaves signals to its parent, and makes sure to end with it."""
+    """Sets up a worker: it ignores signals, and ends when its parent ends."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    # Linux's parent-death signal would come at the end of the thread that started this process.
+    # Linux's parent-death signal is sent when the thread that started this process ends.
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
@@ -82,7 +83,7 @@ def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
-    os._exit(1)  # Python's resource tracker frees the shared memory when all processes are gone
+    os._exit(1)  # Python's resource tracker frees the shared memory once all processes are gone
 
 
 def kill() -> None:
@@ -94,11 +95,11 @@ def kill() -> None:
 
 @contextlib.contextmanager
 def losses_in_words() -> Iterator[None]:
-    """Turns the error of Grain about a dead worker into one that says what happened.
+    """Replaces Grain's error about a dead worker by one that says what happened.
 
     Raises:
-        Lost: a worker was killed or has crashed, and a new start may do better.
-        UserError: there is too little shared memory.
+        Lost: a worker was killed or has crashed, and a restart may succeed.
+        UserError: there is not enough shared memory.
     """
     try:
         yield
@@ -112,17 +113,17 @@ def losses_in_words() -> Iterator[None]:
 def _loss(code: int) -> UserError:
     if code == -signal.SIGBUS:
         return UserError(
-            f"an input worker has ended with a bus error: {SHARED_MEMORY} is full. {_ROOM}"
+            f"an input worker ended with a bus error: {SHARED_MEMORY} is full. {_ROOM}"
         )
     if code == -signal.SIGKILL:
         return Lost(
             "an input worker was killed, probably by the system because memory ran out. The same "
-            "command goes on from the last checkpoint. If it happens again, set fewer "
+            "command resumes from the last checkpoint. If it happens again, set fewer "
             "--config.data.workers, or give the machine or the container more memory."
         )
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return Lost(
-        f"an input worker has ended unexpectedly with {how}; what it printed above may say why. "
-        "The same command goes on from the last checkpoint. If it happens again, try "
-        "--config.data.workers=0, where the error shows itself in the main process."
+        f"an input worker ended unexpectedly with {how}; its output above may say why. The same "
+        "command resumes from the last checkpoint. If it happens again, try "
+        "--config.data.workers=0, with which the error appears in the main process."
     )

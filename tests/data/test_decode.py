@@ -266,7 +266,7 @@ def test_pillow_does_not_warn_of_large_images():
         (b"", "it is empty"),
         (encoded(photo(), "JPEG")[:-200], "truncated"),
         (b"<html>not found</html>", "not an image in a format that Pillow can read"),
-        (b"II*\0" + b"\0" * 50, "a TIFF with pixels of a kind that Pillow cannot read"),
+        (b"II*\0" + b"\0" * 50, "a TIFF with a pixel format that Pillow cannot read"),
     ],
     ids=["empty", "cut off", "no image", "odd TIFF"],
 )

@@ -68,7 +68,7 @@ def test_unlabelled_folders(tmp_path, files):
 def test_folder_nonsense(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*nowhere.*Give the path"):
         open_source(data_config("folder", tmp_path / "nowhere"), "train")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         open_source(data_config("folder", tmp_path), "train")
     with pytest.raises(UserError, match=r"--config\.data\.path"):
         open_source(data_config("folder"), "train")
@@ -78,14 +78,14 @@ def test_folder_nonsense(tmp_path):
     with pytest.raises(UserError, match="none called 'train'"):
         open_source(data_config("folder", tmp_path, test_split="val"), "train")
     write_tree(tmp_path, ["train/a/1.png", "train/c/2.png"])
-    with pytest.raises(UserError, match="'b', which is no class of"):
+    with pytest.raises(UserError, match="contains b, but the classes of .*/train are a, c"):
         open_source(data_config("folder", tmp_path, test_split="val"), "test")
 
 
 def test_a_split_that_is_a_file_or_empty(tmp_path):
     write_tree(tmp_path, ["train/a/1.png", "train/b/2.png"])
     (tmp_path / "test").mkdir()
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="contains no images"):
         open_source(data_config("folder", tmp_path), "test")
     assert open_source(data_config("folder", tmp_path, test_split=""), "test") is None
 
@@ -119,6 +119,14 @@ def test_splits_are_found_in_any_letter_case_and_validation_by_any_of_its_names(
     assert notes(source, held_out) == [f"{tmp_path}: splits: {train}, {test}"]
 
 
+def test_a_test_split_that_is_the_train_split_is_reported(tmp_path):
+    write_tree(tmp_path, ["train/a/1.png", "train/b/2.png", "val/a/1.png", "val/b/2.png"])
+    same = data_config("folder", tmp_path, train_split="val", test_split="validation")
+    assert "are the same images" in notes(opened(same), opened(same, "test"))[-1]
+    other = data_config("folder", tmp_path, test_split="val")
+    assert "are the same images" not in str(notes(opened(other), opened(other, "test")))
+
+
 def test_splits_that_are_not_used_are_told(tmp_path):
     splits = ("train", "val", "validation", "Test")
     write_tree(tmp_path, [f"{split}/{name}/1.png" for split in splits for name in "ab"])
@@ -126,14 +134,14 @@ def test_splits_that_are_not_used_are_told(tmp_path):
     config = data_config("folder", tmp_path, test_split="validation")
     assert notes(opened(config)) == [
         f"{tmp_path}: splits: train, validation; not used: Test, val",
-        f"{tmp_path}: not used: 1 image beside the splits",
+        f"{tmp_path}: not used: 1 image outside the splits",
     ]
     assert opened(config, "test").name(0) == f"{tmp_path}/validation/a/1.png"
 
 
 def test_what_may_or_may_not_be_a_split_is_asked_for(tmp_path):
     write_tree(tmp_path / "cases", ["train/a/1.png", "Train/b/2.png"])
-    with pytest.raises(UserError, match="the folders Train, train, and any of them may be"):
+    with pytest.raises(UserError, match="the folders Train, train, and any of them could be"):
         open_source(data_config("folder", tmp_path / "cases"), "train")
     write_tree(tmp_path / "two", ["train/a/1.png", "val/a/2.png", "valid/a/3.png"])
     with pytest.raises(UserError, match="the folders val, valid, and any"):
@@ -146,7 +154,7 @@ def test_what_may_or_may_not_be_a_split_is_asked_for(tmp_path):
         open_source(data_config("folder", tmp_path / "name", train_split="training"), "train")
     write_tree(tmp_path / "file", ["train/a/1.png"])
     (tmp_path / "file" / "val").write_bytes(b"an archive")
-    with pytest.raises(UserError, match="file/val is a file, where the folder"):
+    with pytest.raises(UserError, match="file/val is a file, but a folder"):
         open_source(data_config("folder", tmp_path / "file", test_split="val"), "train")
     with pytest.raises(UserError, match="is a file, not a folder"):
         open_source(data_config("folder", tmp_path / "file" / "val"), "train")
@@ -163,13 +171,13 @@ def test_labels_of_a_tree_with_splits_come_from_the_folders_in_them(tmp_path):
     source = whole_tree(str(tmp_path))
     assert source.files == ["Train/a/1.png", "Train/b/2.png", "val/b/3.png", "val/c/4.png"]
     assert source.class_names == ["a", "b", "c"] and source.labels.tolist() == [0, 1, 1, 2]
-    assert any("Train, val are splits" in note for note in source.notes)
+    assert any("inside the splits: Train, val" in note for note in source.notes)
     assert whole_tree(str(tmp_path), splits=False).class_names == ["Train", "val"]
     write_tree(tmp_path, ["test/5.png"])
     source = whole_tree(str(tmp_path))
-    assert source.labels is None and "1 of 5 images are in no class folder" in source.notes[-1]
+    assert source.labels is None and "1 of 5 images is not in a class folder" in source.notes[-1]
     write_tree(tmp_path, ["bus/6.png"])
-    with pytest.raises(UserError, match="in bus, so that .*--nosplits"):
+    with pytest.raises(UserError, match="in bus, so it .*--nosplits"):
         whole_tree(str(tmp_path))
 
 
@@ -184,8 +192,8 @@ def test_every_folder_is_read_once_whatever_links_to_it(tmp_path):
     listing = list_images(str(tmp_path))
     assert listing.files == [f"{name}/{i}.png" for name in "ab" for i in range(3)]
     assert listing.notes == [
-        f"{tmp_path}: linked again, and read once: a/up (is {tmp_path}), b/up (is {tmp_path}), "
-        f"c (is {tmp_path}/b)"
+        f"{tmp_path}: linked more than once, but read once: a/up (same as {tmp_path}), "
+        f"b/up (same as {tmp_path}), c (same as {tmp_path}/b)"
     ]
 
 
@@ -197,7 +205,7 @@ def test_links_that_lead_nowhere_are_told(tmp_path):
     (tmp_path / "a" / "3.png").symlink_to("/unmounted/3.png")
     listing = list_images(str(tmp_path))
     assert listing.files == ["a/1.png", "a/3.png", "b/2.png"]  # to read it says why
-    assert len(listing.notes) == 1 and listing.notes[0].endswith("folders: c, d, e.png")
+    assert len(listing.notes) == 1 and listing.notes[0].endswith("special files: c, d, e.png")
 
 
 @pytest.mark.parametrize("split", ["train", ""])
@@ -295,13 +303,13 @@ def test_files_that_are_not_images_are_counted_by_ending(tmp_path):
     (tmp_path / "a" / "readme").touch()
     (tmp_path / "empty").mkdir()
     assert notes(opened(data_config("folder", tmp_path))) == [
-        f"{tmp_path}: left out: 12 files ending in .txt, 1 without an ending are not images",
-        f"{tmp_path}: left out: 1 whose name begins with a dot",
-        f"{tmp_path}: without images, hence no classes: empty",
+        f"{tmp_path}: ignored 13 files that are not images (12 .txt, 1 without an extension)",
+        f"{tmp_path}: ignored 1 hidden file or folder",
+        f"{tmp_path}: not classes, because they contain no images: empty",
     ]
     for image in tmp_path.rglob("*.png"):
         image.rename(image.with_suffix(".eps"))
-    with pytest.raises(UserError, match=r"holds no images, but 12 files ending in \.txt, 2 ending"):
+    with pytest.raises(UserError, match=r"contains no images, but 15 files .*12 \.txt, 2 \.eps"):
         open_source(data_config("folder", tmp_path), "train")
 
 
@@ -310,7 +318,7 @@ def test_heic_is_read_where_its_library_is_installed(tmp_path):
         write_tree(tmp_path, ["a/1.png"])
         (tmp_path / "a" / "2.HEIC").touch()
         (note,) = list_images(str(tmp_path)).notes
-        assert note.endswith("is not images (to read HEIC: pip install pillow-heif)")
+        assert note.endswith("an image (1 .heic); to read HEIC: pip install pillow-heif")
         pytest.skip("pillow-heif is not installed")
     write_tree(tmp_path, ["1.heic", "2.png"])
     source = opened(data_config("folder", tmp_path))
@@ -366,7 +374,7 @@ def test_remote_folders(monkeypatch):
     train = opened(config)
     assert train.files == ["a/1.png", "b/x/2.png"] and train.labels.tolist() == [0, 1]
     assert notes(train)[1:] == [
-        "gs://bucket/data/Train: left out: 1 file ending in .txt is not images"
+        "gs://bucket/data/Train: ignored 1 file that is not an image (1 .txt)"
     ]
     np.testing.assert_array_equal(decode(train[1]), noise(1))
     assert opened(config, "test").name(0) == "gs://bucket/data/Val/a/3.png"

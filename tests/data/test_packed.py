@@ -56,8 +56,8 @@ NAMES = np.array(["bus", "cat", "dog", "elk"])
         ({"train_offsets": np.uint64([0, 90, 30])}, "train_offsets .*Expected ascending"),
         ({"train_blob": np.zeros(9, np.float32)}, "train_blob .*float32.* Expected bytes"),
         ({"train_labels": LABELS[:5]}, "train_labels has 5 labels for 20 images"),
-        ({"train_labels": LABELS - 1}, "train_labels has a label -1. Expected numbers from 0"),
-        ({"train_labels": LABELS + 2**31}, "train_labels has a label 2147483648. Expected"),
+        ({"train_labels": LABELS - 1}, "train_labels has the label -1. Expected numbers from 0"),
+        ({"train_labels": LABELS + 2**31}, "train_labels has the label 2147483648. Expected"),
         (
             {"train_labels": LABELS + 1, "class_names": NAMES},
             "label 4. Expected .* 0 to 3.*4 names",

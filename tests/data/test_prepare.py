@@ -124,10 +124,10 @@ def test_splits_are_found_in_any_letter_case(tmp_path, capfd):
     assert (len(source), len(test)) == (2, 1)
     told = capfd.readouterr().err
     assert f"{tree}: splits: Train, Validation; not used: test" in told
-    assert f"{tree}/Train: left out: 1 file ending in .txt is not images" in told
+    assert f"{tree}/Train: ignored 1 file that is not an image (1 .txt)" in told
     with pytest.raises(UserError, match="--splits=Train,Validation,test"):
         prepare(tree, out, "other", ["train", "training"])
-    with pytest.raises(UserError, match="two of the splits are the same one"):
+    with pytest.raises(UserError, match="two of --splits are the same"):
         prepare(tree, out, "other", ["train", "val", "validation"])
 
 
@@ -158,8 +158,8 @@ def test_nonsense(tmp_path):
     tree, out = write_tree(tmp_path / "tree"), str(tmp_path / "out")
     (tmp_path / "empty").mkdir()
     cases = {
-        "is no name": (tree, out, "My-Images", ["train"]),
-        "holds no images": (str(tmp_path / "empty"), out, "x", ["train"]),
+        "is not a valid name": (tree, out, "My-Images", ["train"]),
+        "contains no images": (str(tmp_path / "empty"), out, "x", ["train"]),
         "There is no folder": (str(tmp_path / "nowhere"), out, "x", ["train"]),
         "not test.*--splits=train": (tree, out, "x", ["train", "test"]),
     }
@@ -167,7 +167,7 @@ def test_nonsense(tmp_path):
         with pytest.raises(UserError, match=message):
             prepare(*arguments)
     prepare(tree, out, "x", ["train", "val"])
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         prepare(tree, out, "x", ["train", "val"])
 
 

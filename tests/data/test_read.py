@@ -57,7 +57,7 @@ def test_storage_that_does_not_come_back_stops_the_run(seconds):
 
 
 def test_a_file_that_may_not_be_read_stops_the_run_at_once():
-    with pytest.raises(UserError, match=r"/data/image\.png may not be read: Permission denied"):
+    with pytest.raises(UserError, match=r"/data/image\.png cannot be read: Permission denied"):
         read.read(Shaky(errno.EACCES, np.inf), 0, 60.0)
 
 
@@ -71,7 +71,7 @@ def test_the_wait_can_be_ended():
 def test_a_link_to_nothing_is_corrupt_and_says_so(tmp_path):
     os.symlink(tmp_path / "gone.jpg", tmp_path / "a.png")
     source = folder(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"a link to .*gone\.jpg, which is not there"):
+    with pytest.raises(ValueError, match=r"a link to .*gone\.jpg, which does not exist"):
         read.read(source, 1, 60.0)
 
 

@@ -100,7 +100,7 @@ def test_packed_nonsense(tmp_path):
     with pytest.raises(UserError, match="no file"):
         open_source(data_config("packed", tmp_path / "p.npz"), "train")
     (tmp_path / "p.npz").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is no .npz"):
+    with pytest.raises(UserError, match="is not an .npz file"):
         open_source(data_config("packed", tmp_path / "p.npz"), "train")
     path = write_packed(tmp_path / "q.npz", [encoded(noise())])
     with pytest.raises(UserError, match="no training_blob"):
