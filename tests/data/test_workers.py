@@ -40,6 +40,8 @@ if __name__ == "__main__":
     config.augment.update(global_size=16, local_size=8, local_crops=2)
     batches = pipeline.train_batches(sources.open_source(config.data, "train"), config, 4)
     next(batches)
+    while len(multiprocessing.active_children()) < 2:  # the second may start after the first batch
+        time.sleep(0.01)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     sys.stdin.read()
     next(batches)
