@@ -74,7 +74,7 @@ def largest(config: ml_collections.ConfigDict, topology: str) -> Row:
     unit = found.chips * found.accumulate
     return {
         "images": found.batch_size // found.chips,
-        "bound": found.batch_size + unit > found.bound[0],
+        "bound": found.bound is not None and found.batch_size + unit > found.bound[0],
     }
 
 
@@ -112,7 +112,7 @@ def models(store: Store) -> None:
     for (model, name, fsdp), row, top in zip(cases, *found, strict=True):
         chips = math.prod(row["mesh"].values())
         title = [f"ViT-{model.upper()}/16", name + f", fsdp {fsdp}" * (fsdp > 1)]
-        parts = ("parameters", "optimizer", "memories", "batch", "activations")
+        parts = ("parameters", "optimizer", "carried", "batch", "activations")
         memory.append(
             title
             + [f"{row['batch_size'] // chips}"]

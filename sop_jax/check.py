@@ -11,9 +11,7 @@ from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.vit import REMATS
-from sop_jax.objectives.sop.objective import ANCHORS
-from sop_jax.objectives.sop.prototypes import POOLS, VOTES
-from sop_jax.parallel.search import PRECISIONS
+from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.rules import (
     COUNT,
     COUNT_OR_ZERO,
@@ -109,26 +107,7 @@ RULES: dict[str, Rule] = {
     "model.precision": one_of(linear.PRECISIONS),
     "head.hidden": COUNT,
     "head.dim": COUNT,
-    "sop.cls.memory": COUNT,
-    "sop.cls.anchors": COUNT,
-    "sop.cls.supports": COUNT_OR_ZERO,
-    "sop.cls.tasks": COUNT,
-    "sop.cls.votes": one_of(VOTES),
-    "sop.cls.weight": NOT_NEGATIVE,
-    "sop.patch.memory": COUNT_OR_ZERO,
-    "sop.patch.anchors": COUNT,
-    "sop.patch.supports": COUNT_OR_ZERO,
-    "sop.patch.tasks": COUNT_OR_ZERO,
-    "sop.patch.votes": one_of(VOTES),
-    "sop.patch.weight": NOT_NEGATIVE,
-    "sop.pool": one_of(POOLS),
-    "sop.smoothing": SHARE,
-    "sop.anchors": one_of(ANCHORS),
-    "sop.search_precision": one_of(PRECISIONS),
-    "sop.student_temperature": POSITIVE,
-    "sop.teacher_temperature": each(POSITIVE, 2),
-    "sop.temperature_warmup_epochs": NOT_NEGATIVE,
-    "sop.temperature_warmup_steps": unset_or(STEPS),
+    **{key: rule for method in METHODS.values() for key, rule in method.rules.items()},
     "optim.lr": NOT_NEGATIVE,
     "optim.min_lr": NOT_NEGATIVE,
     "optim.warmup_epochs": NOT_NEGATIVE,
@@ -154,10 +133,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_values(config)
     check_length(config)
     check_sizes(config)
-    for name in ("cls", "patch"):
-        check_memory(name, config)
+    method_of(config).check(config)
     if config.model.family == "resnet":
-        check_cls_alone(flatten(config))
+        check_cls_alone(config)
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
@@ -191,7 +169,6 @@ NOT_OF = {
     ),
 }
 NUMBERS = ("width", "depth", "heads", "stage_depths", "stage_heads")  # of model.size=custom
-LENGTHS = ("", "mask.start_", "sop.temperature_warmup_", "optim.warmup_")
 
 
 def check_used(
@@ -228,12 +205,11 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
             reasons[f"model.{name}"] = f"model.size={model.size} decides; for others choose custom"
     for name in NOT_OF[model.family]:
         reasons[f"model.{name}"] = f"model.family={model.family} has no use for it"
-    for name in LENGTHS:
-        if flat[f"{name}steps"] is not None:
-            reasons[f"{name}epochs"] = f"{name}steps is {flat[f'{name}steps']}, and steps win"
-    if not config.sop.patch.tasks:
-        for name in ("anchors", "supports", "votes", "weight"):
-            reasons[f"sop.patch.{name}"] = "sop.patch.tasks is 0"
+    for key in flat:
+        steps = f"{key.removesuffix('epochs')}steps"
+        if key.endswith("epochs") and flat[steps] is not None:
+            reasons[key] = f"{steps} is {flat[steps]}, and steps win"
+    reasons |= method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):
             reasons[f"augment.{name}"] = "augment.local_crops is 0"
@@ -326,47 +302,18 @@ def check_swin(size: Any) -> None:
 NETWORKS = {"vit": check_vit, "swin": check_swin}
 
 
-# A ResNet has no patches to mask or to remember, and no drop path.
-CLS_ALONE = {"sop.patch.tasks": 0, "sop.patch.memory": 0, "mask.none": 1.0, "model.drop_path": 0.0}
+def cls_alone(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Settings of a run without patches to learn from, and without drop path, as a ResNet's."""
+    return {**method_of(config).cls_only, "mask.none": 1.0, "model.drop_path": 0.0}
 
 
-def check_cls_alone(flat: dict[str, Any]) -> None:
+def check_cls_alone(config: ml_collections.ConfigDict) -> None:
     """What a ResNet has no use for is switched off, so that nobody believes it to be at work."""
-    others = {key: value for key, value in CLS_ALONE.items() if flat[key] != value}
+    flat, expected = flatten(config), cls_alone(config)
+    others = {key: value for key, value in expected.items() if flat[key] != value}
     if others:
         raise UserError(
             "model.family=resnet learns from [CLS] alone: it has no patches to mask and no drop "
             f"path, but {', '.join(f'{key} is {flat[key]}' for key in others)}; set "
             + " ".join(f"--config.{key}={value}" for key, value in others.items())
-        )
-
-
-def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
-    """A memory holds a batch, the anchors of a draw, and their supports."""
-    level, batch = config.sop[name], config.batch_size
-    if level.memory == 0 and level.tasks == 0:
-        return
-    if batch > level.memory:
-        raise UserError(
-            f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "
-            f"a row; use a batch of at most {level.memory} or a larger memory"
-        )
-    if config.sop.anchors == "fixed_slots" and level.memory % batch:
-        raise UserError(
-            f"sop.anchors=fixed_slots needs slots that stay in the memory, and batch_size {batch} "
-            f"does not divide sop.{name}.memory {level.memory}; choose sizes that do"
-        )
-    if level.tasks == 0:
-        return
-    if not 2 <= level.anchors <= level.memory:
-        raise UserError(
-            f"sop.{name}.anchors {level.anchors} cannot be drawn from sop.{name}.memory "
-            f"{level.memory}; expected 2 to {level.memory}"
-        )
-    others = level.memory - (level.anchors if config.sop.pool == "non_anchors" else 1)
-    if not 0 <= level.supports <= others:
-        raise UserError(
-            f"sop.{name}.supports {level.supports} cannot be found among the {others} rows that "
-            f"sop.pool={config.sop.pool} leaves of sop.{name}.memory {level.memory} beside "
-            f"{level.anchors} anchors; use fewer supports or anchors, or a larger memory"
         )

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +30,13 @@ from sop_jax.compiled import flops
 from sop_jax.compiled.collectives import Collective, collectives
 from sop_jax.compiled.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
 from sop_jax.errors import UserError
+from sop_jax.objectives.methods import method_of
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training.assemble import Run, assemble, traced_step
 
 IMAGES = 1_281_167  # of ImageNet's train split
 MIB = 2**20
-SCOPES = ("teacher", "student", "prototypes", "losses", "update", "memories", "health")
+SCOPES = ("teacher", "targets", "student", "losses", "update", "health")  # of every train step
 
 
 class Plan(NamedTuple):
@@ -45,7 +47,8 @@ class Plan(NamedTuple):
         kind: of the chips.
         batch_size: images a step, over all chips.
         accumulate: microbatches of a step.
-        bound: the largest batch that the memories can take, and the setting that says so.
+        bound: the largest batch that the objective can take, and the setting that says so; None
+            where it takes any.
         memory: bytes by part; without temporaries where the compiler gave up.
         wanted: bytes in all; the compiler's own words for it where it gave up.
         limit: bytes that a program may use; None when the device does not say.
@@ -60,7 +63,7 @@ class Plan(NamedTuple):
     kind: str
     batch_size: int
     accumulate: int
-    bound: tuple[int, str]
+    bound: tuple[int, str] | None
     memory: dict[str, int]
     wanted: int | str
     limit: float | None
@@ -124,6 +127,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         UserError: the config is wrong, or does not match the devices.
     """
     check(config)
+    method = method_of(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     run = assemble(config, mesh, IMAGES)
     device: Any = mesh.devices.flat[0]
@@ -140,12 +144,12 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         kind=device.device_kind,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
-        bound=min(memory_sizes(config)),
+        bound=method.batch_limit(config),
         memory=memory,
         wanted=fit.wanted,
         limit=fit.limit,
         fits=fit.fits,
-        flops=flops.by_scope(traced.jaxpr, SCOPES),
+        flops=flops.by_scope(traced.jaxpr, (*SCOPES, *method.scopes)),
         rate=CHIPS[device.device_kind].rate if device.device_kind in CHIPS else None,
         collectives=sent,
         compile_s=time.monotonic() - began,
@@ -155,7 +159,8 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
 def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan | None:
     """The plan with the largest batch that fits; None when not even one image a chip does.
 
-    Halves from what the memories can take, because the compiler is quick to say no, then bisects.
+    Halves from what the objective can take, or all images of an epoch, because the compiler is
+    quick to say no, then bisects.
     The microbatches of a step stay as many as they are.
 
     Raises:
@@ -168,20 +173,21 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
             f"{devices[0].device_kind} devices do not say how much memory they have, so no batch "
             "is too large; name a --topology"
         )
-    unit = mesh.devices.size * config.accumulate
+    unit, method = mesh.devices.size * config.accumulate, method_of(config)
     best = None
 
     def fits(images: int) -> bool:
         nonlocal best
         trial = config.copy_and_resolve_references()
         trial.batch_size = images * unit
-        trial.sop.anchors = "random"  # of any batch, which `fixed_slots` is not
+        trial.update_from_flattened_dict(dict(method.any_batch))
         found = plan(trial, devices)
         print(f"batch {trial.batch_size}: {verdict(found)}", file=sys.stderr, flush=True)
         best = found if found.fits else best
         return bool(found.fits)
 
-    no = min(memory_sizes(config))[0] // unit + 1
+    most, _ = method.batch_limit(config) or (IMAGES, "")
+    no = most // unit + 1
     yes = no - 1
     while yes and not fits(yes):
         no, yes = yes, yes // 2
@@ -191,19 +197,13 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
     return best
 
 
-def memory_sizes(config: ml_collections.ConfigDict) -> list[tuple[int, str]]:
-    """Rows of the memories that there are, and the settings that say so."""
-    rows = [(config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")]
-    return [row for row in rows if row[0]]
-
-
 def state_bytes(run: Run) -> dict[str, int]:
     """Bytes a chip of what a step is given, by part."""
     state = run.abstract
     parts = {
         "parameters": (state.student, state.teacher),
         "optimizer": state.opt_state,
-        "memories": state.carried,
+        "carried": state.carried,
         "batch": run.batch,
     }
     return {
@@ -225,14 +225,16 @@ def program_bytes(analysis: Any, given: int) -> dict[str, int]:
     }
 
 
-def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, int | None]]:
+def traffic(
+    sent: list[Collective], scopes: Container[str]
+) -> dict[tuple[str, str], tuple[int | None, int | None]]:
     """How often collectives run in a step, and bytes a step, by their kind and scope.
 
     None where the length of a loop is not known.
     """
     groups = defaultdict(list)
     for collective in sent:
-        groups[collective.kind, flops.scope(collective.name, SCOPES)].append(collective)
+        groups[collective.kind, flops.scope(collective.name, scopes)].append(collective)
     totals: dict[tuple[str, str], tuple[int | None, int | None]] = {}
     for key, group in groups.items():
         times = [collective.times for collective in group if collective.times is not None]
@@ -246,7 +248,7 @@ def traffic(sent: list[Collective]) -> dict[tuple[str, str], tuple[int | None, i
 WORDS = {
     "parameters": "parameters, student and teacher",
     "optimizer": "optimizer",
-    "memories": "memories",
+    "carried": "carried by the objective",
     "batch": "batch",
     "activations": "activations and the like",
     "program": "program",
@@ -283,15 +285,16 @@ def table(found: Plan) -> str:
     if found.collectives:
         heads = f"{'collectives':<20}{'where':<16}{'a step':>10}{'MiB':>12}"
         lines += ["", heads]
-        for (kind, where), (times, size) in sorted(traffic(found.collectives).items()):
+        for (kind, where), (times, size) in sorted(traffic(found.collectives, found.flops).items()):
             note = "   (steps that measure)" if where == "health" else ""
             count = "?" if times is None else str(times)
             amount = "?" if size is None else f"{size / MIB:.3f}"
             lines.append(f"  {kind:<18}{where or 'elsewhere':<16}{count:>10}{amount:>12}{note}")
-    bound, key = found.bound
+    lines.append("")
+    if found.bound:
+        bound, key = found.bound
+        lines.append(f"{key} bounds the batch to {bound} images.")
     lines += [
-        "",
-        f"{key} of {bound} rows bounds the batch to {bound} images.",
         f"Compiled in {found.compile_s:.0f} s.",
         verdict(found),
     ]
@@ -311,10 +314,12 @@ def record(found: Plan) -> dict[str, Any]:
     """The plan in numbers, for JSON."""
     return {
         **found._asdict(),
-        "bound": found.bound[0],
+        "bound": found.bound[0] if found.bound else None,
         "collectives": [
             {"kind": kind, "where": where, "times": times, "bytes": size}
-            for (kind, where), (times, size) in sorted(traffic(found.collectives).items())
+            for (kind, where), (times, size) in sorted(
+                traffic(found.collectives, found.flops).items()
+            )
         ],
         "jax": jax.__version__,
     }

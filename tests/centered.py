@@ -8,7 +8,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from sop_jax.objectives.objective import Objective, Outputs, Places, Selection
+from sop_jax.objectives.objective import Method, Objective, Outputs, Places, Selection
 from sop_jax.schedules import Length, constant
 
 COUNT = 16  # prototypes
@@ -26,14 +26,14 @@ def centered(
     dim: int,
     mesh: Mesh,
     length: Length,
-    most_masked: int | None = None,
+    grid: tuple[int, int],
 ) -> Objective:
     """All views and patches of the student predict the first view of the teacher's.
 
     Targets are centered by the running mean of the teacher's logits, as in DINO. The student drops
     one patch of each image and never sees the first global view.
     """
-    del mesh, length, most_masked
+    del mesh, length, grid
 
     def init(key: jax.Array) -> tuple[dict[str, Any], Any]:
         kernel = jax.random.normal(key, (dim, COUNT))
@@ -91,3 +91,16 @@ def centered(
         measure=measure,
         verdict=lambda rows: None,
     )
+
+
+CENTERED = Method(
+    build=centered,
+    rules={},
+    check=lambda config: None,
+    without_use=lambda config: {},
+    batch_limit=lambda config: None,
+    any_batch={},
+    cls_only={},
+    warmups={},
+    scopes=(),
+)

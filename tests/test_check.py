@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import CLS_ALONE, RULES, check, check_trace, check_used, without_use
+from sop_jax.check import RULES, check, check_trace, check_used, cls_alone, without_use
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
@@ -173,7 +173,7 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
 
 
 # What a choice needs beside itself.
-RESNET = {"model.family": "resnet", "model.size": "50"} | CLS_ALONE
+RESNET = {"model.family": "resnet", "model.size": "50"} | cls_alone(paper())
 WITH = {"resnet": RESNET}
 
 

@@ -15,6 +15,7 @@ from sop_jax import config as config_lib
 from sop_jax import plan as plan_lib
 from sop_jax.compiled.collectives import Collective
 from sop_jax.errors import UserError
+from sop_jax.objectives.methods import METHODS
 from sop_jax.plan import GIB, Plan, largest_batch, plan, record, table, traffic
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def made(**changes: object) -> Plan:
         wanted=5 * GIB,
         limit=16 * GIB,
         fits=True,
-        flops={"teacher": 1e12, "student": 3e12, "": 0.0},
+        flops={"teacher": 1e12, "student": 3e12, "prototypes": 0.0, "health": 0.0, "": 0.0},
         rate=1e12,
         collectives=[],
         compile_s=1.0,
@@ -75,7 +76,7 @@ def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> Non
     assert 2 * layers < one.memory["parameters"] < 2 * 1.6 * layers
     assert one.memory["optimizer"] == pytest.approx(one.memory["parameters"], abs=16)
     rows = 64 + 32
-    assert one.memory["memories"] == rows * (128 * 4 + 4) + 4 * 4
+    assert one.memory["carried"] == rows * (128 * 4 + 4) + 4 * 4
     pixels = 2 * 16 * 16 * 3 + 2 * 8 * 8 * 3
     assert one.memory["batch"] == 16 * (pixels + 2 * 4 + 4 + 4)
     assert one.memory["activations"] > one.memory["batch"]
@@ -86,7 +87,7 @@ def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
     assert eight.mesh == {"data": 2, "fsdp": 4}
     for part in ("parameters", "optimizer"):  # all but the small ones by a quarter
         assert 1 / 4 < eight.memory[part] / one.memory[part] < 0.3
-    for part in ("memories", "batch"):
+    for part in ("carried", "batch"):
         assert eight.memory[part] == pytest.approx(one.memory[part] / 8, abs=16)
     assert eight.flops == one.flops
     assert eight.flops["student"] > 2 * eight.flops["teacher"] > 0
@@ -96,7 +97,7 @@ def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
 
 def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) -> None:
     assert one.collectives == []
-    sent = traffic(eight.collectives)
+    sent = traffic(eight.collectives, eight.flops)
     reduced = sum(
         size or 0
         for (kind, where), (_, size) in sent.items()
@@ -124,7 +125,7 @@ def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
 
 def test_bound_is_that_of_the_smaller_memory(one: Plan) -> None:
     assert one.bound == (32, "sop.patch.memory")
-    assert "sop.patch.memory of 32 rows bounds the batch to 32 images." in table(one)
+    assert "sop.patch.memory bounds the batch to 32 images." in table(one)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,25 @@ def test_largest_batch_is_found_up_to_what_the_memories_take(
     found = largest_batch(config, jax.devices()[:1])
     assert (found and found.batch_size // accumulate) == expected
     assert config.batch_size == 16
+
+
+def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search starts from all images of ImageNet then."""
+    tried = []
+
+    def pretend(config: ml_collections.ConfigDict, devices: list) -> Plan:
+        tried.append(config.batch_size)
+        return made(batch_size=config.batch_size, fits=config.batch_size <= 3, mesh={"data": 1})
+
+    monkeypatch.setitem(METHODS, "sop", METHODS["sop"]._replace(batch_limit=lambda config: None))
+    monkeypatch.setattr(plan_lib, "plan", pretend)
+    monkeypatch.setattr(plan_lib, "bytes_limit", lambda device: GIB)
+    found = largest_batch(small_config(), jax.devices()[:1])
+    assert found and found.batch_size == 3
+    assert tried[0] == plan_lib.IMAGES
+    unbound = made(bound=None)
+    assert "bounds the batch" not in table(unbound)
+    assert record(unbound)["bound"] is None
 
 
 def test_without_libtpu_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,20 @@ def test_one_room_knows_flax_and_one_file_orbax() -> None:
     assert {module(f) for f in FILES if imports_any(f, "orbax")} == {"training.checkpoint"}
 
 
+def test_only_a_method_itself_knows_its_settings() -> None:
+    for file in FILES:
+        if file.is_relative_to(PACKAGE / "objectives" / "sop") or module(file) == "config":
+            continue
+        read = {
+            node.attr
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Attribute)
+        }
+        assert "sop" not in read, file.name
+        if module(file) != "objectives.methods":
+            assert not any(name.startswith("objectives.sop") for name in ours(file)), file.name
+
+
 def test_configs_import_the_settings_alone() -> None:
     for file in (ROOT / "configs").glob("*.py"):
         assert ours(file) <= {"config"}, file.name

@@ -45,7 +45,7 @@ def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
 
     Args:
         jaxpr: of the whole function.
-        scopes: names to tell apart; where they are nested, the outermost counts.
+        scopes: names to tell apart; where they are nested, the innermost counts.
 
     Returns:
         Operations of each name, 0 for one that does not occur, and of the rest under "".
@@ -57,9 +57,9 @@ def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
 
 
 def scope(path: str, scopes: Container[str]) -> str:
-    """The outermost of the scopes that an operation's path of names tells of; "" for none."""
+    """The innermost of the scopes that an operation's path of names tells of; "" for none."""
     # Transformations wrap names: transpose(jvp(student)).
-    return next((word for word in re.findall(r"\w+", path) if word in scopes), "")
+    return next((word for word in reversed(re.findall(r"\w+", path)) if word in scopes), "")
 
 
 def _count(jaxpr: Jaxpr, path: str, zeros: dict[str, float]) -> dict[str, float]:

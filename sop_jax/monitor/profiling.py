@@ -9,8 +9,8 @@ from etils import epath
 class Trace:
     """Records what hosts and devices do in some steps.
 
-    The parts of a step carry the names of `jax.named_scope`: prototypes, teacher, student, losses,
-    update, memories, health.
+    The parts of a step carry the names of `jax.named_scope`: teacher, targets, student, losses,
+    update, health, and in the targets those of the objective, such as prototypes and memories.
     """
 
     def __init__(self, steps: tuple[int, int], folder: epath.PathLike) -> None:

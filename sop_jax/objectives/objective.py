@@ -8,13 +8,16 @@ In the shapes, B images have V views each, Q of them global; M patches are selec
 view. The backbone's features have D numbers, the head's embeddings d.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import ml_collections
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sop_jax.schedules import Schedule
+from sop_jax.rules import Rule
+from sop_jax.schedules import Length, Schedule
 
 Now = Mapping[str, Float[Array, ""] | float]  # the values of all schedules at the current step
 Params = dict[str, Any]  # the parameters of the objective itself; {} if it learns none
@@ -201,3 +204,57 @@ class Objective(NamedTuple):
     loss: Loss
     measure: Measure
     verdict: Verdict
+
+
+@runtime_checkable
+class Build(Protocol):
+    """Makes the objective of a run."""
+
+    def __call__(
+        self,
+        config: ml_collections.ConfigDict,
+        dim: int,
+        mesh: Mesh,
+        length: Length,
+        grid: tuple[int, int],
+    ) -> Objective:
+        """The objective as the settings describe it.
+
+        Args:
+            config: of the whole run.
+            dim: numbers of an embedding.
+            mesh: the devices of the run.
+            length: of the run.
+            grid: patches of a global view, high and wide.
+        """
+
+
+class Method(NamedTuple):
+    """A method of training: its objective, and what its settings mean to the rest of a run.
+
+    Settings are named by their dotted names.
+
+    Attributes:
+        build: see `Build`.
+        rules: which values each of its settings can have.
+        check: (config) -> None. Raises UserError where its settings do not work together, or not
+            with those of the run; each of them alone has a value that `rules` allow.
+        without_use: (config) -> those of its settings that have no effect beside the others, and
+            why.
+        batch_limit: (config) -> the images of the largest batch that its state can take, and the
+            setting that says so; None where there is no limit.
+        any_batch: settings by which it can take any batch up to that limit.
+        cls_only: settings by which it learns from [CLS] only, for networks without patches.
+        warmups: settings without their `_steps` or `_epochs`, and what happens within these.
+        scopes: names of `jax.named_scope` that `build`'s functions open, to count operations by.
+    """
+
+    build: Build
+    rules: Mapping[str, Rule]
+    check: Callable[[ml_collections.ConfigDict], None]
+    without_use: Callable[[ml_collections.ConfigDict], dict[str, str]]
+    batch_limit: Callable[[ml_collections.ConfigDict], tuple[int, str] | None]
+    any_batch: Mapping[str, Any]
+    cls_only: Mapping[str, Any]
+    warmups: Mapping[str, str]
+    scopes: tuple[str, ...]

@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from sop_jax.compiled.device_memory import Fit, compile_and_compare, in_gib
-from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
 from sop_jax.models import Model, build, size_of
 from sop_jax.models.attention import Implementation, choose
+from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Objective
-from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import check_split, gatherer, placed, replicated, shardings, split
 from sop_jax.schedules import Schedule, run_length
 from sop_jax.training import optim
@@ -73,8 +72,8 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         implementation = choose(config.model, width // heads, mesh.devices.flat[0])
     model = build(config, config.augment.global_size, gatherer(mesh), implementation)
     batch = abstract_batch(config, mesh, model.patch)
-    most = most_masked(batch["mask"].shape[2:], config.mask) if config.sop.patch.tasks else 0
-    objective = sop(config, model.dim, mesh, length, most)
+    grid = batch["mask"].shape[2:]
+    objective = method_of(config).build(config, model.dim, mesh, length, grid)
     schedules = optim.schedules(config, length)
     tx = optim.optimizer(config.optim, schedules, objective.optimizers)
 

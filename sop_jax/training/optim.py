@@ -10,6 +10,7 @@ import ml_collections
 import optax
 from jaxtyping import Array
 
+from sop_jax.objectives.methods import method_of
 from sop_jax.schedules import Length, Schedule, cosine, duration, learning_rate
 
 NETWORK = "network"  # the group of all parameters that have no optimizer of their own
@@ -41,19 +42,18 @@ def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> li
         epoch: steps an epoch.
     """
     found = []
-    for section, name, happens in (
-        ("optim", "warmup", "the learning rate rises to its peak"),
-        ("sop", "temperature_warmup", "the teacher's temperature goes to its end"),
-    ):
+    own = {"optim.warmup": "the learning rate rises to its peak"}
+    for key, happens in {**own, **method_of(config).warmups}.items():
+        section, name = key.split(".")
         asked = duration(config[section], f"{name}_", epoch)
         if asked > steps:
             found.append(
-                f"warning: {section}.{name} is {asked} steps, and the run has {steps}: {happens} "
+                f"warning: {key} is {asked} steps, and the run has {steps}: {happens} "
                 f"within these, {asked / steps:.3g} times as steeply. "
-                f"--config.{section}.{name}_steps=N sets fewer"
+                f"--config.{key}_steps=N sets fewer"
             )
     start = duration(config.mask, "start_", epoch)
-    if start >= steps and config.sop.patch.tasks:
+    if start >= steps and config.mask.none < 1:
         found.append(
             f"warning: masks start at step {start}, and the run has {steps} steps: nothing is ever "
             "masked. --config.mask.start_steps=N starts them earlier"

@@ -131,8 +131,8 @@ def test_scopes_share_out_what_there_is() -> None:
     shares = flops.by_scope(jaxpr, ("student", "losses", "teacher"))
     # Forward and both gradients each, but X needs none; the last product has one.
     assert shares == {
-        "student": (3 * 5 + 3) * PRODUCT,
-        "losses": 3 * PRODUCT,
+        "student": 3 * 5 * PRODUCT,
+        "losses": (3 + 3) * PRODUCT,
         "teacher": 0,
         "": 2 * PRODUCT,
     }

@@ -16,12 +16,13 @@ import pytest
 from flax import nnx
 
 from sop_jax import config as config_lib
-from sop_jax import plan, pretrained, train
+from sop_jax import pretrained, train
 from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
 from sop_jax.models import MEAN, STD, Model, Params, build
 from sop_jax.models.resnet import REMATS, BatchNorm, ResNet, convolve, custom
 from sop_jax.models.vit import Start
+from sop_jax.objectives.sop.settings import SOP
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training import checkpoint
 from sop_jax.training.assemble import Run, assemble
@@ -564,4 +565,4 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 
 def test_a_plan_asks_for_no_memory_of_patches() -> None:
-    assert plan.memory_sizes(small_config()) == [(24, "sop.cls.memory")]
+    assert SOP.batch_limit(small_config()) == (24, "sop.cls.memory")

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
-from centered import COUNT, FROZEN, centered
+from centered import CENTERED, COUNT, FROZEN
 from jax.sharding import PartitionSpec as P
 
+from sop_jax.objectives.methods import METHODS
 from sop_jax.parallel.mesh import place, replicated, split
-from sop_jax.training import assemble as assembly
 from sop_jax.training import checkpoint
 
 STEPS = 5
@@ -20,13 +20,13 @@ STEPS = 5
 
 @pytest.fixture(autouse=True)
 def other_objective(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "sop", centered)
+    monkeypatch.setitem(METHODS, "sop", CENTERED)
 
 
 @pytest.fixture(scope="module")
 def one_device() -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assembly, "sop", centered)
+        monkeypatch.setitem(METHODS, "sop", CENTERED)
         return layouts.trajectory(monkeypatch)
 
 
@@ -35,7 +35,7 @@ class Taken:
 
     def __init__(self) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(assembly, "sop", centered)
+            monkeypatch.setitem(METHODS, "sop", CENTERED)
             self.run, state = layouts.small_run(monkeypatch)
         self.batch = layouts.make_batch(self.run.batch)
         measure = jax.ShapeDtypeStruct((), bool, sharding=replicated(self.run.mesh))

@@ -1,0 +1,14 @@
+"""The methods of training, by name."""
+
+import ml_collections
+
+from sop_jax.objectives.objective import Method
+from sop_jax.objectives.sop.settings import SOP
+
+METHODS: dict[str, Method] = {"sop": SOP}
+
+
+def method_of(config: ml_collections.ConfigDict) -> Method:
+    """The method that a run of this config trains by."""
+    del config  # there is only one so far
+    return METHODS["sop"]

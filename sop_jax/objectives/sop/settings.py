@@ -1,0 +1,127 @@
+"""SOP's settings: which values make sense, together and for a batch, and which have no effect."""
+
+import ml_collections
+from jax.sharding import Mesh
+
+from sop_jax.data.masks import most_masked
+from sop_jax.errors import UserError
+from sop_jax.objectives.objective import Method, Objective
+from sop_jax.objectives.sop.objective import ANCHORS, sop
+from sop_jax.objectives.sop.prototypes import POOLS, VOTES
+from sop_jax.parallel.search import PRECISIONS
+from sop_jax.rules import (
+    COUNT,
+    COUNT_OR_ZERO,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STEPS,
+    each,
+    one_of,
+    unset_or,
+)
+from sop_jax.schedules import Length
+
+# In the order of `config.paper`.
+RULES = {
+    "sop.cls.memory": COUNT,
+    "sop.cls.anchors": COUNT,
+    "sop.cls.supports": COUNT_OR_ZERO,
+    "sop.cls.tasks": COUNT,
+    "sop.cls.votes": one_of(VOTES),
+    "sop.cls.weight": NOT_NEGATIVE,
+    "sop.patch.memory": COUNT_OR_ZERO,
+    "sop.patch.anchors": COUNT,
+    "sop.patch.supports": COUNT_OR_ZERO,
+    "sop.patch.tasks": COUNT_OR_ZERO,
+    "sop.patch.votes": one_of(VOTES),
+    "sop.patch.weight": NOT_NEGATIVE,
+    "sop.pool": one_of(POOLS),
+    "sop.smoothing": SHARE,
+    "sop.anchors": one_of(ANCHORS),
+    "sop.search_precision": one_of(PRECISIONS),
+    "sop.student_temperature": POSITIVE,
+    "sop.teacher_temperature": each(POSITIVE, 2),
+    "sop.temperature_warmup_epochs": NOT_NEGATIVE,
+    "sop.temperature_warmup_steps": unset_or(STEPS),
+}
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    dim: int,
+    mesh: Mesh,
+    length: Length,
+    grid: tuple[int, int],
+) -> Objective:
+    """The objective of a run, see `objective.Build`."""
+    most = most_masked(grid, config.mask) if config.sop.patch.tasks else 0
+    return sop(config, dim, mesh, length, most)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks that both memories hold a batch, the anchors of a draw, and their supports.
+
+    Raises:
+        UserError: one of them does not.
+    """
+    for name in ("cls", "patch"):
+        check_memory(name, config)
+
+
+def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
+    """Checks the memory of one level, `cls` or `patch`."""
+    level, batch = config.sop[name], config.batch_size
+    if level.memory == 0 and level.tasks == 0:
+        return
+    if batch > level.memory:
+        raise UserError(
+            f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "
+            f"a row; use a batch of at most {level.memory} or a larger memory"
+        )
+    if config.sop.anchors == "fixed_slots" and level.memory % batch:
+        raise UserError(
+            f"sop.anchors=fixed_slots needs slots that stay in the memory, and batch_size {batch} "
+            f"does not divide sop.{name}.memory {level.memory}; choose sizes that do"
+        )
+    if level.tasks == 0:
+        return
+    if not 2 <= level.anchors <= level.memory:
+        raise UserError(
+            f"sop.{name}.anchors {level.anchors} cannot be drawn from sop.{name}.memory "
+            f"{level.memory}; expected 2 to {level.memory}"
+        )
+    others = level.memory - (level.anchors if config.sop.pool == "non_anchors" else 1)
+    if not 0 <= level.supports <= others:
+        raise UserError(
+            f"sop.{name}.supports {level.supports} cannot be found among the {others} rows that "
+            f"sop.pool={config.sop.pool} leaves of sop.{name}.memory {level.memory} beside "
+            f"{level.anchors} anchors; use fewer supports or anchors, or a larger memory"
+        )
+
+
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """SOP's settings that have no effect beside the others, and why."""
+    if config.sop.patch.tasks:
+        return {}
+    names = ("anchors", "supports", "votes", "weight")
+    return {f"sop.patch.{name}": "sop.patch.tasks is 0" for name in names}
+
+
+def batch_limit(config: ml_collections.ConfigDict) -> tuple[int, str]:
+    """The rows of the smaller memory, since every image stores one, and the setting of it."""
+    rows = [(config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")]
+    return min(row for row in rows if row[0])
+
+
+SOP = Method(
+    build=build,
+    rules=RULES,
+    check=check,
+    without_use=without_use,
+    batch_limit=batch_limit,
+    any_batch={"sop.anchors": "random"},  # slots stay fixed only for a batch that divides them
+    cls_only={"sop.patch.tasks": 0, "sop.patch.memory": 0},
+    warmups={"sop.temperature_warmup": "the teacher's temperature goes to its end"},
+    scopes=("prototypes", "memories"),
+)
