@@ -879,7 +879,7 @@ BAD = {
     "a batch larger than a memory": ({"batch_size": 128}, "batch_size 128 .*memory 64"),
     "broken patches": ({"augment.global_size": 18}, "18 is not a multiple of model.patch 4"),
     "a batch that devices cannot split": ({"mesh.data": 3}, "16 cannot be split over 3 devices"),
-    "too many devices": ({"mesh.data": 16}, "16 devices, but 8 are there"),
+    "too many devices": ({"mesh.data": 16}, "16 devices, but 8 are available"),
     "no steps": ({"steps": 0}, "0 steps.*--config.steps"),
     "an empty folder": ({"data.source": "folder", "data.path": "empty"}, "empty"),
     "no folder": ({"data.source": "folder", "data.path": "missing"}, "missing"),

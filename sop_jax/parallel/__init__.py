@@ -1,1 +1,1 @@
-"""Devices, hosts and signals: what makes many one."""
+"""What makes many devices and processes one run: meshes, search, hosts, signals."""

@@ -1,9 +1,9 @@
 """Several processes as one run: how they find each other, agree, stop and end together.
 
-A process is what a launcher starts: one for each host of a TPU pod, one for each GPU or each node
-of a SLURM job. They talk through JAX's coordination service, which lives in process 0 and is
-there before any device is; only `anywhere`, asked at every step, goes through the devices. All
-functions but `anywhere` do nothing, at no cost, where one process runs alone.
+A process is what a launcher starts: one per host of a TPU pod, or one per GPU or per node of a
+SLURM job. Processes communicate through JAX's coordination service, which runs in process 0 and is
+available before any device is; only `anywhere`, which is called at every step, uses the devices.
+In a run of a single process all functions except `anywhere` return at once.
 """
 
 import concurrent.futures
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-# JAX shows its client of the coordination service nowhere else.
+# JAX has no public access to its client of the coordination service.
 from jax._src.distributed import global_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,31 +39,36 @@ from sop_jax import __version__
 from sop_jax.errors import LOST, UserError
 
 # All in seconds.
-START = 300  # until all processes have joined, or come to the same point of their start
-HEARTBEAT = 60  # without a sign of life, until a process is taken for dead and the others end
-END = 24 * 3600  # that a process waits for the others at its end; a dead one ends this sooner
-SHARED = 60  # for a file to be seen elsewhere: what NFS may remember that a folder was not there
-POLL = 0.5  # between two questions whether another process has failed
-LINGER = 4 * POLL  # of a failed process, whose end is an error to those that know nothing yet
-PATIENCE = 15  # of a person who sees nothing happen
+START_TIMEOUT = 300  # for all processes to join, or to reach the same point of their start
+HEARTBEAT_TIMEOUT = 60  # without a heartbeat, a process counts as dead and the others end
+END_TIMEOUT = 24 * 3600  # for the others to finish; the death of one ends the wait sooner
+SHARED_TIMEOUT = 60  # for a file to appear on other hosts: NFS caches that a folder was absent
+POLL_INTERVAL = 0.5  # between two checks whether another process has failed
+LINGER = 4 * POLL_INTERVAL  # a failing process stays so long, so that the others read why first
+QUIET = 15  # before a message says that this process is waiting for the others
 
-THREADS = 4  # of XLA for each virtual device, see `enough_threads`
+THREADS = 4  # of XLA per virtual device, see `enough_threads`
 _VIRTUAL = r"--xla_force_host_platform_device_count=(\d+)"
 
-_FAILURE = "sop_jax/failure"
-_SHOWN = 10  # differences
+_FAILURE = "sop_jax/failure"  # the key under which a failing process says why
+_SHOWN = 10  # differences listed in an error
 
-_call = itertools.count()
-_watch: threading.Thread | None = None
-_over = threading.Event()  # all processes have come to an end in good order
+_call = itertools.count()  # numbers the calls of `_gather`, equally on all processes
+_watch: threading.Thread | None = None  # runs `_leave_with_others`
+_over = threading.Event()  # set when all processes have finished normally
 _leaving = threading.Lock()  # held by the thread that ends this process
 
 
 def check(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Checks what the command line says of the processes: all of it, nothing, or one process.
+    """Checks the flags that describe the processes: all three, none, or a single process.
+
+    Args:
+        coordinator: `HOST:PORT` of process 0.
+        processes: the number of processes.
+        process: the number of this process, from 0.
 
     Raises:
-        UserError: a part is missing or wrong.
+        UserError: a flag is missing or invalid.
     """
     if processes == 1 and process in (None, 0):
         return
@@ -74,45 +79,49 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
     if coordinator is None or processes is None or process is None:
         raise UserError(
             f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} missing: several processes "
-            "need --coordinator=HOST:PORT and --processes=N, the same for all, and --process=I, "
-            "each its own from 0 to N-1; --processes=1 alone is one process"
+            "need --coordinator=HOST:PORT and --processes=N, the same for all of them, and "
+            "--process=I, a different number from 0 to N-1 for each. For a single process, give "
+            "only --processes=1"
         )
     if not re.fullmatch(r"\S+:[0-9]+", coordinator):
         raise UserError(
             "--coordinator must be HOST:PORT, the host of process 0 and a port that is free there, "
-            f"not {coordinator!r}"
+            f"not {coordinator!r}; correct it"
         )
     if not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
-        raise UserError(f"--coordinator={coordinator}: a port is a number from 1 to 65535")
+        raise UserError(
+            f"--coordinator={coordinator} has no valid port: expected a number from 1 to 65535; "
+            "choose a port that is free on the host of process 0"
+        )
     if process not in range(processes):
         raise UserError(
-            f"--process={process} is none of the --processes={processes}: they count from 0 to "
-            f"{processes - 1}"
+            f"--process={process} is not one of the --processes={processes}: they are numbered "
+            f"from 0 to {processes - 1}; give each process a number of its own"
         )
 
 
 def start(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Makes this process one of a run's, before anything else is asked of JAX.
+    """Joins this process to its run; must be called before anything else uses JAX.
 
-    With nothing given JAX looks for a cluster (a TPU pod, SLURM, Open MPI, Kubernetes); where
-    there is none, and with `processes` 1 wherever it is, this process stays alone.
+    Without arguments, JAX looks for a cluster (a TPU pod, SLURM, Open MPI or Kubernetes). If there
+    is none, or if `processes` is 1, this process is a run of its own.
 
     Args:
         coordinator: `HOST:PORT` of process 0.
-        processes: how many there are.
-        process: which one this is, from 0.
+        processes: the number of processes.
+        process: the number of this process, from 0.
 
     Raises:
-        UserError: `check` says no, the others did not come within START seconds, or they have
-            other versions.
+        UserError: the arguments are invalid (see `check`), the other processes did not join within
+            START_TIMEOUT seconds, or they have other versions.
     """
     check(coordinator, processes, process)
     enough_threads()
     if processes == 1:
         return
-    # JAX would catch SIGTERM for a service of its own; `Interruption` is this project's.
+    # JAX would catch SIGTERM for a service of its own, but `Interruption` handles signals here.
     jax.config.update("jax_enable_preemption_service", False)
     if coordinator is not None:
         if process == 0:
@@ -128,13 +137,13 @@ def start(
             _join(local_device_ids=_devices_of_task())
         except UserError:
             raise
-        except Exception as error:  # whatever a cluster's own library raises
+        except Exception as error:  # the libraries of clusters raise many kinds
             if str(error) == "coordinator_address should be defined.":
                 return  # there is no cluster
             raise UserError(
-                f"this looks like a cluster, but not like one of several processes: "
+                "this looks like a cluster, but the processes of the run could not be determined: "
                 f"{str(error).rstrip('.')}. Give --coordinator, --processes and --process, or "
-                "--processes=1 to run this one alone"
+                "--processes=1 for a run of this process only"
             ) from error
     if not several():
         return
@@ -145,56 +154,57 @@ def start(
 
 
 def enough_threads() -> None:
-    """Has XLA make more threads where virtual CPU devices are more than cores.
+    """Makes XLA start more threads if there are more virtual CPU devices than cores.
 
-    It makes one for each device, all of which may wait in collectives for work that would need
-    one more; XLA then ends the process. What NPROC says already stays. Threads are made with the
-    first device, and this has no effect after that.
+    By default XLA starts one thread per device. All of them may then wait in collectives for work
+    that needs another thread, until XLA aborts the process. A value of NPROC in the environment
+    takes precedence. XLA starts its threads with the first device, so this has no effect later.
     """
-    asked = re.findall(_VIRTUAL, os.environ.get("XLA_FLAGS", ""))  # the last of them counts
+    asked = re.findall(_VIRTUAL, os.environ.get("XLA_FLAGS", ""))  # the last one takes effect
     devices = int(asked[-1]) if asked else jax.config.values["jax_num_cpu_devices"]
     if devices > (os.cpu_count() or 1):
         os.environ.setdefault("NPROC", str(THREADS * devices))
 
 
 def several() -> bool:
-    """Whether this process is one of several."""
+    """Whether the run has several processes."""
     return (global_state.num_processes or 1) > 1
 
 
 def name() -> str:
-    """What a person calls this process: its number and its host."""
+    """Returns the name of this process for people: its number and its host."""
     return f"process {global_state.process_id} ({socket.gethostname()})"
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes and speaks for all; touches no device."""
+    """Whether this is process 0, which writes and prints for all; uses no device."""
     return not global_state.process_id
 
 
 def agree(value: int) -> int:
-    """Process 0's value, on all processes."""
+    """Returns process 0's value on all processes, which call this at the same points."""
     return int(tell(str(value)))
 
 
 def tell(text: str) -> str:
-    """Process 0's text, on all processes; all call it at the same places."""
+    """Returns process 0's text on all processes, which call this at the same points."""
     return _gather(text)[0]
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Checks that what must be the same everywhere is; all processes call it.
+    """Checks that facts are the same on all processes, which all call this.
 
     Args:
-        facts: by name, as JSON or with a `str` that says it all.
+        facts: values by name, which are compared as JSON, or as their `str` if they have none.
 
     Raises:
-        UserError: on every process, the same: which one differs in what from process 0.
+        UserError: on every process, with the same message: which process differs from process 0,
+            and in what.
     """
     mine = {fact: json.dumps(value, default=str) for fact, value in facts.items()}
     first, *rest = (json.loads(text) for text in _gather(json.dumps([name(), mine])))
     different = [
-        f"{who}: {fact} is {theirs.get(fact, 'not there')}, {first[0]} has "
+        f"{who}: {fact} is {theirs.get(fact, 'absent')}, {first[0]} has "
         f"{first[1].get(fact, 'none')}"
         for who, theirs in rest
         for fact in sorted(theirs.keys() | first[1].keys())
@@ -203,7 +213,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     if different:
         more = [f"and {len(different) - _SHOWN} more"] if len(different) > _SHOWN else []
         raise UserError(
-            "the processes of a run must have the same settings, versions and data, and these "
+            "the processes of a run must have the same settings, versions and data, but these "
             "differ:\n  "
             + "\n  ".join(different[:_SHOWN] + more)
             + "\nStart the same command in the same environment on every host."
@@ -211,7 +221,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this package and its code, and of the packages that decide what is computed."""
+    """Returns the versions of Python, of this package, and of packages that affect results."""
     found = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}", "sop_jax": __version__}
     packages = ("flax", "grain", "jax", "jaxlib", "numpy", "opencv-python-headless", "optax")
     compilers = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -228,14 +238,14 @@ def versions() -> dict[str, str]:
 
 
 def check_shared(folder: epath.PathLike) -> None:
-    """Checks that all processes see one folder, and leaves it, or its absence, as it was.
+    """Checks that all processes see the same folder, and leaves the file system as it was.
 
     Args:
-        folder: local or remote (`gs://`); need not be there yet.
+        folder: the folder, local or remote (`gs://`); it need not exist yet.
 
     Raises:
-        UserError: on every process, the same: process 0 cannot write there, or which ones did not
-            see within SHARED seconds what it wrote.
+        UserError: on every process, with the same message: process 0 cannot write there, or some
+            processes did not see what it wrote within SHARED_TIMEOUT seconds.
     """
     if not several():
         return
@@ -248,25 +258,25 @@ def check_shared(folder: epath.PathLike) -> None:
             except OSError as error:
                 trouble = f"{name()} cannot write to {folder}: {error}; choose another --workdir"
         trouble, probe = json.loads(_gather(json.dumps([trouble, probe]))[0])
-        seen = not trouble and _comes(folder / probe)
+        seen = not trouble and _appears(folder / probe)
         answers = (json.loads(text) for text in _gather(json.dumps([name(), seen])))
         blind = [who for who, sees in answers if not sees]
-    _gather("")  # nobody goes on before the traces are gone
+    _gather("")  # no process continues before the probe is removed
     if trouble or blind:
         raise UserError(
             trouble
             or f"{', '.join(blind)} cannot see what process 0 writes to {folder}: all hosts of a "
-            "run need the same folder. Name one on a network file system that all of them mount, "
-            "or a gs:// bucket"
+            "run need the same folder. Choose one on a network file system that all of them mount, "
+            "or in a gs:// bucket"
         )
 
 
 def anywhere(flag: bool) -> jax.Array:
-    """Whether any process says so: a replicated bool, which is not waited for here.
+    """Returns whether `flag` is set on any process, as a replicated bool, without waiting for it.
 
-    It is ready when the devices have done what they were given before. All processes call this at
-    the same places, and read each answer some calls later: CPUs lock up when dozens are under way.
-    No transfer is implicit; `jax.device_get` reads it.
+    The result is ready when the devices have finished the work that they were given before. All
+    processes call this at the same points. They must read each answer, with `jax.device_get`, a
+    few calls later, because CPUs deadlock when dozens of answers are pending.
     """
     split, reduce = _reduction()
     mine = [jax.device_put(np.array([flag]), device) for device in split.mesh.local_devices]
@@ -274,41 +284,41 @@ def anywhere(flag: bool) -> jax.Array:
 
 
 def stop() -> None:
-    """Waits at the end of a command for the other processes; after it all may end, in any order."""
+    """Waits at the end of a command for all processes, which may then exit in any order."""
     if _watch is None:
         return
-    _client().wait_at_barrier("sop_jax/end", END * 1000)
+    _client().wait_at_barrier("sop_jax/end", END_TIMEOUT * 1000)
     _over.set()
-    _watch.join()  # a thread that still asks when Python ends would abort it
+    _watch.join()  # a thread that still uses the service when Python exits would abort the process
 
 
 def leave(code: int, message: str, words: str) -> NoReturn:
-    """Prints why, ends this process at once and the others soon, saying what happened here.
+    """Prints why, ends this process at once, and makes the others end soon with the same reason.
 
-    Python's own end is no way out: there JAX waits for the others, and these for this one.
+    A normal exit would hang: in it JAX waits for the other processes, and they wait for this one.
 
     Args:
-        code: the exit code; of the others too if it is 1, which a person must mend, or 130, a wish
-            to stop; else they end with LOST.
-        message: for stderr.
-        words: what the others say of it.
+        code: the exit code of this process. The others exit with the same code if it is 1 (an
+            error that a person must fix) or 130 (an interruption), and with LOST otherwise.
+        message: what this process prints to stderr.
+        words: what the others print about it.
     """
     with _leaving:
         print(f"{name()}: {message}" if several() else message, file=sys.stderr, flush=True)
         if _watch is not None:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has failed before
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed earlier
                 _client().key_value_set(_FAILURE, f"{code} {name()} has ended: {words}")
             time.sleep(LINGER)
         _end(code)
 
 
 def _leave_with_others() -> None:
-    """Waits for another process's `leave`, and ends this one."""
-    while not _over.wait(POLL):
+    """Waits until another process calls `leave`, then ends this process."""
+    while not _over.wait(POLL_INTERVAL):
         try:
             code, _, words = _client().key_value_try_get(_FAILURE).partition(" ")
         except jax.errors.JaxRuntimeError:
-            continue  # nobody has; or the service is gone, on which JAX itself ends this process
+            continue  # no process has failed, or the service is gone and JAX ends this process
         if _leaving.acquire(blocking=False):
             kind = "" if code == "130" else "error: "
             print(f"{name()}: {kind}{words}", file=sys.stderr, flush=True)
@@ -318,8 +328,8 @@ def _leave_with_others() -> None:
 
 def _end(code: int) -> NoReturn:
     if global_state.process_id == 0 and _watch is not None:
-        time.sleep(LINGER)  # with it goes the service, which those need that linger themselves
-    for child in multiprocessing.active_children():  # workers, which Python would end at its own
+        time.sleep(LINGER)  # the service ends with this process, and lingering ones still need it
+    for child in multiprocessing.active_children():  # a normal exit would end these workers
         child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -327,15 +337,15 @@ def _end(code: int) -> NoReturn:
 
 
 def _join(**arguments: Any) -> None:
-    """`jax.distributed.initialize`, in a thread: where it waits in vain it aborts the process."""
+    """Calls `jax.distributed.initialize` in a thread, since it aborts the process on a timeout."""
     joined: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def initialize() -> None:
         try:
             jax.distributed.initialize(
                 **arguments,
-                initialization_timeout=START + 60,
-                heartbeat_timeout_seconds=HEARTBEAT,
+                initialization_timeout=START_TIMEOUT + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             )
         except Exception as error:
             joined.set_exception(error)
@@ -343,40 +353,44 @@ def _join(**arguments: Any) -> None:
             joined.set_result(None)
 
     threading.Thread(target=initialize, daemon=True).start()
-    patience = min(PATIENCE, START)
+    quiet = min(QUIET, START_TIMEOUT)
     with contextlib.suppress(concurrent.futures.TimeoutError):
-        return joined.result(patience)
+        return joined.result(quiet)
     coordinator = global_state.coordinator_address
     place = f" at {coordinator}" if coordinator else ""
-    print(f"{name()} waits for the others{place}", file=sys.stderr, flush=True)
+    print(f"{name()} is waiting for the others{place}", file=sys.stderr, flush=True)
     try:
-        joined.result(START - patience)
+        joined.result(START_TIMEOUT - quiet)
     except concurrent.futures.TimeoutError:
-        raise UserError(_nobody(coordinator)) from None
+        raise UserError(_why_not_joined(coordinator)) from None
 
 
-def _nobody(coordinator: str | None) -> str:
-    """Why the processes did not come together."""
+def _why_not_joined(coordinator: str | None) -> str:
+    """Returns a message that says why the processes did not join each other."""
     if coordinator is None:
-        return f"the cluster did not name a coordinator within {START} s; is process 0 started?"
+        return (
+            f"the cluster did not name a coordinator within {START_TIMEOUT} s: process 0 names it "
+            "when it starts. Check that process 0 was started"
+        )
     host, _, port = coordinator.rpartition(":")
     if global_state.process_id != 0:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
             return (
-                f"the coordinator {coordinator} could not be reached within {START} s: {error}. "
-                "Process 0 must run on that host, and the port must be open to this one"
+                f"the coordinator {coordinator} could not be reached within {START_TIMEOUT} s: "
+                f"{error}. Process 0 must run on that host. Start it there, and open the port to "
+                "this host"
             )
     return (
-        f"not all of {global_state.num_processes} processes came to the coordinator {coordinator} "
-        f"within {START} s. Start every one, each with its own number; --processes=1 runs this one "
-        "alone"
+        f"not all of the {global_state.num_processes} processes joined the coordinator "
+        f"{coordinator} within {START_TIMEOUT} s. Start every one of them with a number of its "
+        "own, or give --processes=1 for a run of this process only"
     )
 
 
 def _check_port(coordinator: str) -> None:
-    """Raises UserError if the coordinator's port is taken on this host: JAX would crash."""
+    """Raises UserError if the coordinator's port is taken on this host, where JAX would crash."""
     port = int(coordinator.rpartition(":")[2])
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -385,21 +399,21 @@ def _check_port(coordinator: str) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"the port {port} of --coordinator cannot be used on {socket.gethostname()}, the "
-                f"host of process 0: {error}; choose another"
+                f"host of process 0: {error}; choose another port"
             ) from error
 
 
 def _one_task() -> bool:
-    """Whether a launcher says that it started this process alone; JAX would show it one GPU."""
+    """Whether a launcher started this process only, to which JAX would then show only one GPU."""
     tasks = os.environ.get("SLURM_NTASKS")
     return os.environ.get("OMPI_COMM_WORLD_SIZE", tasks) == "1"
 
 
 def _devices_of_task() -> list[int] | None:
-    """The GPUs that JAX may use: [] for all that it sees, None for its own rule.
+    """Returns the GPUs that JAX may use: [] for all visible ones, None for JAX's own rule.
 
-    That is the GPU of the task's number on the node. A SLURM task with a node for itself, and one
-    to which SLURM shows one GPU, take what they see.
+    JAX's rule is the GPU with the number of the task on its node. A SLURM task that has a node to
+    itself, or to which SLURM shows only one GPU, uses all that are visible.
     """
     environ = os.environ
     if "SLURM_PROCID" not in environ:
@@ -414,17 +428,18 @@ def _client() -> Any:
 
 
 def _gather(value: str) -> list[str]:
-    """Every process's value, in their order; all call it at the same places."""
+    """Returns the values of all processes in their order; all call this at the same points."""
     if not several():
         return [value]
     client, place = _client(), f"sop_jax/{next(_call)}"
     client.key_value_set(f"{place}/{global_state.process_id}", value)
     try:
-        client.wait_at_barrier(place, START * 1000)
+        client.wait_at_barrier(place, START_TIMEOUT * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"{name()} waited {START} s for the others to come as far in their start, which read "
-            f"the list of images last if at all: {str(error).partition(chr(10))[0]}"
+            f"{name()} waited {START_TIMEOUT} s for the others to reach the same point of their "
+            f"start: {str(error).partition(chr(10))[0]}. The longest step of a start is to list "
+            "the images; check that every process can read them, and start all of them again"
         ) from error
     values = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(place)}
     return [values[process] for process in sorted(values)]
@@ -438,8 +453,8 @@ def _reduction() -> tuple[NamedSharding, Any]:
 
 
 def _write(file: epath.Path, traces: contextlib.ExitStack) -> None:
-    """Makes a file and the folders above it, which go again with `traces`."""
-    if "://" not in str(file):  # buckets know no folders
+    """Makes a file and the folders above it; closing `traces` removes them again."""
+    if "://" not in str(file):  # buckets have no folders
         for folder in reversed(file.parents):
             if not folder.exists():
                 folder.mkdir()
@@ -449,13 +464,13 @@ def _write(file: epath.Path, traces: contextlib.ExitStack) -> None:
 
 
 def _remove(folder: epath.Path) -> None:
-    with contextlib.suppress(OSError):  # somebody else has put something there
+    with contextlib.suppress(OSError):  # another program has written something there
         folder.rmdir()
 
 
-def _comes(file: epath.Path) -> bool:
-    """Whether a file that another host wrote appears."""
-    until = time.monotonic() + SHARED
+def _appears(file: epath.Path) -> bool:
+    """Whether a file that another host wrote appears within SHARED_TIMEOUT seconds."""
+    until = time.monotonic() + SHARED_TIMEOUT
     while not (there := file.exists()) and time.monotonic() < until:
         time.sleep(0.5)
     return there

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: granted at once while a run starts, afterwards between two batches."""
+"""Ctrl-C and SIGTERM: they stop a run at once while it starts, and between batches afterwards."""
 
 import collections
 import contextlib
@@ -13,27 +13,28 @@ import jax
 from sop_jax.errors import Interrupted
 from sop_jax.parallel import hosts
 
-# In seconds, for the main thread to
-GRACE = 2  # hear a signal, which it does not while XLA compiles
-UNWIND = 10  # leave what it was doing
+# All in seconds.
+GRACE = 2  # for the main thread to run the handler of a signal, which waits while XLA compiles
+UNWIND = 10  # for the main thread to leave the context after that
 
 
 class Interruption:
-    """A context in which the first SIGINT or SIGTERM sets `asked`, and a second one ends it all.
+    """A context in which the first SIGINT or SIGTERM sets `asked`; a second one has its old effect.
 
-    Of several processes any may be asked; `poll` and `check` tell all of them. While `starting`
-    is set, the first signal ends the context at once, for nothing is lost then.
+    Any of several processes may receive the signal, and `poll` and `check` report it on all of
+    them. While `starting` is set, the first signal leaves the context at once, since nothing is
+    lost then.
 
     Args:
-        ahead: how many polls the devices may be behind; of several processes, a wish is known so
-            many polls late.
+        ahead: the number of polls by which the devices may lag behind. With several processes, a
+            signal is reported this many polls late.
 
     Attributes:
-        asked: whether this process has been asked to stop.
-        starting: what to say when a signal comes during the start; None after it.
+        asked: whether this process has received a signal to stop.
+        starting: the message of an interruption during the start; None after the start.
 
     Raises:
-        Interrupted: on leaving the context, where a signal came during the start.
+        Interrupted: on leaving the context, if a signal came during the start.
     """
 
     def __init__(self, ahead: int = 1) -> None:
@@ -43,23 +44,25 @@ class Interruption:
         self.asked = False
         self.starting: str | None = None
         self._waits = False
-        self._heard = threading.Event()  # the main thread has run the handler
-        self._left = threading.Event()  # and has left the context
+        self._heard = threading.Event()  # set when the main thread has run the handler
+        self._left = threading.Event()  # set when the main thread has left the context
         self._polls: collections.deque[jax.Array] = collections.deque()
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
-        bell, self._rope = socket.socketpair()
-        self._rope.setblocking(False)
-        self._rope_before = signal.set_wakeup_fd(self._rope.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._insist, args=[bell], daemon=True).start()
+        wakeup, self._signalled = socket.socketpair()
+        self._signalled.setblocking(False)
+        self._wakeup_before = signal.set_wakeup_fd(
+            self._signalled.fileno(), warn_on_full_buffer=False
+        )
+        threading.Thread(target=self._insist, args=[wakeup], daemon=True).start()
         return self
 
     def poll(self) -> bool:
-        """Whether any process has been asked to stop, the same on all of them.
+        """Whether any process has received a signal to stop; the answer is the same on all.
 
-        All processes call it at the same places. Of several each answer is of `ahead` calls before:
-        while it is waited for, the devices are busy with what they were given since.
+        All processes call this at the same points. With several processes, each answer is that of
+        `ahead` calls earlier, so that the devices have work to do while it is fetched.
         """
         if not hosts.several():
             return self.asked
@@ -69,16 +72,16 @@ class Interruption:
         return bool(jax.device_get(self._polls.popleft()))
 
     def check(self) -> None:
-        """Raises Interrupted, on all processes at the same call, where `poll` says so."""
+        """Polls, and raises Interrupted on all processes at the same call if the answer is yes."""
         if self.poll():
             raise Interrupted(self.starting or "interrupted")
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Where a run of one process may be ended at any place, such as while it waits for images.
+        """A context that a signal leaves at once in a run of one process, as in a wait for images.
 
         Raises:
-            KeyboardInterrupt: the first signal came.
+            KeyboardInterrupt: the first signal came, and the run has only one process.
         """
         self._waits = not hosts.several()
         try:
@@ -91,23 +94,24 @@ class Interruption:
         self._heard.set()
         signal.signal(number, self._before[signal.Signals(number)])
         if self.starting or self._waits:
-            raise KeyboardInterrupt  # which no `except Exception` takes for something else
+            raise KeyboardInterrupt  # not an Exception, so that `except Exception` lets it pass
 
-    def _insist(self, bell: socket.socket) -> None:
-        """Ends the process if a signal comes during the start and the main thread does not.
+    def _insist(self, wakeup: socket.socket) -> None:
+        """Ends the process if a signal comes during the start and the main thread stays in it.
 
-        It may be deaf, or something that it called may have swallowed the exception.
+        The main thread may be in a call that runs no handlers, such as XLA's compiler, or code that
+        it called may have caught the exception.
         """
-        with bell:
-            while bell.recv(1):
+        with wakeup:
+            while wakeup.recv(1):  # Python writes a byte per signal
                 if self.starting and not (self._heard.wait(GRACE) and self._left.wait(UNWIND)):
-                    if words := self.starting:  # nothing was trained meanwhile
+                    if words := self.starting:  # the start has not ended in the meantime
                         hosts.leave(130, words, words)
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._left.set()
-        signal.set_wakeup_fd(self._rope_before)
-        self._rope.close()  # ends the thread
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._signalled.close()  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.starting and kind is KeyboardInterrupt:

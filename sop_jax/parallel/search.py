@@ -1,6 +1,6 @@
 """Exact nearest rows by cosine: the supports of SOPs, and the neighbours of the k-NN evaluation.
 
-The rows are split over the devices and stay there: only the winners are sent.
+The rows are split over the devices and stay there; only the results are sent.
 """
 
 import math
@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-# JAX's default product is TF32 on GPUs and bfloat16 on TPUs, so the precision of scores is named.
+# By default, JAX multiplies in TF32 on GPUs and bfloat16 on TPUs, so the precision is explicit.
 PRECISIONS = {
     "float32": (jnp.float32, jax.lax.Precision.HIGHEST),
     "high": (jnp.float32, jax.lax.Precision.HIGH),  # TF32 on GPUs, three bfloat16 passes on TPUs
     "bfloat16": (jnp.bfloat16, jax.lax.Precision.DEFAULT),  # bfloat16 rows, float32 sums
 }
 
-GROUP = 64  # scores, see `top_k`
+GROUP = 64  # scores per group, see `top_k`
 
 
 def nearest(
@@ -32,25 +32,27 @@ def nearest(
     precision: str = "float32",
     chunk: int = 256,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
-    """The k rows with the largest inner product with each query, largest first, ties by index.
+    """Finds the k rows with the largest inner product with each query.
 
-    Exact on the scores as `precision` makes them, whatever the number of devices. Every device
-    finds the k best of its own rows for all queries, `chunk` queries at a time, so that no more
-    than chunk x N / devices scores exist; then it merges the findings of all devices for its
-    share of the queries. Only one all-to-all of Q k scores and indices per device is sent.
+    The search is exact for scores of the given precision, for any number of devices. Every device
+    finds the k best of its own rows for all queries, `chunk` queries at a time, so that at most
+    chunk x N / devices scores per device are in memory. It then merges the results of all devices
+    for its share of the queries. The only communication is one all-to-all of Q k scores and
+    indices per device.
 
     Args:
         queries: unit vectors, the same on every device.
-        rows: unit vectors, split over the devices of `mesh`, which divide N.
-        k: at most the number of rows that may be found.
+        rows: unit vectors, split over the devices of `mesh`, whose number divides N.
+        k: the number of rows to find, at most the number of allowed rows.
         mesh: the devices.
-        allowed: rows that may be found at all.
-        own: for each query, one row that it may not find.
+        allowed: which rows may be found; all by default.
+        own: for each query, the index of a row that it must not find.
         precision: a key of PRECISIONS.
-        chunk: queries at a time.
+        chunk: the number of queries at a time.
 
     Returns:
-        Scores in float32, and indices of rows; both split over the devices by query.
+        Scores in float32, the largest first, and the indices of their rows; rows with equal scores
+        are in the order of their indices. Both are split over the devices by query.
     """
     devices, axes = mesh.devices.size, mesh.axis_names
     padding = -len(queries) % devices  # the merge is split by query
@@ -63,14 +65,14 @@ def nearest(
         first = jax.lax.axis_index(axes) * len(rows)
         own = None if own is None else own - first
         found = nearest_local(queries, rows, k, allowed, own, precision, chunk)
-        # As integers of one array: a sorted result that goes straight into a collective makes
-        # XLA for CPUs sort all scores, some twenty times slower.
+        # Packed as integers in one array: if the result of a sort goes directly into a collective,
+        # XLA for CPUs sorts all scores, which is some twenty times slower.
         packed = jnp.stack(
             [jax.lax.bitcast_convert_type(found[0], jnp.int32), found[1] + first], axis=-1
         )
         packed = jax.lax.all_to_all(packed, axes, 0, 1, tiled=True)  # [Q/D, D k, 2]
         scores = jax.lax.bitcast_convert_type(packed[..., 0], jnp.float32)
-        # Devices come in the order of their rows, so ties still go by index.
+        # The devices' results are in the order of their rows, so ties are still broken by index.
         scores, places = jax.lax.top_k(scores, k)
         return scores, jnp.take_along_axis(packed[..., 1], places, axis=1)
 
@@ -80,7 +82,7 @@ def nearest(
         mesh=mesh,
         in_specs=(whole, by_row, by_row, whole),
         out_specs=(by_row, by_row),
-        check_vma=False,  # typed for values that differ by device, which a scan's carry is not
+        check_vma=False,  # the check rejects the carry of a scan that differs between devices
     )
     scores, indices = search(padded, rows, allowed, padded_own)
     return scores[: len(queries)], indices[: len(queries)]
@@ -95,9 +97,9 @@ def nearest_local(
     precision: str,
     chunk: int,
 ) -> tuple[Float[Array, "Q best"], Int[Array, "Q best"]]:
-    """As `nearest`, among the rows of one device, all of which it may give.
+    """Finds rows as `nearest` does, among the rows of one device, and all of them if k > N.
 
-    `own` may be the index of a row of another device.
+    `own` may be outside of 0 to N-1 for a row of another device.
     """
     dtype, product = PRECISIONS[precision]
     rows = rows.astype(dtype)
@@ -117,10 +119,11 @@ def nearest_local(
 
 
 def top_k(scores: Float[Array, " N"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:
-    """As `jax.lax.top_k`, ties included (0 and -0 are one), in a third of its time.
+    """Returns the same as `jax.lax.top_k`, ties included, in a third of its time; 0 equals -0.
 
-    The k largest are in the k groups with the largest maxima, of which finding the maxima is as
-    fast as reading the scores. There are groups where a power of two divides N.
+    The k largest scores are in the k groups with the largest maxima, and finding the maxima is as
+    fast as reading the scores. The size of a group is the greatest common divisor of N and GROUP;
+    if that is 1, or there are fewer than k groups, this is `jax.lax.top_k` itself.
     """
     group = math.gcd(len(scores), GROUP)
     if group == 1 or len(scores) < k * group:
@@ -128,13 +131,13 @@ def top_k(scores: Float[Array, " N"], k: int) -> tuple[Float[Array, " k"], Int[A
         return found, places
     groups = scores.reshape(-1, group)
     _, best = jax.lax.top_k(groups.max(-1), k)
-    best = jnp.sort(best)  # so that ties still go by index
+    best = jnp.sort(best)  # so that ties are still broken by index
     found, places = jax.lax.top_k(groups[best].reshape(-1), k)
     return found, best[places // group] * group + places % group
 
 
 def take(rows: Float[Array, "N d"], indices: Int[Array, "*K"], mesh: Mesh) -> Float[Array, "*K d"]:
-    """The rows at `indices` on every device; only they are sent.
+    """Returns the rows at `indices`, replicated on every device; only these rows are sent.
 
     `rows` are split over the devices of `mesh`.
     """

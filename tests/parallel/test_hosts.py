@@ -30,7 +30,7 @@ from sop_jax.parallel import hosts
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.parallel.interruption import Interruption
 
-hosts.HEARTBEAT, hosts.START = {heartbeat}, {start}
+hosts.HEARTBEAT_TIMEOUT, hosts.START_TIMEOUT = {heartbeat}, {start}
 flags.DEFINE_string("workdir", "runs", "As the commands have it.")
 
 
@@ -58,7 +58,10 @@ START, HEARTBEAT = 6, 4  # seconds that tests wait for what does not come
 
 
 def command(
-    folder: pathlib.Path, body: str, start: int = hosts.START, heartbeat: int = hosts.HEARTBEAT
+    folder: pathlib.Path,
+    body: str,
+    start: int = hosts.START_TIMEOUT,
+    heartbeat: int = hosts.HEARTBEAT_TIMEOUT,
 ) -> str:
     """Writes a command that has the body for its main function, and returns its name."""
     text = textwrap.indent(textwrap.dedent(body), " " * 4)
@@ -148,13 +151,16 @@ def test_versions_are_of_what_computes() -> None:
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("h:1", 2, None), "--process is missing: .* each its own from 0 to N-1"),
+        (("h:1", 2, None), "--process is missing: .* a different number from 0 to N-1"),
         ((None, 2, 0), "--coordinator is missing: .*HOST:PORT"),
         (("h:1", None, 0), "--processes is missing"),
         ((None, 2, None), "--coordinator and --process are missing"),
         ((None, None, 0), "--coordinator and --processes are missing"),
         ((None, 1, 1), "--coordinator is missing"),
-        (("h:1", 2, 2), "--process=2 is none of the --processes=2: they count from 0 to 1"),
+        (
+            ("h:1", 2, 2),
+            "--process=2 is not one of the --processes=2: they are numbered from 0 to 1",
+        ),
         (("h", 2, 0), "--coordinator must be HOST:PORT, .* not 'h'"),
         (("h:", 2, 0), "--coordinator must be HOST:PORT, .* not 'h:'"),
     ],
@@ -195,7 +201,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         here.mkdir(exist_ok=True)
         hosts.check_shared(here)
         said["left inside"] = [path.name for path in here.iterdir()]
-        hosts.SHARED = 1
+        hosts.SHARED_TIMEOUT = 1
         said["unseen"] = refusal(hosts.check_shared, there / "deep")
         said["left unseen"] = there.exists()
         said["unwritable"] = refusal(hosts.check_shared, "/proc/runs" if me == 0 else here)
@@ -488,11 +494,11 @@ def test_one_that_dies_ends_all(
 def test_others_that_do_not_come(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')", start=START)
     apart = [processes.among(2)[process] for process in (0, 1)]  # each waits at a port of its own
-    expected = "not all of 2 processes came to", f"could not be reached within {START} s"
+    expected = "not all of the 2 processes joined", f"could not be reached within {START} s"
     for i, ended in enumerate(processes.run([[name, *flags] for flags in apart], tmp_path)):
         assert ended.code == 1 and "started" not in ended.out
         waiting, error = ended.err.splitlines()
-        assert "waits for the others at 127.0.0.1:" in waiting
+        assert "is waiting for the others at 127.0.0.1:" in waiting
         assert error.startswith(f"process {i} ({HOST}): error: ") and expected[i] in error
 
 

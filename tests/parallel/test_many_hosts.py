@@ -189,7 +189,7 @@ import tensorstore
 from sop_jax.parallel import hosts
 from sop_jax.training import checkpoint
 
-hosts.HEARTBEAT = 10
+hosts.HEARTBEAT_TIMEOUT = 10
 workdir, where = sys.argv.pop(1), sys.argv.pop(1)
 folder, save = os.path.join(workdir, "checkpoints"), checkpoint.Checkpoints.save
 
@@ -263,7 +263,7 @@ def test_other_images_on_one_host_are_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_workdir_that_is_another_folder_on_one_host_is_named(tmp_path: pathlib.Path) -> None:
-    impatient = "import runpy, sop_jax.parallel.hosts as hosts; hosts.SHARED = 2; "
+    impatient = "import runpy, sop_jax.parallel.hosts as hosts; hosts.SHARED_TIMEOUT = 2; "
     _, module, *flags = command(pathlib.Path("run"))
     start = impatient + f"runpy.run_module({module!r}, run_name='__main__')"
     for ended in apart(tmp_path, ["-c", start, *flags]):

@@ -44,8 +44,8 @@ def test_uses_as_many_devices_as_asked_or_all(data: int, fsdp: int, shape: tuple
     ("data", "fsdp", "words"),
     [
         (16, 1, r"mesh.data 16 times mesh.fsdp 1 asks for 16 devices, but 8 are.*mesh.data=0"),
-        (4, 4, r"16 devices, but 8 are there.*mesh.fsdp to a divisor of 8"),
-        (0, 3, r"mesh.fsdp 3 does not divide the 8 devices.*divisor of 8"),
+        (4, 4, r"16 devices, but 8 are available.*mesh.fsdp to a divisor of 8"),
+        (0, 3, r"mesh.fsdp 3 does not divide the 8 available devices.*divisor of 8"),
     ],
 )
 def test_devices_that_are_not_there_name_the_way_out(data: int, fsdp: int, words: str) -> None:
@@ -61,7 +61,7 @@ class OtherHost(NamedTuple):
 
 def test_several_hosts_leave_no_device_idle() -> None:
     devices = [OtherHost(i // 4) for i in range(8)]
-    with pytest.raises(UserError, match=r"4 devices, and a run of several hosts uses all 8"):
+    with pytest.raises(UserError, match=r"4 devices, but a run on several hosts must use all 8"):
         make_mesh(4, devices=devices)
 
 
