@@ -33,7 +33,7 @@ from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load
+from sop_jax.pretrained import load, settings_of
 from sop_jax.training import resume
 
 
@@ -113,7 +113,7 @@ def knn(
     Raises:
         UserError: no run, no checkpoint, no data, or data without labels or test split.
     """
-    config, model, teacher, step = load(workdir, step)
+    config = settings_of(workdir)
     config.eval.batch_size = batch_size or config.eval.batch_size
     try:
         train, test = open_labelled(config.data, data or {})
@@ -133,6 +133,7 @@ def knn(
         saved = False
     else:
         saved = True
+    _, model, teacher, step = load(workdir, step)
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
 

@@ -30,7 +30,6 @@ from absl import flags
 from etils import epath
 
 from sop_jax import cli, paths
-from sop_jax.config import load as load_config
 from sop_jax.data.decode import decoding
 from sop_jax.data.folders import FolderSource, list_images, printable, whole_tree
 from sop_jax.data.named import describe, name_data
@@ -40,7 +39,7 @@ from sop_jax.evaluation.features import make_extractor
 from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.pretrained import load
+from sop_jax.pretrained import load, settings_of
 
 
 def export(
@@ -156,7 +155,7 @@ def open_data(workdir: epath.PathLike, given: Mapping[str, str]) -> Source:
     Raises:
         UserError: there is no such data.
     """
-    data_config = load_config(workdir).data
+    data_config = settings_of(workdir).data
     try:
         # Nothing is classified, so that no other split needs to be there.
         name_data(data_config, {**given, "test_split": ""})

@@ -51,6 +51,22 @@ _ORIGIN = "converted.json"
 _ENDINGS = (".safetensors", ".bin", ".pth")  # of files of weights
 
 
+def settings_of(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+    """Reads the settings of a run, or of a folder that `sop_jax.convert` has made.
+
+    Raises:
+        UserError: the folder is not of a run.
+    """
+    folder = epath.Path(workdir)
+    weights = [x for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
+    if weights and not (folder / "checkpoints").exists():
+        raise UserError(
+            f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
+            f"{files.index_of(folder) or min(weights)}"
+        )
+    return config_lib.load(workdir)
+
+
 def load(
     workdir: epath.PathLike, step: int | None = None, network: str = "teacher"
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
@@ -68,16 +84,9 @@ def load(
     Raises:
         UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
     """
-    folder = epath.Path(workdir)
-    weights = [x for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
-    if weights and not (folder / "checkpoints").exists():
-        raise UserError(
-            f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
-            f"{files.index_of(folder) or min(weights)}"
-        )
-    if network != "teacher" and origin(folder):
-        raise UserError(f"{folder} has no {network}: it holds the teacher alone, as converted")
-    config = config_lib.load(workdir)
+    config = settings_of(workdir)
+    if network != "teacher" and origin(workdir):
+        raise UserError(f"{workdir} has no {network}: it holds the teacher alone, as converted")
     model = build(config, config.augment.global_size)
     everywhere = replicated(make_mesh())
     abstract = jax.tree.map(

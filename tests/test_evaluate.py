@@ -304,7 +304,7 @@ def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -
 def test_a_flag_that_names_data_is_never_ignored(
     tmp_path: pathlib.Path, data: dict[str, str], message: str
 ) -> None:
-    make_run(tmp_path, (1,))
+    make_run(tmp_path, steps=())  # the data is opened before a checkpoint is looked for
     with pytest.raises(UserError, match=message):
         evaluate.knn(tmp_path, data=data)
 
