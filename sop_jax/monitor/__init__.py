@@ -1,1 +1,1 @@
-"""What a run tells about itself."""
+"""What a run records and reports about itself."""

@@ -1,4 +1,4 @@
-"""What a run writes down and shows: rows of metrics, and in words what a person should know."""
+"""What a run writes and shows: rows of metrics, and warnings when something goes wrong."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,19 +8,19 @@ from sop_jax.monitor import pace as pace_lib
 from sop_jax.monitor.metrics import Progress, Writer
 from sop_jax.monitor.pace import Pace
 
-# What the progress shows of a row, and under which name.
+# The columns of a row that the progress shows, by the name under which it shows them.
 SHOWN = {"loss": "loss", "knn": "knn_top1", "images/s": "images_per_s"}
 
 
 class Journal:
-    """The rows of a run, from its start or from the checkpoint that it goes on from.
+    """The rows of a run from its first step on, and what it shows of them.
 
     Args:
-        rows: of the steps before.
-        writer: of the first process; None in the others, which write nothing.
-        progress: on the screen.
-        verdict: puts logged rows in words when training goes wrong, see `Objective`.
-        batch_size: images per step.
+        rows: the rows of earlier steps, if the run resumes from a checkpoint.
+        writer: writes the rows in the first process; None in others, which write nothing.
+        progress: the progress on the screen.
+        verdict: returns a warning if the logged rows show a failing run, see `Objective`.
+        batch_size: the number of images per step.
     """
 
     def __init__(
@@ -36,26 +36,26 @@ class Journal:
         self.batch_size = batch_size
         self._wall_before = self.rows[-1]["wall_s"] if self.rows else 0.0
         self._began = time.monotonic()
-        self._unhealthy = self._held_up = False  # what the progress shows at present
+        self._unhealthy = self._held_up = False  # what the progress currently shows
         self._told = set[str]()
 
     def note(self, text: str) -> None:
-        """Shows a line of its own."""
+        """Shows a message on a line of its own."""
         self.progress.note(text)
 
     def note_once(self, text: str) -> None:
-        """Shows a line of its own, unless it was shown before."""
+        """Shows a message on a line of its own, unless it was shown before."""
         if text not in self._told:
             self._told.add(text)
             self.note(text)
 
     def record(self, step: int, row: Mapping[str, Any], pace: Pace | None = None) -> None:
-        """Writes the row of a step, and shows what a person watches.
+        """Writes the row of a step and shows its main metrics.
 
         Args:
-            step: the step.
-            row: its metrics, of the step itself, of an evaluation, or of both.
-            pace: of the steps since the last row of metrics; None for a row without them.
+            step: the number of the step.
+            row: the metrics of the step itself, of an evaluation, or of both.
+            pace: the pace since the last row with metrics of a step; None for a row without them.
         """
         row = {"step": step, **row, "wall_s": self._wall_before + time.monotonic() - self._began}
         self.rows.append(row)
@@ -69,12 +69,12 @@ class Journal:
         self.progress.show(step, shown)
 
     def flush(self) -> None:
-        """Makes sure that all rows are where a later run finds them."""
+        """Makes sure that all rows are stored where a later run finds them."""
         if self.writer is not None:
             self.writer.flush()
 
     def _input(self, step: int, pace: Pace) -> dict[str, str]:
-        """Whether the input holds the devices up; said in full when it begins to."""
+        """Returns what the progress shows of the input; warns when it becomes the bottleneck."""
         words = pace_lib.in_words(pace, self.batch_size)
         before, self._held_up = self._held_up, words is not None
         if words and not before:
@@ -84,7 +84,7 @@ class Journal:
         return {"input": words[0] if words else "keeps up"}
 
     def _health(self, step: int) -> dict[str, str]:
-        """Whether training goes wrong; said in full when it begins to."""
+        """Returns what the progress shows of the health; warns when training begins to fail."""
         words = self.verdict([row for row in self.rows if "loss" in row])
         before, self._unhealthy = self._unhealthy, words is not None
         if words and not before:

@@ -16,21 +16,25 @@ from sop_jax.paths import write_whole
 Scalar = float | int | str | None
 
 _FILE = "metrics.jsonl"
-_REMOTE_INTERVAL = 60.0  # seconds
-_WORTH_TELLING = 60.0  # seconds left
+_REMOTE_INTERVAL = 60.0  # seconds between two writes of a remote file
+_WORTH_TELLING = 60.0  # seconds; a shorter time left is not announced
 _UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
-_BOARD_INTERVAL = 5  # seconds; a killed run loses as much of its TensorBoard curves
+_BOARD_INTERVAL = 5  # seconds of TensorBoard curves that a killed run loses at most
 
 
 class Writer:
-    """Writes one row per logged step; only one process of a run makes one.
-
-    Opens the curves of a run that goes on after `resume_step`; 0 starts them anew. Rows of later
-    steps, which a killed run may have left, and broken lines are dropped, so that every step has
-    one row.
-    """
+    """Writes one row per logged step; only the first process of a run creates one."""
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0) -> None:
+        """Opens the files of a run.
+
+        Rows of later steps than `resume_step`, which a killed run may have left, and incomplete
+        lines are dropped, so that every step has only one row.
+
+        Args:
+            workdir: the folder of the run, local or remote (`gs://`).
+            resume_step: the step from which the run resumes; 0 starts the files anew.
+        """
         self._path = epath.Path(workdir) / _FILE
         self._remote = "://" in str(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,13 +50,20 @@ class Writer:
         )
 
     def write(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-        """Adds the row of `step`: None and numbers that are not finite become null.
+        """Adds a row.
+
+        Args:
+            step: the step, which must be later than that of the last row.
+            scalars: the values by name; None and numbers that are not finite become null.
 
         Raises:
             ValueError: `step` is not later than that of the last row.
         """
         if step <= self._last_step:
-            raise ValueError(f"step {step} comes after step {self._last_step}: a step is one row")
+            raise ValueError(
+                f"step {step} cannot be written after step {self._last_step}: expected a later "
+                "step, since each step has one row"
+            )
         self._last_step = step
         row = {"step": step} | {name: _finite_or_none(value) for name, value in scalars.items()}
         if self._file:
@@ -67,12 +78,16 @@ class Writer:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Makes sure that every row is where a later run finds it."""
+        """Makes sure that all rows are stored where a later run finds them."""
         if self._remote:
             self._rewrite()
 
     def close(self, write: bool = True) -> None:
-        """Closes the files; writes what is left, unless the workdir is now another run's."""
+        """Closes the files.
+
+        Args:
+            write: whether to write what remains; False if another run now owns the workdir.
+        """
         if self._file:
             self._file.close()
         elif write:
@@ -86,7 +101,7 @@ class Writer:
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl` in the order of their writing, without broken lines."""
+    """Returns the rows of `metrics.jsonl` in the order of the file, without incomplete lines."""
     path = epath.Path(workdir) / _FILE
     if not path.exists():
         return []
@@ -95,10 +110,16 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """The progress of a run on stderr: a bar on a terminal, a line a logged step elsewhere."""
+    """The progress of a run on stderr: a bar on a terminal, else a line per logged step."""
 
     def __init__(self, step: int, steps: int, shown: bool = True) -> None:
-        """Starts at `step` of `steps`; `shown=False` (all processes but the first) is silent."""
+        """Starts to show the progress.
+
+        Args:
+            step: the number of steps done.
+            steps: the number of steps of the run.
+            shown: False shows nothing, for all processes except the first.
+        """
         self._first, self._steps, self._start = step, steps, 0.0
         self._lines = shown and not sys.stderr.isatty()
         self._bar = tqdm.tqdm(
@@ -109,15 +130,15 @@ class Progress:
             disable=not shown or self._lines,
         )
         self._shown: dict[str, float | str] = {}
-        self._done, self._told = step, False  # that the time left was shown
+        self._done, self._told = step, False  # whether the time left has been shown
 
     def advance(self) -> None:
-        """Counts one step that has ended; after the second one says how long the rest will take.
+        """Counts a step that has ended.
 
-        Where lines are shown, that is, and unless one of them has said so.
+        Where there is no bar, the second step shows the time left, unless a line has shown it.
         """
         self._done += 1
-        if not self._start:  # the time left is judged by what comes after the first step
+        if not self._start:  # the first step, which compiles, does not count for the time left
             self._first, self._start = self._done, time.monotonic()
         elif self._lines and not self._told:
             self._told = True
@@ -125,15 +146,15 @@ class Progress:
             left = each * (self._steps - self._done)
             if left >= _WORTH_TELLING:
                 self._print(
-                    f"about {in_words(left)} left, at {in_words(each)} a step and without the "
+                    f"about {in_words(left)} left, at {in_words(each)} per step, not counting "
                     "evaluations"
                 )
         self._bar.update()
 
     def show(self, step: int, scalars: Mapping[str, Scalar]) -> None:
-        """Shows these values, such as the loss and images/s, beside the time left.
+        """Shows values, such as the loss and images/s, beside the time left.
 
-        On a terminal they stay until replaced; None is left out.
+        On a terminal, values stay until they are replaced. Values of None are left out.
         """
         fresh = {
             name: value if isinstance(value, str) else f"{value:.4g}"
@@ -148,14 +169,14 @@ class Progress:
             self._print(f"step {step}/{self._steps}  {values}  {self._time_left(step)} left")
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar where there is one."""
+        """Prints a message on a line of its own, above the bar if there is one."""
         if self._lines:
             self._print(text)
         elif not self._bar.disable:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leaves the bar as it stands and goes to the next line."""
+        """Leaves the bar as it is and moves to the next line."""
         self._bar.close()
 
     def _time_left(self, step: int) -> str:
@@ -169,7 +190,7 @@ class Progress:
 
 
 def in_words(seconds: float) -> str:
-    """A duration in the unit that suits it, such as 3.2 h."""
+    """Returns a duration in a suitable unit, such as "3.2 h"."""
     unit, size = next((pair for pair in _UNITS if seconds >= pair[1]), _UNITS[-1])
     return f"{seconds / size:.3g} {unit}"
 

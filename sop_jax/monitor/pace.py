@@ -1,7 +1,8 @@
-"""How fast a run goes, and whether its devices wait for images.
+"""How fast a run trains, and whether its devices wait for images.
 
-Each process watches its own devices. What is shown is the first one's, which also sees nothing of
-another whose input is slow: it then works as long as the slowest.
+Each process measures its own devices, and the first process shows its own. If the input of another
+process is slow, the first one cannot see that: its devices seem busy while they wait in a
+collective for the slowest.
 """
 
 import queue
@@ -11,16 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-NOTICED = 0.05  # share of the time; devices that wait less are called busy
+NOTICED = 0.05  # the share of the time that devices must wait for images to be reported
 
 
 class Pace(NamedTuple):
-    """Of the steps since the last look.
+    """The work and the waiting of the devices since the last call of `PaceKeeper.look`.
 
     Attributes:
-        busy: seconds that the devices took for them.
-        idle: seconds that the devices had nothing to do, because the next batch was not there yet.
-        steps: how many ended.
+        busy: the seconds that the devices worked.
+        idle: the seconds that the devices waited because the next batch was not ready.
+        steps: the number of steps that ended.
     """
 
     busy: float
@@ -29,12 +30,12 @@ class Pace(NamedTuple):
 
     @property
     def idle_share(self) -> float:
-        """Of the time in which the devices might have worked."""
+        """The share of the time that the devices waited, in [0, 1]."""
         return self.idle / max(self.busy + self.idle, 1e-9)
 
 
 class PaceKeeper:
-    """Notes when steps begin and end, in a thread of its own, so that the run waits for nothing."""
+    """Measures when steps begin and end, in a thread, so that the run itself need not wait."""
 
     def __init__(self) -> None:
         self._begun: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
@@ -45,12 +46,17 @@ class PaceKeeper:
         self._thread.start()
 
     def step(self, began: float, result: Any) -> None:
-        """Tells of a step whose batch was there at `began`; `result` is there at its end."""
+        """Adds a step.
+
+        Args:
+            began: when its batch was ready, by `time.monotonic`.
+            result: arrays that are ready when the step has ended.
+        """
         self._given += 1
         self._begun.put((began, result))
 
     def look(self) -> Pace:
-        """The pace since the last look, once all steps have ended; pauses."""
+        """Waits for all steps, pauses, and returns the pace since the last look."""
         self.pause()
         with self._changed:
             pace = Pace(self._busy, self._idle, self._done - self._read)
@@ -58,18 +64,18 @@ class PaceKeeper:
         return pace
 
     def pause(self) -> None:
-        """Waits for all steps; what a run does until the next one, or `resume`, is no waiting."""
+        """Waits for all steps; no idle time is counted until `resume` or the next step."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == self._given)
             self._ended = 0.0
 
     def resume(self) -> None:
-        """From now on devices without a batch are waiting again."""
+        """Counts idle time again from now on."""
         with self._changed:
             self._ended = time.monotonic()
 
     def close(self) -> None:
-        """Ends the thread; where a step never ends, as after the loss of a host, leaves it."""
+        """Ends the thread, or abandons it if a step never ends, as after the loss of a host."""
         self._begun.put(None)
         self._thread.join(timeout=1)
 
@@ -78,7 +84,7 @@ class PaceKeeper:
             began, result = step
             try:
                 jax.block_until_ready(result)
-            except Exception:  # the run meets it too, and tells of it
+            except Exception:  # the run meets the same error and reports it
                 pass
             ended = time.monotonic()
             with self._changed:
@@ -91,14 +97,20 @@ class PaceKeeper:
 
 
 def in_words(pace: Pace, batch_size: int) -> tuple[str, str] | None:
-    """That the input holds the devices up, in a few words and in a sentence; None if it does not.
+    """Returns a warning that devices wait for images, or None if they hardly do.
 
-    The few are short enough for a line of progress.
+    Args:
+        pace: the pace of some steps.
+        batch_size: the number of images per step.
+
+    Returns:
+        The warning twice: in a few words for the line of progress, and as a sentence.
     """
     if pace.idle_share < NOTICED:
         return None
     share, without = f"{100 * pace.idle_share:.0f} %", pace.steps * batch_size / pace.busy
     return f"bottleneck, {share} waiting", (
-        f"the input is the bottleneck: devices wait for images {share} of the time, and would do "
-        f"{without:.4g} images/s without. More data.workers help as long as there are cores"
+        f"the input is the bottleneck: devices wait for images {share} of the time, and would "
+        f"reach {without:.4g} images/s without waiting. Increase --config.data.workers if there "
+        "are idle cores"
     )

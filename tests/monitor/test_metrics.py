@@ -172,7 +172,7 @@ def test_the_time_left_is_told_after_the_second_step(
         clock[0] += 9.0
     progress.close()
     assert capsys.readouterr().err == (
-        "about 2.5 h left, at 9 s a step and without the evaluations\n"
+        "about 2.5 h left, at 9 s per step, not counting evaluations\n"
     )
 
 

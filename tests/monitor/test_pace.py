@@ -95,7 +95,7 @@ def test_a_step_that_fails_ends_too(keeper: PaceKeeper) -> None:
 def test_words_say_how_much_the_input_costs() -> None:
     few, sentence = in_words(Pace(busy=2.0, idle=6.0, steps=10), 64)
     assert few == "bottleneck, 75 % waiting"
-    assert "devices wait for images 75 % of the time, and would do 320 images/s" in sentence
+    assert "devices wait for images 75 % of the time, and would reach 320 images/s" in sentence
     assert in_words(Pace(busy=9.7, idle=0.3, steps=10), 64) is None
     assert in_words(Pace(busy=0.0, idle=0.0, steps=0), 64) is None
 
