@@ -1,1 +1,1 @@
-"""Compiled programs: where they are kept and what they cost."""
+"""Compiled programs: how they are cached, and what they cost in memory, operations and traffic."""

@@ -15,26 +15,27 @@ from typing import Any
 import filelock
 import jax
 
-LIMIT = 4 * 2**30  # bytes; what was used least recently goes first
-LEAST = 2**26  # bytes of free disk, for a step or two
+LIMIT = 4 * 2**30  # bytes of the cache; the least recently used programs are removed first
+LEAST = 2**26  # bytes of free disk space that are required, enough for a step or two
 
-_NEVER = 1e9  # seconds that a compilation would have to take to be written
-_PATIENCE = 10  # seconds, of JAX too, for another process that holds the cache's lock
+_NEVER = 1e9  # seconds that a compilation would have to take to be stored
+_LOCK_TIMEOUT = 10  # seconds for another process to release the cache's lock, as in JAX
 
 
 def keep_compiled(folder: str | None = None) -> str | None:
-    """Keeps what XLA compiles in a folder, and takes it from there.
+    """Stores what XLA compiles in a folder, and reads it from there the next time.
 
-    A folder that JAX was told of by JAX_COMPILATION_CACHE_DIR, or that it uses already, stays;
-    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. A folder that cannot be written to is read,
-    and this is said once, as is any later failure; what an interrupted write left is removed.
+    A folder given by JAX_COMPILATION_CACHE_DIR, or one that JAX already uses, takes precedence;
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. If the folder cannot be written to, it
+    is only read. This is reported once, and so is any later failure. Incomplete entries of an
+    interrupted write are removed.
 
     Args:
-        folder: by default one of the user's cache folder, apart for each kind of processor: a
-            program that was compiled for one may not run on another that shares the disk.
+        folder: the folder; by default `default_folder()`, which differs between kinds of
+            processors, because a program compiled for one may not run on another.
 
     Returns:
-        The folder that is used; None for a user who has no home, or where it cannot be made.
+        The folder in use; None if the user has no home folder or the folder cannot be made.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
@@ -48,19 +49,20 @@ def keep_compiled(folder: str | None = None) -> str | None:
     if not jax.config.values["jax_enable_compilation_cache"] or "://" in folder:
         return folder
     if jax.default_backend() != "gpu":
-        # A cache inside the cache, for GPUs, whose path would be a part of every program's key.
+        # XLA's own caches, inside this one, serve GPUs only, and their path would become a part of
+        # the key of every program.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not isinstance(warnings.showwarning, functools.partial):
         warnings.showwarning = functools.partial(_show, warnings.showwarning, [])
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _tell(f"compiled programs are not kept, because {folder} cannot be made: {error}")
+        _warn(f"compiled programs are not stored, because {folder} cannot be made: {error}")
         jax.config.update("jax_compilation_cache_dir", None)
         return None
     if reason := unwritable(Path(folder)):
-        _tell(f"what is compiled now is not kept, because {reason}")
-        # Without a limit, reading writes nothing: neither a lock nor the time of the last use.
+        _warn(f"newly compiled programs are not stored, because {reason}")
+        # Without a limit, reading writes neither a lock nor the time of the last use.
         jax.config.update("jax_compilation_cache_max_size", -1)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _NEVER)
     elif jax.config.values["jax_compilation_cache_max_size"] != -1:
@@ -69,7 +71,7 @@ def keep_compiled(folder: str | None = None) -> str | None:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be kept in a folder; None if it can."""
+    """Returns why nothing can be stored in a folder, or None if it can."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -82,42 +84,46 @@ def unwritable(folder: Path) -> str | None:
 def remove_halves(folder: Path) -> None:
     """Removes entries of JAX's cache without their time of use, and times without their entry.
 
-    One such entry, which may be cut off, is enough for JAX to write no others.
+    A single such entry, which may be incomplete, stops JAX from writing any others.
     """
     try:
-        with filelock.FileLock(folder / ".lockfile", timeout=_PATIENCE):  # as JAX does
+        with filelock.FileLock(folder / ".lockfile", timeout=_LOCK_TIMEOUT):  # as JAX does
             entries = {file.name[: -len("-cache")]: file for file in folder.glob("*-cache")}
             times = {file.name[: -len("-atime")]: file for file in folder.glob("*-atime")}
             for key in entries.keys() ^ times.keys():
                 (entries.get(key) or times[key]).unlink(missing_ok=True)
     except (OSError, filelock.Timeout):
-        pass  # JAX meets the same and says it
+        pass  # JAX meets the same error and reports it
 
 
 def _show(
     others: Callable[..., Any], told: list[str], message: Warning | str, *where: Any, **file: Any
 ) -> None:
-    """Shows a warning as ever, but of those of JAX's cache the first only, in plain words."""
+    """Shows a warning as usual, but only the first one of JAX's cache, in plain words."""
     text = str(message)
     if "persistent compilation cache entry" not in text:
         others(message, *where, **file)
     elif not told:
         told.append(text)
         doing = "reading" if "Error reading" in text else "writing"
-        _tell(
+        _warn(
             f"{doing} the cache of compiled programs failed ({text.partition(': ')[2]}), so some "
-            f"are compiled anew each time. Free some space or remove "
+            "programs are compiled again each time. Free some disk space, or remove "
             f"{jax.config.values['jax_compilation_cache_dir']}"
         )
 
 
-def _tell(text: str) -> None:
+def _warn(text: str) -> None:
     if jax.process_index() == 0:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def default_folder() -> Path:
-    """`sop_jax/compiled-<processor>` where XDG_CACHE_HOME says, or in ~/.cache."""
+    """Returns `sop_jax/compiled-<processor>` in XDG_CACHE_HOME, or in ~/.cache by default.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "sop_jax" / f"compiled-{_processor()}"
 

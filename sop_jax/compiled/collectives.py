@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program from its HLO text: what devices send each other."""
+"""Reads the collectives of a compiled program, what its devices send each other, from its HLO."""
 
 import re
 from collections.abc import Iterator
@@ -22,11 +22,13 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of KINDS.
-        bytes: of the array as one device has it where it is whole: the gathered one, the reduced
-            one, the one that is scattered or exchanged; several in one collective together.
-        times: how often a call of the program runs it: the product of the loops around it. A
-            branch counts as taken. None when the length of a loop is not known.
-        name: where it comes from, the scopes of `jax.named_scope` included; "" if unknown.
+        bytes: the size of the array on one device where it is whole: the gathered, reduced,
+            scattered or exchanged one; the sum if the collective has several arrays.
+        times: the number of times that one call of the program runs it: the product of the lengths
+            of the loops around it. Every branch counts as taken. None if the length of a loop is
+            not known.
+        name: the operation that it comes from, with its scopes of `jax.named_scope`; "" if
+            unknown.
     """
 
     kind: str
@@ -40,41 +42,42 @@ class _Instruction(NamedTuple):
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    literal: str  # what stands in the parentheses: the operands, or a constant
+    literal: str  # the text in the parentheses: the operands, or a constant
     attributes: str
 
 
-_Computation = dict[str, _Instruction]  # the root is the last one
+_Computation = dict[str, _Instruction]  # by name; the root is the last one
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled program, once for each place that calls them.
+    """Returns the collectives of a compiled program, one entry for each place that calls them.
 
-    An asynchronous collective is one, however many pieces it is scheduled in. One among groups
-    of a single device is none.
+    An asynchronous collective is one entry, even if it is scheduled in several pieces. Collectives
+    within groups of a single device send nothing and are left out.
 
     Args:
-        text: of `compiled.as_text()`.
+        text: the HLO of the program, from `compiled.as_text()`.
 
     Raises:
-        ValueError: it is no text of a compiled program.
+        ValueError: the text is not the HLO of a compiled program.
     """
     computations, entry = _parse(text)
     found, chains = [], set()
     for collective, attributes in _walk(computations, entry, 1, ""):
-        # TPUs spread a collective over fusions, each of which shows it, on one channel.
+        # On TPUs a collective may be spread over several fusions, each of which contains it on the
+        # same channel.
         channel = re.search(r"channel_id=(\d+)", attributes)
         if channel and "chain_id=" in attributes:
             if channel[1] in chains:
                 continue
             chains.add(channel[1])
-        if not _alone(attributes):
+        if not _groups_of_one(attributes):
             found.append(collective)
     return found
 
 
-def _alone(attributes: str) -> bool:
-    """Whether the text says that each group of devices is one device."""
+def _groups_of_one(attributes: str) -> bool:
+    """Whether each group of devices of a collective has only one device."""
     # Groups are written in three ways: {{0},{1}}, [2,1]<=[2], mesh['a'=4,'b'=1] {'b'}.
     if named := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{('[^}:]*)\}", attributes):
         sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
@@ -85,13 +88,14 @@ def _alone(attributes: str) -> bool:
 def _walk(
     computations: dict[str, _Computation], place: str, times: int | None, around: str
 ) -> Iterator[tuple[Collective, str]]:
-    """The collectives below a computation in the order of the text, and their attributes.
+    """Yields the collectives of a computation and those that it calls, and their attributes.
 
     Args:
-        computations: of the program.
-        place: the computation.
-        times: how often it runs.
-        around: the name of what calls it, which some of its instructions lack.
+        computations: all computations of the program.
+        place: the name of the computation.
+        times: the number of times that it runs; None if unknown.
+        around: the operation name of the instruction that calls it, for its instructions without
+            a name of their own.
     """
     for instruction in computations[place].values():
         attributes = instruction.attributes
@@ -100,7 +104,7 @@ def _walk(
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # which is how TPUs write one
+                kind = "reduce-scatter"  # TPUs write it as an all-reduce in such a computation
             size = _bytes(instruction, computations[place])
             yield Collective(kind, size, times, name), attributes
         elif instruction.opcode == "while":
@@ -108,14 +112,14 @@ def _walk(
             inside = None if times is None or trips is None else times * trips
             for called in _called(instruction, "condition|body"):
                 yield from _walk(computations, called, inside, name)
-        # The end of an asynchronous call may name what its start called.
+        # The end of an asynchronous call may name the computation that its start called.
         elif instruction.opcode not in ("async-update", "async-done"):
             for called in _called(instruction):
                 yield from _walk(computations, called, times, name)
 
 
 def _called(instruction: _Instruction, attribute: str = _CALLS) -> list[str]:
-    """Computations that an instruction names in an attribute."""
+    """Returns the names of the computations in an attribute of an instruction."""
     lists = re.findall(rf"\b(?:{attribute})=(%[\w.\-]+|\{{[^}}]*\}})", instruction.attributes)
     return [name for names in lists for name in _names(names)]
 
@@ -128,7 +132,7 @@ def _names(text: str) -> list[str]:
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    """Computations by name, and the name of the one that the program starts with."""
+    """Returns the computations by name, and the name of the entry computation."""
     computations: dict[str, _Computation] = {}
     current: _Computation = {}
     entry = None
@@ -146,40 +150,43 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
                 match[1], shape, opcode, tuple(_names(literal)), literal, attributes
             )
     if entry is None:
-        raise ValueError("no compiled program: the text has no ENTRY computation")
+        raise ValueError(
+            "the text is not a compiled program: expected an ENTRY computation, as in "
+            "`compiled.as_text()`"
+        )
     return computations, entry
 
 
 def _split_shape(text: str) -> tuple[str, str]:
-    """A shape, of a tuple perhaps, and what follows it."""
+    """Splits a text into the shape at its start, possibly of a tuple, and the rest."""
     end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
     return text[:end], text[end:].lstrip()
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened just before the text."""
+    """Returns the position of the parenthesis that closes one opened just before the text."""
     depth = 1
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.start()
-    raise ValueError(f"a parenthesis does not close: {text[:80]}")
+    raise ValueError(f"the text is not a compiled program: a parenthesis is open in {text[:80]}")
 
 
 # Bytes ------------------------------------------------------------------------------------------
 
 
 def _bytes(instruction: _Instruction, computation: _Computation) -> int:
-    """Bytes of what a collective takes or gives, whichever is more."""
+    """Returns the bytes of the operands or of the results of a collective, whichever are more."""
     given = sum(_size(computation[name].shape) for name in instruction.operands)
     parts = _elements(instruction.shape)
     if instruction.opcode.endswith("-start") and len(parts) > 1:
-        return max(given, _size(parts[1]))  # operands, outputs, and perhaps marks of progress
+        return max(given, _size(parts[1]))  # the parts are operands, results, perhaps contexts
     return max(given, _size(instruction.shape))
 
 
 def _elements(shape: str) -> list[str]:
-    """The elements of a tuple's shape; a shape that is no tuple is its own."""
+    """Returns the shapes of the elements of a tuple, or the shape itself if it is no tuple."""
     if not shape.startswith("("):
         return [shape]
     parts, depth, start = [], 0, 1
@@ -193,7 +200,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def _size(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple together."""
+    """Returns the bytes of an array, or of all arrays of a tuple together."""
     total = 0
     for dtype, sizes in re.findall(r"\b([a-z]\w*)\[([\d,<= ]*)\]", shape):
         bits = re.match(r"[a-z]+(\d+)", dtype)
@@ -201,7 +208,7 @@ def _size(shape: str) -> int:
         for size in re.findall(r"\d+", sizes):
             count *= int(size)
         if dtype not in ("token", "opaque"):
-            total += (count * (int(bits[1]) if bits else 8) + 7) // 8  # pred takes a byte
+            total += (count * (int(bits[1]) if bits else 8) + 7) // 8  # a pred takes one byte
     return total
 
 
@@ -209,7 +216,7 @@ def _size(shape: str) -> int:
 
 
 class _Carry(NamedTuple):
-    """One of the values that a loop carries."""
+    """An element of the tuple that a loop carries."""
 
     element: int
 
@@ -217,7 +224,7 @@ class _Carry(NamedTuple):
 def _trips(
     computations: dict[str, _Computation], outer: _Computation, loop: _Instruction
 ) -> int | None:
-    """How often a loop runs: as XLA notes it, or read off a loop that counts."""
+    """Returns the number of iterations of a loop, as noted by XLA or inferred from its counter."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known[1])
     condition = computations[_called(loop, "condition")[0]]
@@ -245,7 +252,7 @@ def _root(computation: _Computation) -> _Instruction:
 def _operation(
     computations: dict[str, _Computation], computation: _Computation, result: _Instruction
 ) -> tuple[_Instruction | None, list[int | _Carry | None]]:
-    """The operation of two numbers behind a result, in a fusion perhaps, and the numbers."""
+    """Returns the binary operation that computes a result, possibly in a fusion, and its inputs."""
     inputs = [_value(computation, computation[name]) for name in result.operands]
     if result.opcode != "fusion":
         return (result, inputs) if len(inputs) == 2 else (None, [])
@@ -261,7 +268,7 @@ def _operation(
 
 
 def _value(computation: _Computation, instruction: _Instruction) -> int | _Carry | None:
-    """A constant, or which element of the carry, or None for anything else."""
+    """Returns a constant, or an element of the carry, or None for anything else."""
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
     if instruction.opcode == "constant":

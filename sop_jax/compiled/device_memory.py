@@ -1,4 +1,4 @@
-"""What a compiled program takes of a device's memory, and whether the device has it."""
+"""The memory that a compiled program needs on each device, and whether the device has it."""
 
 import math
 import re
@@ -11,12 +11,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a chip offers.
+    """The capacity of a chip.
 
     Attributes:
-        memory: bytes that a program may use: less than the chip has, and as libtpu's compiler
-            names them when they do not suffice.
-        rate: of matrix products in bfloat16, operations a second at best.
+        memory: the bytes that a program may use, which are fewer than the chip has. These are the
+            numbers that libtpu's compiler reports when they do not suffice.
+        rate: the peak rate of matrix products in bfloat16, in operations per second.
     """
 
     memory: float
@@ -32,14 +32,15 @@ CHIPS = {  # by `jax.Device.device_kind`
 
 
 class Fit(NamedTuple):
-    """A program, compiled, beside the memory of its devices. Bytes are those of one device.
+    """A compiled program and the memory of its devices, in bytes per device.
 
     Attributes:
-        compiled: None where the compiler gave up for lack of memory.
-        wanted: bytes in all; the compiler's own words for it where it gave up without a number.
-        temporary: bytes of `wanted` that hold what is computed on the way, such as activations;
-            None where the compiler gave up.
-        limit: bytes that the program may use; None when the device does not say.
+        compiled: the program; None if the compiler gave up for lack of memory.
+        wanted: the bytes that the program needs; the compiler's own message if it gave up without
+            naming a number.
+        temporary: the bytes of `wanted` for intermediate results such as activations; None if the
+            compiler gave up.
+        limit: the bytes that the program may use; None if the device does not report them.
     """
 
     compiled: Any | None
@@ -49,7 +50,7 @@ class Fit(NamedTuple):
 
     @property
     def fits(self) -> bool | None:
-        """None when that is not known."""
+        """Whether the program fits; None if that is not known."""
         if self.compiled is None:
             return False
         assert isinstance(self.wanted, int)
@@ -57,11 +58,14 @@ class Fit(NamedTuple):
 
 
 def compile_and_compare(lowered: Any, devices: list[Any]) -> Fit:
-    """Compiles a program and compares what it takes with what its devices have.
+    """Compiles a program and compares the memory that it needs with that of its devices.
 
     Args:
-        lowered: from `jax.jit(...).lower(...)`, of the same size on every device.
-        devices: those that it is for.
+        lowered: from `jax.jit(...).lower(...)`; of the same size on every device.
+        devices: the devices that the program is for.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the compiler failed for another reason than lack of memory.
     """
     limit = bytes_limit(devices)
     try:
@@ -81,11 +85,11 @@ def compile_and_compare(lowered: Any, devices: list[Any]) -> Fit:
 
 
 def bytes_limit(devices: list[Any]) -> float | None:
-    """Bytes that programs may use on each of some equal devices.
+    """Returns the bytes that programs may use on each of some devices of the same kind.
 
-    Of a TPU as known. Of CPU devices, which share the memory of their machine, an equal part of
-    what is available now and what arrays of JAX take already. Of other devices as they say, and
-    None if they do not.
+    For TPUs, this is the number in CHIPS. CPU devices share the memory of their machine, so each
+    has an equal share of what is available now plus what JAX's arrays already take. Other devices
+    report the number themselves; None if they do not.
     """
     device = devices[0]
     if device.device_kind in CHIPS:
@@ -99,7 +103,7 @@ def bytes_limit(devices: list[Any]) -> float | None:
 
 
 def held_bytes() -> int:
-    """Bytes of the arrays that JAX holds on the devices of this process."""
+    """Returns the bytes of the arrays that JAX holds on the devices of this process."""
     return sum(
         math.prod(array.sharding.shard_shape(array.shape))
         * array.dtype.itemsize
@@ -110,13 +114,16 @@ def held_bytes() -> int:
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still get: of the machine, and of its control groups' limits.
+    """Returns the bytes that this process can still allocate.
+
+    This is the least of what is available on the machine and within the limits of its control
+    groups.
 
     Args:
-        root: holds `proc` and `sys`.
+        root: the folder that holds `proc` and `sys`.
 
     Returns:
-        None where the system does not say, as outside Linux.
+        The bytes; None if the system does not report them, as on systems other than Linux.
     """
     try:
         text = (root / "proc/meminfo").read_text()
@@ -131,7 +138,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
             continue
         names = _VERSION_1 if controllers else _VERSION_2
         mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        # A container may see its own group as the root, whatever path it is told.
+        # A container may see its own group as the root, whatever path it is given.
         inner = mount / path.lstrip("/")
         for folder in [inner, *inner.parents]:
             if folder.is_relative_to(mount):
@@ -139,15 +146,15 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-# Of a control group: its limit, what it uses, and which part of that is files it can drop.
+# Files of a control group: its limit, its usage, and the part of the usage that is droppable cache.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def _left_in_group(folder: Path, limit: str, usage: str, files: str) -> list[int]:
-    """What is left of the group's limit, if it has one."""
+    """Returns the bytes left of the group's limit, or nothing if it has no limit."""
     try:
-        most = int((folder / limit).read_text())  # "max" is none
+        most = int((folder / limit).read_text())  # ValueError for "max", which means no limit
         used = int((folder / usage).read_text())
         stat = (folder / "memory.stat").read_text()
     except (OSError, ValueError):
@@ -157,8 +164,8 @@ def _left_in_group(folder: Path, limit: str, usage: str, files: str) -> list[int
 
 
 def exhausted(error: str) -> int | str:
-    """The bytes that a program wanted that was too large, or the compiler's first line."""
-    # It puts this in two ways, by whether it gave up before or after it assigned memory.
+    """Returns the bytes that a program needed, from the compiler's error, or its first line."""
+    # The wording depends on whether the compiler gave up before or after it assigned memory.
     match = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", error)
     if match is None:
         return error.splitlines()[0]
@@ -166,5 +173,5 @@ def exhausted(error: str) -> int | str:
 
 
 def in_gib(size: int | float | str) -> str:
-    """Bytes for a person; the words of a compiler that gives no number stay."""
+    """Returns bytes in GiB for people; the message of a compiler that names no number is kept."""
     return size if isinstance(size, str) else f"{size / GIB:.2f} GiB"

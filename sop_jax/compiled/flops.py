@@ -1,7 +1,7 @@
 """Counts the floating-point operations of a function from its jaxpr.
 
-Only matrix products and convolutions are counted, as is usual: 2mnk for m x k times k x n.
-Elementwise operations, reductions, sorts and decompositions count nothing.
+As is usual, only matrix products and convolutions are counted: 2mnk for m x k times k x n.
+Elementwise operations, reductions, sorts and decompositions count as zero.
 """
 
 import math
@@ -14,15 +14,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxprs_in_params
 
 
 def flops(function: Callable, *args: Any) -> float:
-    """Operations of one call.
+    """Returns the operations of one call of a function.
 
     Args:
-        function: compiled by `jax.jit` or not; it is traced, not run.
+        function: any function, transformed by `jax.jit` or not; it is traced, not run.
         *args: arrays, or `jax.ShapeDtypeStruct`s in their place.
 
     Returns:
-        Operations of all devices together. What XLA repeats on several devices of its own accord
-        is counted once, and what a `shard_map` repeats as often as it does.
+        The operations of all devices together. Work that XLA chooses to repeat on several devices
+        is counted once; work that a `shard_map` repeats is counted as often as it is done.
 
     Raises:
         ValueError: see `count`.
@@ -31,24 +31,26 @@ def flops(function: Callable, *args: Any) -> float:
 
 
 def count(jaxpr: ClosedJaxpr) -> float:
-    """Operations of a jaxpr: loops as often as they run, of branches the most expensive.
+    """Returns the operations of a jaxpr.
+
+    The body of a loop counts as often as it runs, and of several branches the most expensive
+    counts.
 
     Raises:
-        ValueError: a `while` loop, of which a jaxpr does not say how often it runs, multiplies
-            matrices.
+        ValueError: a `while` loop multiplies matrices, and a jaxpr does not say how often it runs.
     """
     return _total(by_scope(jaxpr, ()))
 
 
 def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
-    """Operations by `jax.named_scope`, the backward pass of a scope with it.
+    """Returns the operations by `jax.named_scope`, including the backward pass of each scope.
 
     Args:
-        jaxpr: of the whole function.
-        scopes: names to tell apart; where they are nested, the innermost counts.
+        jaxpr: the jaxpr of the whole function.
+        scopes: the names to tell apart; of nested scopes, the innermost counts.
 
     Returns:
-        Operations of each name, 0 for one that does not occur, and of the rest under "".
+        The operations by name, 0 for a name that does not occur, and those of the rest under "".
 
     Raises:
         ValueError: see `count`.
@@ -57,7 +59,7 @@ def by_scope(jaxpr: ClosedJaxpr, scopes: Sequence[str]) -> dict[str, float]:
 
 
 def scope(path: str, scopes: Container[str]) -> str:
-    """The innermost of the scopes that an operation's path of names tells of; "" for none."""
+    """Returns the innermost of `scopes` in an operation's path of names, or "" if none is."""
     # Transformations wrap names: transpose(jvp(student)).
     return next((word for word in reversed(re.findall(r"\w+", path)) if word in scopes), "")
 
@@ -83,8 +85,8 @@ def _count_eqn(eqn: JaxprEqn, path: str, zeros: dict[str, float]) -> dict[str, f
     total = {name: sum(body[name] for body in bodies) for name in zeros}
     if primitive == "while" and _total(total):
         raise ValueError(
-            f"a while loop in {path.strip('/') or 'the function'} multiplies matrices, and how "
-            "often it runs is not known before it does; use lax.scan"
+            f"a while loop in {path.strip('/') or 'the function'} multiplies matrices, but its "
+            "operations can only be counted if the number of its iterations is known; use lax.scan"
         )
     times = params["length"] if primitive == "scan" else 1
     if primitive == "shard_map":
@@ -109,7 +111,7 @@ def _convolution(eqn: Any) -> float:
 
 
 def _devices(params: dict[str, Any]) -> int:
-    """How many devices run the body of a `shard_map`, which sees one device's part."""
+    """Returns the number of devices that run the body of a `shard_map`, each for its own part."""
     mesh = params["mesh"]
     axes = params.get("newly_manual_axes", params.get("manual_axes", mesh.axis_names))
     return math.prod(mesh.shape[axis] for axis in axes)

@@ -83,7 +83,7 @@ def test_nothing_travels_within_one_device(mesh: Mesh) -> None:
 
 
 def test_other_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="no compiled program"):
+    with pytest.raises(ValueError, match="not a compiled program"):
         collectives("all-reduce(everything)")
 
 
