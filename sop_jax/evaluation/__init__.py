@@ -1,1 +1,1 @@
-"""What is measured of a network's features."""
+"""Evaluations of a network's features."""

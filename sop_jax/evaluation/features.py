@@ -1,4 +1,4 @@
-"""Features of images: what evaluations and exports see of a trained network."""
+"""The features that a trained network gives to images, for evaluations and exports."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -20,14 +20,14 @@ from sop_jax.parallel.mesh import replicated, to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Features of the images of a source that could be read, in the source's order.
+    """The features of the n images of a source that could be read, in the source's order.
 
     Attributes:
-        vectors: [CLS] after the final norm; a Swin's is the mean of its tokens.
-        patches: tokens of the patches, row by row, where asked for.
-        index: which record each row belongs to.
-        labels: of these records, -1 where there are none.
-        corrupt: records that could not be read; they have no row.
+        vectors: [CLS] after the final norm; for a Swin, the mean of its tokens.
+        patches: the L tokens of the patches, row by row; None unless requested.
+        index: the record that each row belongs to.
+        labels: the labels of these records, -1 where there are none.
+        corrupt: the records that could not be read, which have no row.
     """
 
     vectors: Float32[np.ndarray, "n D"]
@@ -43,21 +43,23 @@ Extract = Callable[..., Features]
 def make_extractor(
     model: Model, config: ml_collections.ConfigDict, mesh: Mesh, patches: bool = False
 ) -> Extract:
-    """A function that computes the features of a source; compiled once, however often it is used.
+    """Returns a function that computes the features of a source; its program is compiled once.
 
-    Images are decoded as `config.data` says, resized to `config.eval.resize` and centre-cropped to
-    `config.eval.crop`; a batch has `config.eval.batch_size` of them, rounded up to what the devices
-    divide. Every host of several decodes its share, and all of them get all features.
+    Images are decoded as `config.data` says, resized so that the shorter side has
+    `config.eval.resize` pixels, and centre-cropped to `config.eval.crop` pixels. A batch has
+    `config.eval.batch_size` images, rounded up to a multiple of the number of devices. Of several
+    hosts each decodes its share, and all receive all features.
 
     Args:
         model: the network.
-        config: of the run.
-        mesh: devices to split the batches over.
-        patches: also return the tokens of patches.
+        config: the config of the run.
+        mesh: the devices to split the batches over.
+        patches: whether to return the tokens of patches as well.
 
     Returns:
-        (params, source, progress=None, between=None) -> Features. `progress` is called with the
-        number of images done since its last call, `between` between two batches: it may raise.
+        A function `(params, source, progress=None, between=None) -> Features`. After each batch it
+        calls `between()`, which may raise, and `progress(n)`, with the number of images in the
+        batch.
     """
     host, hosts = jax.process_index(), jax.process_count()
     devices = mesh.devices.size
@@ -71,11 +73,11 @@ def make_extractor(
             outputs["patches"] = tokens[:, 1:].astype(jnp.float16)
         return outputs
 
-    # Replicated, so that every host can read what all of them made.
+    # Replicated, so that every host can read the results of all.
     forward = jax.jit(forward, out_shardings=replicated(mesh))
 
     def outputs(params: Params, source: Source) -> Iterator[dict[str, np.ndarray]]:
-        """Results of the batches, fetched while the devices work on the next one."""
+        """Yields the results of the batches, each fetched while the devices compute the next."""
         pending = None
         how = decoding(config.data, source)
         for batch in host_batches(source, config.eval, batch_size // hosts, host, hosts, how):
@@ -101,7 +103,7 @@ def make_extractor(
             if progress:
                 progress(int(valid.sum() + (bad >= 0).sum()))
         joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-        order = np.argsort(joined["index"])  # hosts take turns
+        order = np.argsort(joined["index"])  # records alternate between hosts
         joined = {name: array[order] for name, array in joined.items()}
         return Features(
             joined["vectors"],
@@ -115,7 +117,10 @@ def make_extractor(
 
 
 class HostShare:
-    """Every `hosts`-th record of a source; equally many for each host, the last ones repeated."""
+    """Every `hosts`-th record of a source.
+
+    All hosts have the same number of records; where the source has too few, the last is repeated.
+    """
 
     def __init__(self, source: Source, host: int, hosts: int) -> None:
         rounds = -(-len(source) // hosts)
@@ -129,26 +134,26 @@ class HostShare:
         return self.source[int(self.records[index])]
 
     def name(self, index: int) -> str:
-        """As the source calls it."""
+        """Returns the source's name of one of this host's records."""
         return self.source.name(int(self.records[index]))
 
     @property
     def has_labels(self) -> bool:
-        """As the source."""
+        """Whether the source has labels."""
         return self.source.has_labels
 
     def label(self, index: int) -> int:
-        """Of one of this host's records."""
+        """Returns the label of one of this host's records."""
         return self.source.label(int(self.records[index]))
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the source."""
+        """The class names of the source."""
         return self.source.class_names
 
     @property
     def digest(self) -> str:
-        """Of the source."""
+        """The digest of the whole source."""
         return self.source.digest
 
 
@@ -160,10 +165,18 @@ def host_batches(
     hosts: int,
     how: Decoding = AS_STORED,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """One host's part of the batches that `eval_batches` makes, with indices of the whole source.
+    """Yields one host's part of the batches of `eval_batches`, with indices into the whole source.
 
-    Hosts get equally many batches, whatever the size of the source; each record is valid, or
-    corrupt, on exactly one of them.
+    All hosts yield the same number of batches, for any size of the source. Each record is valid or
+    corrupt on exactly one of them.
+
+    Args:
+        source: the images.
+        eval_config: `config.eval` of the run.
+        batch_size: the number of images per batch and host.
+        host: the number of this host.
+        hosts: the number of hosts.
+        how: how images are decoded.
     """
     share = HostShare(source, host, hosts)
     for batch in eval_batches(share, eval_config.resize, eval_config.crop, batch_size, how):

@@ -14,7 +14,7 @@ from sop_jax.errors import UserError
 from sop_jax.parallel.mesh import place, replicated, split
 from sop_jax.parallel.search import nearest
 
-CHUNK = 1024  # test images at a time; the last chunk is padded, so that one program serves all
+CHUNK = 1024  # test images at a time; the last chunk is padded, so that all share one program
 
 
 def knn_top1(
@@ -28,33 +28,35 @@ def knn_top1(
     mesh: Mesh,
     between: Callable[[], Any] | None = None,
 ) -> dict[int, float]:
-    """Top-1 accuracy of the weighted k-NN classifier, for each k.
+    """Returns the top-1 accuracy of the weighted k-NN classifier for each k.
 
-    The k train images of largest cosine vote for their class with weight exp(cosine /
-    temperature); the class with most votes wins, a tie goes to the class of the nearer neighbour.
-    Source: DINO's and iBOT's `eval_knn.py`, T = 0.07, k of 10, 20, 100 and 200.
+    The k train images with the largest cosine vote for their class with weight exp(cosine /
+    temperature). The class with the most votes wins; ties go to the class of the nearer neighbour.
+    This is the protocol of DINO's and iBOT's `eval_knn.py`, with a temperature of 0.07 and k of 10,
+    20, 100 and 200.
 
     Args:
-        train_features: of any length; rows are normalised here.
+        train_features: features of any norm; they are normalised here.
         train_labels: any integers.
-        test_features: one image or more.
-        test_labels: a class that no train image has counts as an error.
-        ks: neighbours that vote. Those above N are left out; when all are, k = N stands in.
-        temperature: of the weights.
-        mesh: devices that share the train images among them.
+        test_features: features of at least one image.
+        test_labels: any integers; a class that no train image has counts as an error.
+        ks: the numbers of neighbours that vote. Numbers above N are left out; if all are, k = N is
+            used.
+        temperature: the temperature of the weights.
+        mesh: the devices, over which the train images are split.
         between: called after each CHUNK of test images; it may raise.
 
     Returns:
-        Share of test images classified rightly, in [0, 1], by k in ascending order.
+        The share of test images that are classified correctly, in [0, 1], by k in ascending order.
 
     Raises:
-        UserError: there is no train or no test image.
+        UserError: there are no train or no test images.
     """
     train_size, test_size = len(train_features), len(test_features)
     if not train_size or not test_size:
         raise UserError(
-            f"k-NN needs train and test images; got {train_size} and {test_size} that could be "
-            "read. Check that the data set is complete."
+            f"k-NN needs train and test images, but {train_size} and {test_size} could be read; "
+            "check that the data set is complete."
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
     padding = -train_size % mesh.devices.size
@@ -85,18 +87,29 @@ def classify(
     temperature: float,
     mesh: Mesh,
 ) -> Int[Array, "K Q"]:
-    """The labels that the nearest present rows give to unit queries, for each of `ks`."""
+    """Returns the labels that the nearest rows give to queries, for each of the K numbers `ks`.
+
+    Args:
+        queries: unit vectors.
+        rows: unit vectors, split over the devices.
+        present: which rows are images; the others are padding.
+        labels: the labels of the n <= N rows that are images.
+        ks: the numbers of neighbours that vote.
+        temperature: see `knn_top1`.
+        mesh: the devices.
+    """
     scores, indices = nearest(queries, rows, max(ks), mesh, allowed=present)
     classes = labels[indices]
-    # Relative to the nearest row: the winner is the same, and no temperature overflows.
+    # Relative to the nearest row: the winner is the same, and no temperature makes it overflow.
     weights = jnp.exp((scores - scores[:, :1]) / temperature)
     elected = jnp.stack([elect(classes[:, :k], weights[:, :k]) for k in ks])
     return jax.lax.with_sharding_constraint(elected, replicated(mesh))  # every host reads it
 
 
 def elect(classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]) -> Int[Array, " Q"]:
-    """The class with the largest sum of weights; of equal ones that of the nearer neighbour."""
-    # Every neighbour collects the votes of its class: the number of classes does not matter.
+    """Returns the class with the largest sum of weights; ties go to the nearer neighbour's."""
+    # Every neighbour collects the votes of its class, so the cost does not depend on the number of
+    # classes.
     same = classes[:, :, None] == classes[:, None, :]
     votes = jnp.sum(jnp.where(same, weights[:, None, :], 0), axis=2)
     best = jnp.argmax(votes, axis=1, keepdims=True)
@@ -104,6 +117,6 @@ def elect(classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]) -> Int[Array
 
 
 def unit_rows(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Rows of length 1 in float32; a row of zeros stays one."""
+    """Returns the rows scaled to unit norm in float32; a row of zeros remains zero."""
     features = np.asarray(features, np.float32)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

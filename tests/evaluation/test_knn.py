@@ -151,5 +151,5 @@ def test_a_feature_of_zeros_is_classified_like_any_other() -> None:
 
 @pytest.mark.parametrize(("train", "test"), [(0, 5), (5, 0)])
 def test_no_images_is_an_error_that_says_so(train: int, test: int) -> None:
-    with pytest.raises(UserError, match=f"got {train} and {test}"):
+    with pytest.raises(UserError, match=f"but {train} and {test} could be read"):
         knn_top1(*clusters(0, train), *clusters(1, test), ks=(10,))
