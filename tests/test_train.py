@@ -676,7 +676,7 @@ def test_a_job_that_comes_back_waits_for_the_one_that_still_saves(
     with subprocess.Popen(waiting, cwd=ROOT, stderr=subprocess.PIPE, text=True) as second:
         assert second.stderr
         said = second.stderr.readline()
-        assert f"process {first.pid} on " in said and "waiting for 240 s at most" in said
+        assert f"process {first.pid} on " in said and "waiting for up to 240 s" in said
         first.terminate()
         _, words = first.communicate()
         assert first.returncode == 130, words
@@ -866,7 +866,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
         train.train(small_config(steps=STEPS), stopped)
         assert config_lib.load(stopped).sop.pool == "all"
         assert config_lib.made_by(stopped) == "0.1.0"
-    assert "sop_jax 0.1.0 began this run, which goes on as it did" in capsys.readouterr().err
+    assert "sop_jax 0.1.0 began this run, which continues as before" in capsys.readouterr().err
     with pytest.raises(UserError, match="sop.smoothing: 0.1 made this workdir, 0.2 is asked for"):
         train.train(small_config(**{"sop.smoothing": 0.2}), stopped)
 
@@ -921,10 +921,10 @@ def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
         train.train(small_config(batch_size=64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert str(caught.value) == (
-        "the train step takes 10.00 GiB of memory per device, more than the 4.00 GiB there are. "
-        "These would fit (3.50 GiB when compiled): --config.accumulate=8, which takes the same "
-        "batch of 64 in 8 microbatches, or --config.batch_size=8, which learns from fewer images "
-        "a step. --config.model.remat=full takes less memory too"
+        "the train step needs 10.00 GiB of memory per device, more than the 4.00 GiB available. "
+        "These would fit (3.50 GiB when compiled): --config.accumulate=8, which splits the same "
+        "batch of 64 into 8 microbatches, or --config.batch_size=8, which learns from fewer images "
+        "per step. --config.model.remat=full also needs less memory"
     )
 
 
@@ -933,11 +933,11 @@ def test_a_step_that_never_fits_names_other_remedies(monkeypatch: pytest.MonkeyP
     made = assemble(config, make_mesh(1), images=100)
     told: list[str] = []
     monkeypatch.setattr(assembly, "fit_of_step", fits((10, 8), limit=1))
-    with pytest.raises(UserError, match="with one image per device at a time it would not fit"):
+    with pytest.raises(UserError, match="would not fit with one image per device at a time"):
         assembly.compiled_step(config, made, told.append)
     assert told == [
-        "the train step takes 10.00 GiB of memory per device, more than the 1.00 GiB there "
-        "are; looking for a smaller one that fits ..."
+        "the train step needs 10.00 GiB of memory per device, more than the 1.00 GiB "
+        "available; looking for a smaller one that fits ..."
     ]
 
 

@@ -1,1 +1,1 @@
-"""The train step, its state, the optimizer and the checkpoints."""
+"""The train step, its state, the optimizer, and what a run needs to save and resume."""

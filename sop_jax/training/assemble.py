@@ -1,4 +1,4 @@
-"""The parts of a run that follow from its config: the step, and where each array lies."""
+"""The parts of a run that follow from its config and mesh: the step, and all shardings."""
 
 import math
 from collections.abc import Callable
@@ -22,23 +22,23 @@ from sop_jax.training import optim
 from sop_jax.training.state import TrainState, init_state
 from sop_jax.training.step import make_train_step
 
-TRIES = 4  # steps that are compiled to find one that fits
+TRIES = 4  # the number of steps that are compiled to find one that fits
 
 
 class Run(NamedTuple):
-    """What is known of a run before anything is allocated.
+    """The parts of a run that are known before any array is allocated.
 
     Attributes:
         mesh: the devices.
         model: the network of student and teacher.
-        objective: targets, losses and signs of health.
-        schedules: of the optimizer and the teacher, see `optim.schedules`.
-        steps: to train for.
-        epoch: steps an epoch.
-        init: key -> the state before the first step, compiled to lie where it belongs.
-        abstract: the state's shapes and shardings.
-        batch: shapes and shardings of a global batch.
-        train_step: the step, to be compiled; the state given to it is donated.
+        objective: the targets, losses and signs of health.
+        schedules: the schedules of the optimizer and the teacher, see `optim.schedules`.
+        steps: the number of steps to train for.
+        epoch: the number of steps per epoch.
+        init: maps a key to the state before the first step, sharded as `abstract` is.
+        abstract: the shapes and shardings of the state.
+        batch: the shapes and shardings of a global batch.
+        train_step: the jitted step, see `make_train_step`; it donates the state.
     """
 
     mesh: Mesh
@@ -54,15 +54,15 @@ class Run(NamedTuple):
 
 
 def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
-    """The run of a config on a mesh.
+    """Returns the parts of the run of a config on a mesh.
 
     Args:
-        config: see `sop_jax.config`.
-        mesh: devices, present or described.
-        images: of the training set.
+        config: the config of the run, see `sop_jax.config`.
+        mesh: the devices, which may be descriptions of absent ones.
+        images: the number of images in the training set.
 
     Raises:
-        UserError: the devices do not divide the batch, or cannot compute what is asked for.
+        UserError: the devices do not divide the batch, or do not support the chosen attention.
     """
     check_split(mesh, config.batch_size, config.accumulate)
     length = run_length(config, images)
@@ -98,24 +98,25 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
 
 def traced_step(run: Run) -> Any:
-    """The step for what a run gives it, traced and not yet compiled."""
+    """Returns the step traced for the shapes of the run, not yet compiled."""
     measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(run.mesh))
-    step: Any = run.train_step  # compiled by jax.jit, so that it can be traced too
+    step: Any = run.train_step  # a function of jax.jit, which has `trace`
     return step.trace(run.abstract, run.batch, measure)
 
 
 def compiled_step(
     config: ml_collections.ConfigDict, run: Run, note: Callable[[str], Any]
 ) -> Callable[..., Any]:
-    """The step, compiled before the first batch is there.
+    """Returns the compiled step, which needs no batch to be compiled.
 
     Args:
-        config: of the run.
-        run: assembled from it.
-        note: tells a person about work that takes long.
+        config: the config of the run.
+        run: the run, assembled from it.
+        note: shows a message about work that takes long.
 
     Raises:
-        UserError: the step takes more memory than the devices have; says what would fit.
+        UserError: the step needs more memory than the devices have; the message names settings
+            that would fit.
     """
     fit = fit_of_step(run)
     if fit.fits is False:
@@ -125,49 +126,59 @@ def compiled_step(
 
 
 def fit_of_step(run: Run) -> Fit:
-    """The compiled step beside the memory of the run's devices."""
+    """Compiles the step, and compares the memory that it needs with that of the devices."""
     return compile_and_compare(traced_step(run).lower(), list(run.mesh.devices.flat))
 
 
 def too_large(
     config: ml_collections.ConfigDict, run: Run, fit: Fit, note: Callable[[str], Any]
 ) -> str:
-    """That the step does not fit, and what would, for a person."""
-    there = "" if fit.limit is None else f", more than the {in_gib(fit.limit)} there are"
-    words = f"the train step takes {in_gib(fit.wanted)} of memory per device{there}"
+    """Returns a message that the step does not fit, which names settings that would."""
+    limit = "" if fit.limit is None else f", more than the {in_gib(fit.limit)} available"
+    words = f"the train step needs {in_gib(fit.wanted)} of memory per device{limit}"
     note(f"{words}; looking for a smaller one that fits ...")
     parts, found = smaller_step(config, run, fit)
     remat = [] if config.model.remat == "full" else ["--config.model.remat=full"]
     if parts is None:
         return (
-            f"{words}, and with one image per device at a time it would not fit either. Try "
+            f"{words}, and it would not fit with one image per device at a time either. Try "
             + ", ".join([*remat, "a smaller model", "smaller images"])
             + ", or more devices with --config.mesh.fsdp"
         )
     smaller = config.batch_size * config.accumulate // parts
     sure = f"{in_gib(found.wanted)} when compiled" if found else "by estimate"
-    changes = ", each normed by itself" if config.model.family == "resnet" else ""
+    changes = ", each normalized by itself" if config.model.family == "resnet" else ""
     return (
-        f"{words}. These would fit ({sure}): --config.accumulate={parts}, which takes the same "
-        f"batch of {config.batch_size} in {parts} microbatches{changes}, or "
-        f"--config.batch_size={smaller}, which learns from fewer images a step"
-        + "".join(f". {setting} takes less memory too" for setting in remat)
+        f"{words}. These would fit ({sure}): --config.accumulate={parts}, which splits the same "
+        f"batch of {config.batch_size} into {parts} microbatches{changes}, or "
+        f"--config.batch_size={smaller}, which learns from fewer images per step"
+        + "".join(f". {setting} also needs less memory" for setting in remat)
     )
 
 
 def smaller_step(
     config: ml_collections.ConfigDict, run: Run, fit: Fit
 ) -> tuple[int | None, Fit | None]:
-    """The fewest microbatches whose step probably fits, and what it takes if it was compiled.
+    """Returns the smallest number of microbatches whose step fits, and its memory if compiled.
 
-    Temporary arrays are taken to grow with the images of a microbatch, and the rest to stay. A
-    process that is one of several does not compile, which might wait for the others.
+    The estimate assumes that only temporary arrays grow with the images of a microbatch. A run of
+    several processes returns the first estimate without compiling it, which might wait for the
+    other processes.
+
+    Args:
+        config: the config of the run.
+        run: the run, assembled from it.
+        fit: the memory of its step, which does not fit.
+
+    Returns:
+        The number of microbatches, None if nothing was found that fits; and the memory of the step
+        with that number, None if it was not compiled.
     """
     most = config.batch_size // run.mesh.devices.size
     choices = [n for n in range(config.accumulate + 1, most + 1) if most % n == 0]
     parts = config.accumulate
     for attempt in range(TRIES):
-        excess = 2.0  # where the compiler told too little
+        excess = 2.0  # a guess, for when the compiler names too few numbers
         if isinstance(fit.wanted, int) and fit.temporary and fit.limit:
             room = fit.limit - (fit.wanted - fit.temporary)
             excess = fit.temporary / room if room > 0 else math.inf
@@ -188,9 +199,12 @@ def smaller_step(
 
 
 def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, patch: int) -> dict[str, Any]:
-    """Shapes of what `data.pipeline.train_batches` makes on all hosts together, split by image.
+    """Returns the shapes and shardings of a global batch, see `data.pipeline.train_batches`.
 
-    A token stands for `patch` x `patch` pixels.
+    Args:
+        config: the config of the run.
+        mesh: the devices, over which images are split.
+        patch: the pixels on each side of a patch, for which a token stands.
     """
     augment = config.augment
     side = augment.global_size // patch

@@ -1,7 +1,8 @@
-"""Checkpoints of a run, in `workdir/checkpoints/<step>`: the only file that knows Orbax.
+"""Checkpoints of a run, in `workdir/checkpoints/<step>`; the only module that uses Orbax.
 
-A checkpoint is committed by renaming its folder at the end of the write, so a process killed in
-the middle leaves the earlier ones as they were and nothing that could be taken for a checkpoint.
+A checkpoint is committed by renaming its folder at the end of the write. A process that is killed
+during a write therefore leaves the earlier checkpoints intact, and nothing that could be mistaken
+for a checkpoint.
 """
 
 import json
@@ -18,29 +19,30 @@ from orbax.checkpoint import v1 as ocp
 
 from sop_jax.errors import UserError
 
-_NAME = "state"
-_SUMS = "sums"
-_SHOWN_LEAVES = 10
-_RENAMED = {"carried": "memories"}  # parts of a state, and what earlier versions called them
+_NAME = "state"  # of the state within a checkpoint
+_SUMS = "sums"  # of the checksums within its metadata
+_SHOWN_LEAVES = 10  # leaves listed in an error
+_RENAMED = {"carried": "memories"}  # parts of a state, and their names in earlier versions
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A state was not saved because it holds NaN or infinity."""
+    """A state was not saved because it contains NaN or infinity."""
 
 
 class Checkpoints:
     """Writes the checkpoints of one run in the background, one at a time.
 
-    Every process of a run makes one and calls its methods at the same steps.
+    Every process of a run creates one and calls its methods at the same steps.
     """
 
     def __init__(self, workdir: epath.PathLike, keep_last: int = 2, keep_every: int = 0) -> None:
-        """Opens `workdir/checkpoints` and removes what a killed process left half written.
+        """Opens `workdir/checkpoints` and removes incomplete writes of a killed process.
 
         Args:
             workdir: the folder of the run, local or remote (`gs://`).
-            keep_last: how many of the newest checkpoints to keep.
-            keep_every: checkpoints at multiples of this many steps stay for ever; 0 keeps none.
+            keep_last: the number of newest checkpoints to keep.
+            keep_every: checkpoints at multiples of this number of steps are kept forever; 0 for
+                none.
         """
         _quieten_orbax()
         policies = ocp.training.preservation_policies
@@ -55,9 +57,9 @@ class Checkpoints:
         self._running: ocp.AsyncResponse[bool] | None = None
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to write `state` and returns once it has been copied: it may then be donated.
+        """Starts to write `state`, and returns when it has been copied and may be donated.
 
-        Waits for the save before it, and raises the error of that one if it failed.
+        Waits for the previous save first, and raises its error if it failed.
 
         Raises:
             NotFiniteError: the state is not finite; nothing was written.
@@ -67,9 +69,9 @@ class Checkpoints:
         bad = [name for name in finite if not finite[name]]
         if bad:
             raise NotFiniteError(
-                f"the state of step {step} is not finite, so it was not saved; NaN or infinity in: "
-                f"{_some(bad, ', ')}. The last good checkpoint stands. Try a lower learning "
-                "rate, a longer warm-up or float32 compute in a new --workdir."
+                f"the state of step {step} is not finite, so it was not saved: there is NaN or "
+                f"infinity in {_some(bad, ', ')}. The last good checkpoint was kept. Try a lower "
+                "learning rate, a longer warm-up or float32 compute in a new --workdir."
             )
         self._running = self._orbax.save_checkpointables_async(
             step, {_NAME: _as_dicts(state)}, force=True, custom_metadata={_SUMS: sums}
@@ -90,13 +92,13 @@ class Checkpoints:
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
-    """The steps with a committed checkpoint, in ascending order."""
+    """Returns the steps with a committed checkpoint, in ascending order."""
     found = ocp.path.step.standard_name_format().find_all(_folder(workdir))
     return sorted(checkpoint.step for checkpoint in found)
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
-    """The newest step with a committed checkpoint; None where there is none."""
+    """Returns the newest step with a committed checkpoint, or None if there is none."""
     return max(steps(workdir), default=None)
 
 
@@ -105,9 +107,9 @@ def restore(workdir: epath.PathLike, abstract: Any, step: int | None = None) -> 
 
     Args:
         workdir: the folder of the run.
-        abstract: the tree of the state with `jax.ShapeDtypeStruct` leaves; their shardings say
-            where the arrays go, on whatever mesh, not only the one that saved them.
-        step: which checkpoint; the newest by default.
+        abstract: the tree of the state with `jax.ShapeDtypeStruct` leaves. Arrays are restored
+            with their shardings, which may be for another mesh than the one that saved them.
+        step: the step of the checkpoint; the newest by default.
 
     Raises:
         UserError: there is no such checkpoint, it cannot be read, or its leaves differ.
@@ -116,9 +118,16 @@ def restore(workdir: epath.PathLike, abstract: Any, step: int | None = None) -> 
 
 
 def restore_part(workdir: epath.PathLike, abstract: Any, key: str, step: int | None = None) -> Any:
-    """Reads the sub-tree `key` of a state, the field of that name.
+    """Reads one field of a state, as `restore` does.
 
-    `abstract` is the sub-tree's own; otherwise as `restore`.
+    Args:
+        workdir: the folder of the run.
+        abstract: the tree of this field only, with `jax.ShapeDtypeStruct` leaves.
+        key: the name of the field.
+        step: the step of the checkpoint; the newest by default.
+
+    Raises:
+        UserError: there is no such checkpoint, it cannot be read, or its leaves differ.
     """
     return _read(workdir, {key: abstract}, step, partial=True)[key]
 
@@ -155,7 +164,8 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         step = known[-1]
     if step not in known:
         raise UserError(
-            f"there is no checkpoint of step {step} in {_folder(workdir)}: only {known}"
+            f"there is no checkpoint of step {step} in {_folder(workdir)}, only of {known}: choose "
+            "one of these"
         )
     path = _folder(workdir) / str(step)
     context = ocp.Context()
@@ -247,7 +257,7 @@ def _unreadable(
     reason = str(cause).strip().partition("\n")[0][:300]
     return UserError(
         f"the checkpoint {path} cannot be read: {reason}. {rest}: if it is damaged, delete the "
-        f"folder {path} and the same command goes on from {then}."
+        f"folder {path}, and the same command resumes from {then}."
     )
 
 
@@ -266,7 +276,7 @@ def _check_leaves(path: epath.Path, saved: Any, wanted: Mapping[str, Any], parti
         raise UserError(
             f"the checkpoint {path} is of another architecture or method; it differs from the "
             f"config in:\n  {_some(different, chr(10) + '  ')}\n"
-            "Use the config that made it, or another --workdir."
+            "Use the config that the checkpoint was made with, or another --workdir."
         )
 
 
@@ -281,13 +291,13 @@ def _dtypes(tree: Any) -> list[Any]:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their path."""
+    """Returns the leaves of a tree by their path."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:
-    """The names of the leaves of a state, and those that they have in a checkpoint."""
+    """Maps the names of the leaves of a state to their names in a checkpoint."""
     parts = {name.partition("/")[0] for name in _named_leaves(saved)}
     names = {}
     for name in _named_leaves(abstract):
@@ -298,12 +308,12 @@ def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:
 
 
 def _as_dicts(tree: Any) -> dict[str, Any]:
-    """The tree as nested dicts, so that what is on disk does not depend on the types in memory."""
+    """Returns a tree as nested dicts, so that files do not depend on the types in memory."""
     return _nested(_named_leaves(tree))
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by their path as nested dicts."""
+    """Returns leaves given by their path as nested dicts."""
     nested: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split("/")
@@ -315,9 +325,9 @@ def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inspect(state: Any) -> tuple[dict[str, bool], dict[str, int]]:
-    """Says of each leaf whether it is finite, and the sum of its bits modulo 2**32.
+    """Returns, by leaf, whether it is finite, and the sum of its elements' bits modulo 2**32.
 
-    The sum does not depend on the sharding, so it may be compared after a restore elsewhere.
+    The sum does not depend on the sharding, so that it can be compared after any restore.
     """
     leaves = _named_leaves(state)
     finite, sums = jax.device_get(_finite_and_sums(list(leaves.values())))
@@ -350,7 +360,7 @@ def _some(items: Sequence[str], separator: str) -> str:
 
 
 def _quieten_orbax() -> None:
-    """Drops what Orbax logs: its failures are raised to us, each once and with a remedy."""
+    """Drops the log messages of Orbax: its failures are raised here, once and with a remedy."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
 
 

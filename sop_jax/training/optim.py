@@ -17,11 +17,14 @@ NETWORK = "network"  # the group of all parameters that have no optimizer of the
 
 
 def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
-    """Learning rate, weight decay and the teacher's momentum of a run of this length.
+    """Returns the schedules of the learning rate, the weight decay and the teacher's momentum.
+
+    The peak learning rate is `config.optim.lr` for 256 images per batch, and proportional to the
+    batch size.
 
     Args:
-        config: of the whole run.
-        length: of the run.
+        config: the config of the run.
+        length: the length of the run.
     """
     steps, epoch = length
     warmup = min(duration(config.optim, "warmup_", epoch), steps)
@@ -34,12 +37,12 @@ def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Sc
 
 
 def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
-    """What the settings put beyond the end of the run, for a person, a sentence each.
+    """Returns a warning for each setting that reaches beyond the end of the run.
 
     Args:
-        config: of the whole run.
-        steps: of the run.
-        epoch: steps an epoch.
+        config: the config of the run.
+        steps: the number of steps of the run.
+        epoch: the number of steps per epoch.
     """
     found = []
     own = {"optim.warmup": "the learning rate rises to its peak"}
@@ -62,12 +65,13 @@ def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> li
 
 
 def decays(params: Any) -> Any:
-    """True for what weight decay applies to: not biases, the scales of norms, running statistics.
+    """Returns the mask of weight decay: False for biases, scales of norms and running statistics.
 
-    The last have no gradient either, so that AdamW leaves them as they are.
+    Running statistics have no gradient either, so that AdamW does not change them.
 
-    By name, since the layers are stacked and their biases therefore not 1-D. [CLS], mask token and
-    positions decay too, as in iBOT, where they have leading axes of length one.
+    Parameters are recognised by name because layers are stacked, so that their biases are not 1-D.
+    [CLS], mask token and positions decay too, as in iBOT, where they have leading axes of length
+    one.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale", "mean", "var"), params
@@ -75,9 +79,9 @@ def decays(params: Any) -> Any:
 
 
 def clip_each_tensor(limit: float) -> optax.GradientTransformation:
-    """Scales each gradient tensor to a norm of at most `limit`, as iBOT's `clip_gradients`.
+    """Scales each gradient tensor to a norm of at most `limit`, as iBOT's `clip_gradients` does.
 
-    A stack of layers counts as a tensor for each layer.
+    In a stack of layers, the tensor of each layer is clipped on its own.
     """
 
     def clip(path: tuple, gradient: Array) -> Array:
@@ -97,13 +101,13 @@ def optimizer(
     schedules: Mapping[str, Schedule],
     own: Mapping[str, optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping, and the optimizers of an objective beside it.
+    """Returns AdamW with gradient clipping, joined with the optimizers of an objective.
 
     Args:
-        config: the run's `optim`.
-        schedules: has `lr` and `weight_decay`.
-        own: for sub-trees of the objective's parameters, by their name. Each group is clipped, or
-            not, by its own optimizer; the network's norms are not counted in it.
+        config: `config.optim` of the run.
+        schedules: the schedules, among them `lr` and `weight_decay`.
+        own: the objective's optimizers by the name of the sub-tree of its parameters. Each of them
+            clips its gradients itself, if at all, and they do not count in the network's norm.
     """
     clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
     adamw = optax.adamw(schedules["lr"], weight_decay=schedules["weight_decay"], mask=decays)
@@ -114,7 +118,10 @@ def optimizer(
 
 
 def groups(params: Any, names: Sequence[str]) -> Any:
-    """The optimizer's group of each parameter: the name of its sub-tree of the objective's own."""
+    """Returns the optimizer group of each parameter.
+
+    That is the name of the objective's sub-tree for those in `names`, and NETWORK for all others.
+    """
 
     def group(path: tuple, _: Any) -> str:
         return path[1].key if path[0].key == "objective" and path[1].key in names else NETWORK

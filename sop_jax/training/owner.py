@@ -1,9 +1,10 @@
-"""Who may write to a workdir: one run at a time, which an owner file in it names.
+"""Which run may write to a workdir: one at a time, named by an owner file in the workdir.
 
-The file is created by an operation that fails if it exists, and shows a sign of life every BEAT
-seconds. A start that finds it waits, is refused, or takes over from an owner that is dead: at once
-if that was a process of this machine, else after DEAD seconds without a sign of life, for which
-no two clocks are compared. An owner that was taken for dead finds out before its next save.
+The file is created by an operation that fails if the file exists, and is changed every BEAT
+seconds as a heartbeat. A run that finds the file of another one waits, is refused, or takes over
+if the owner is dead. A process of the same machine is known to be dead at once; any other counts
+as dead after DEAD seconds without a heartbeat, measured with the clock of the waiting process
+only. An owner that was wrongly taken for dead finds out before its next save.
 """
 
 import contextlib
@@ -25,20 +26,20 @@ from sop_jax.errors import UserError
 from sop_jax.parallel import hosts
 
 # All in seconds.
-BEAT = 10  # between two signs of life
-DEAD = 60  # without one, until the owner is taken for dead by another machine
-POLL = 0.5  # between two looks at the file
-SURE = 1  # that an owner needs no new proof that it still is one
-ROUND = 2  # after which the processes of a run tell each other how their wait stands
+BEAT = 10  # between two heartbeats
+DEAD = 60  # without a heartbeat, an owner on another machine counts as dead
+POLL = 0.5  # between two checks of the file
+SURE = 1  # for which an owner need not check again that it still is the owner
+ROUND = 2  # after which the processes of a run exchange how their wait goes
 
 
 class Claim(NamedTuple):
     """An owner file.
 
     Attributes:
-        key: which one: its number on a disk, its generation in a bucket.
-        text: what it says.
-        sign: another one after each sign of life.
+        key: its identity: the number of the file on a disk, its generation in a bucket.
+        text: its content.
+        sign: a value that changes with each heartbeat.
     """
 
     key: Any
@@ -49,25 +50,25 @@ class Claim(NamedTuple):
 class Disk:
     """Owner files on a local or network disk.
 
-    To take over from number n is to create number n + 1, so that nothing but the exclusive creation
-    of a file needs to be atomic; it is on NFS, too.
+    A run takes over from number n by creating number n + 1, so that only the exclusive creation of
+    a file needs to be atomic, which it is on NFS too.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        self.made: list[pathlib.Path] = []  # folders
-        self.times: tuple[int, int] = (0, 0)  # of the last change of the folder, before and after
+        self.made: list[pathlib.Path] = []  # the folders that were created
+        self.times: tuple[int, int] = (0, 0)  # the folder's change time before and after the file
 
     def look(self) -> Claim | None:
-        """The owner file that counts, that of the highest number; None if there is none."""
+        """Returns the valid owner file, that of the highest number, or None if there is none."""
         while (numbers := self._numbers()) and (number := max(numbers)):
             with contextlib.suppress(FileNotFoundError), self._path(number).open() as file:
-                # Of the open file: what NFS remembers of its attributes may be old.
+                # The time of the open file, since NFS may have cached old attributes of the path.
                 return Claim(number, file.read(), (number, os.fstat(file.fileno()).st_mtime_ns))
         return None
 
     def take(self, found: Claim | None, text: str) -> Claim | None:
-        """Puts a new file in place of `found`; None if somebody else was faster."""
+        """Replaces the file `found` by a new one; returns None if another process was faster."""
         self.made += [p for p in (*reversed(self.folder.parents), self.folder) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.folder.stat().st_mtime_ns
@@ -83,7 +84,7 @@ class Disk:
             raise
         others = {other: self._text(other) for other in self._numbers() if other != number}
         if any(found is None or (found.key, found.text) != other for other in others.items()):
-            path.unlink()  # one that was not judged dead
+            path.unlink()  # another process, which is not known to be dead, has a file too
             return None
         for other in others:
             self._path(other).unlink(missing_ok=True)
@@ -91,14 +92,14 @@ class Disk:
         return Claim(number, text, None)
 
     def beat(self, claim: Claim) -> Claim | None:
-        """Touches the file, which needs no space; None if it is no longer the one that counts."""
+        """Touches the file, which needs no disk space; returns None if it is no longer valid."""
         if self._text(claim.key) != claim.text or max(self._numbers()) != claim.key:
             return None
         os.utime(self._path(claim.key))
         return claim
 
     def drop(self, claim: Claim) -> None:
-        """Removes the file and what was made for it; an unchanged folder keeps its time."""
+        """Removes the file and empty folders made for it; restores the folder's time if unused."""
         if self._text(claim.key) == claim.text:
             before, after = self.times
             untouched = self.folder.stat().st_mtime_ns == after
@@ -106,7 +107,7 @@ class Disk:
             if untouched:
                 os.utime(self.folder, ns=(self.folder.stat().st_atime_ns, before))
         for folder in reversed(self.made):
-            with contextlib.suppress(OSError):  # there is something in it
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
     def _path(self, number: int) -> pathlib.Path:
@@ -123,7 +124,7 @@ class Disk:
 
 
 class Bucket:
-    """The owner file in a Cloud Storage bucket, which only changes on top of a known generation."""
+    """The owner file in a Cloud Storage bucket; each write requires the generation it replaces."""
 
     KEY = "owner.json"
 
@@ -134,7 +135,7 @@ class Bucket:
         self.absent = b""  # the generation of an object that does not exist
 
     def look(self) -> Claim | None:
-        """The owner file; None if there is none."""
+        """Returns the owner file, or None if there is none."""
         read = self.store.read(self.KEY).result()
         if read.state != "value":
             self.absent = read.stamp.generation
@@ -142,14 +143,14 @@ class Bucket:
         return Claim(read.stamp.generation, read.value.decode(), read.stamp.generation)
 
     def take(self, found: Claim | None, text: str) -> Claim | None:
-        """Puts a new file in place of `found`; None if somebody else was faster."""
+        """Replaces the file `found` by a new one; returns None if another process was faster."""
         return self._write(found.key if found else self.absent, text)
 
     def beat(self, claim: Claim) -> Claim | None:
-        """Writes the same text again, as a new generation; None if the file has changed."""
+        """Writes the same text as a new generation; returns None if another process wrote it."""
         if written := self._write(claim.key, claim.text):
             return written
-        found = self.look()  # a write may have succeeded although its answer was lost
+        found = self.look()  # the write may have succeeded although its response was lost
         return found if found and found.text == claim.text else None
 
     def drop(self, claim: Claim) -> None:
@@ -165,31 +166,33 @@ Store = Disk | Bucket
 
 
 class Owner:
-    """The right of this process to write to a workdir, or that of the first one of its run."""
+    """The right of a run to write to a workdir, which is held by its first process."""
 
     def __init__(self, workdir: epath.Path, store: Store, claim: Claim | None) -> None:
         self.workdir, self.store, self.claim = workdir, store, claim
         self.lost = False  # whether another process is known to have taken over
-        self.proved = 0.0  # when it was last certain that none has
+        self.proved = 0.0  # when it was last certain that none has; 0 if it is uncertain
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)
         if claim:
             self._thread.start()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken over the workdir; does nothing elsewhere.
+        """Raises UserError if another process has taken over the workdir.
 
-        To be called in the process that writes, before what must not be written twice.
+        The process that writes calls this before every write that must not happen twice; in all
+        others it does nothing.
         """
         if self.claim is None or (self.proved and time.monotonic() - self.proved < SURE):
             return
         self._beat()
         if self.lost:
             found = self.store.look()
-            what = f"{_who(found.text)} has taken over" if found else "its owner file has gone from"
+            what = f"{_who(found.text)} has taken over" if found else "its owner file is gone from"
             raise UserError(
-                f"this run has stopped, because {what} {self.workdir}. A process that gives no "
-                f"sign of life for {DEAD} s is taken for dead; was this one paused?"
+                f"this run has stopped, because {what} {self.workdir}. Expected a heartbeat from "
+                f"this process at least every {DEAD} s. If it was paused, start the same command "
+                "again after the other run has ended"
             )
 
     def release(self) -> None:
@@ -197,8 +200,8 @@ class Owner:
         if self.claim is None:
             return
         self._end.set()
-        self._thread.join(BEAT)  # which a network that is away may hold up
-        with contextlib.suppress(Exception):  # the next owner finds a dead process
+        self._thread.join(BEAT)  # a network failure may block the thread for longer
+        with contextlib.suppress(Exception):  # if this fails, the next run finds the owner dead
             if not self.lost:
                 self.store.drop(self.claim)
 
@@ -211,28 +214,28 @@ class Owner:
 
     def _live(self) -> None:
         while not self._end.wait(BEAT) and not self.lost:
-            with contextlib.suppress(Exception):  # a full disk, a network that is away for a while
+            with contextlib.suppress(Exception):  # such as a full disk or a network failure
                 self._beat()
 
 
 @contextlib.contextmanager
 def owned(workdir: epath.Path, wait: float) -> Iterator[Owner]:
-    """A context in which this run, and no other one, writes to a workdir; all processes enter it.
+    """A context in which only this run writes to a workdir; all its processes enter it.
 
     Args:
         workdir: the folder, which need not exist; if nothing is written, it is left as it was.
-        wait: seconds to wait for another run that has it. Somewhat longer if it is not known
-            whether that one is alive.
+        wait: the seconds to wait for another run that owns the workdir. The wait is somewhat
+            longer if it is not known whether that run is alive.
 
     Raises:
-        UserError: on every process: another run has the workdir, or it cannot be written to.
+        UserError: on every process: another run owns the workdir, or it cannot be written to.
     """
     store = open_store(workdir)
     owner = Owner(workdir, store, None)
     search = Search(workdir, store, wait) if hosts.is_first() else None
     try:
         while True:
-            found, trouble = search.go_on() if search else (None, "")
+            found, trouble = search.advance() if search else (None, "")
             if found:
                 owner = Owner(workdir, store, found)
             told = json.loads(hosts.tell(json.dumps([bool(found), trouble])))
@@ -246,25 +249,25 @@ def owned(workdir: epath.Path, wait: float) -> Iterator[Owner]:
 
 
 def open_store(workdir: epath.Path) -> Store:
-    """The store of the owner files of a workdir."""
+    """Returns the store of the owner files of a workdir."""
     text = str(workdir)
     return Bucket(text) if text.startswith("gs://") else Disk(pathlib.Path(text))
 
 
 class Search:
-    """What the first process of a run does until it owns the workdir."""
+    """The attempts of the first process of a run to become the owner of the workdir."""
 
     def __init__(self, workdir: epath.Path, store: Store, wait: float) -> None:
         self.workdir, self.store, self.wait = workdir, store, wait
         self.began = time.monotonic()
         self.text = json.dumps(_record())
-        self.seen: Claim | None = None  # the owner that is watched
-        self.since = 0.0  # when its last sign of life was seen
+        self.seen: Claim | None = None  # the owner that is being watched
+        self.since = 0.0  # when its last heartbeat was seen
         self.alive = False  # whether it is known to be alive
-        self.waited_for = ""  # the owner that a person was told of
+        self.waited_for = ""  # the owner for which a wait was reported
 
-    def go_on(self) -> tuple[Claim | None, str]:
-        """Tries for ROUND seconds; returns the claim that was made, and what speaks against it."""
+    def advance(self) -> tuple[Claim | None, str]:
+        """Tries for ROUND seconds; returns the claim if it succeeds, and an error if it cannot."""
         until = time.monotonic() + ROUND
         try:
             while True:
@@ -277,7 +280,7 @@ class Search:
                 if time.monotonic() >= until:
                     return None, ""
                 time.sleep(POLL)
-        except Exception as error:  # each kind of storage has its own
+        except Exception as error:  # each kind of storage raises its own errors
             return None, f"cannot write to {self.workdir}: {error}; choose another --workdir"
 
     def _is_dead(self, found: Claim) -> bool:
@@ -286,28 +289,28 @@ class Search:
         if self.seen is None or self.seen.text != found.text:
             self.seen, self.since, self.alive = found, now, False
             if not here:
-                self._tell(found, f"watching for {DEAD} s at most whether it is alive")
+                self._tell(found, f"checking for up to {DEAD} s whether that process is alive")
         elif self.seen.sign != found.sign:
             self.seen, self.since, self.alive = found, now, True
         if here:
             self.alive = _started(int(record["pid"])) == record["started"]
         if self.alive and self.wait and self.waited_for != found.text:
             self.waited_for = found.text
-            self._tell(found, f"waiting for {self.wait:g} s at most until it ends")
+            self._tell(found, f"waiting for up to {self.wait:g} s until it ends")
         return not self.alive if here else now - self.since > DEAD
 
     def _tell(self, found: Claim, what: str) -> None:
-        print(f"{_who(found.text)} has {self.workdir}: {what}", file=sys.stderr, flush=True)
+        print(f"{_who(found.text)} owns {self.workdir}: {what}", file=sys.stderr, flush=True)
 
     def _refusal(self, found: Claim) -> str:
         return (
-            f"{_who(found.text)} has {self.workdir}, and one run at a time can write there. Wait "
-            "until it ends (--wait=SECONDS does), stop it, or choose another --workdir"
+            f"{_who(found.text)} owns {self.workdir}, and only one run at a time can write there. "
+            "Wait until it ends (--wait=SECONDS does so), stop it, or choose another --workdir"
         )
 
 
 def _record() -> dict[str, Any]:
-    """What an owner file says of this process."""
+    """Returns the content of an owner file of this process."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -319,7 +322,7 @@ def _record() -> dict[str, Any]:
 
 
 def _read(text: str) -> dict[str, Any]:
-    """What an owner file says; nothing while it is being written."""
+    """Returns the content of an owner file; {} while it is being written."""
     with contextlib.suppress(ValueError):
         record = json.loads(text)
         if isinstance(record, dict) and {"host", "pid", "since", "started", "place"} <= set(record):
@@ -335,7 +338,7 @@ def _who(text: str) -> str:
 
 
 def _place() -> str:
-    """Where a process number means this process: this start of this machine, this container."""
+    """Returns what identifies the scope of a process number: this boot, in this container."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -344,7 +347,10 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, as its system counts; None if there is none, or only a zombie."""
+    """Returns when a process was started, in its system's ticks; None if it is absent or a zombie.
+
+    Returns "unknown" for a process that exists on a system other than Linux.
+    """
     try:
         state, *rest = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]

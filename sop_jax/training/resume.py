@@ -1,4 +1,4 @@
-"""Whether a run may go on in its workdir: the settings, the length and the data, then and now."""
+"""Whether a run may resume in its workdir: compares its settings, length and data, then and now."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 
 SPLITS = ("train", "test")
-# Durations that are given as `<name>steps` or `<name>epochs`; the first is the run's own.
+# The durations that are given as `<name>steps` or `<name>epochs`; the first is that of the run.
 DURATIONS = ("", "optim.warmup_", "sop.temperature_warmup_", "mask.start_")
 
 _DATA = "data.json"
@@ -26,12 +26,13 @@ Data = dict[str, Identity | None]
 
 
 class Standing(NamedTuple):
-    """What a workdir says about the run that is asked for.
+    """What a workdir says about the requested run.
 
     Attributes:
-        config: by which the run goes on: as asked, but for settings that are newer than the run.
-        notes: what a person should know, a line each.
-        summary: of the finished run; None if it is not finished.
+        config: the config with which the run continues: as requested, except for settings that
+            are newer than the run.
+        notes: messages for people, one line each.
+        summary: the summary of the finished run; None if it is not finished.
     """
 
     config: ml_collections.ConfigDict
@@ -40,17 +41,21 @@ class Standing(NamedTuple):
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Standing:
-    """Checks that the folder of a run is new or of this config.
+    """Checks that the folder of a run is new, or belongs to a run with this config.
+
+    Args:
+        config: the requested config.
+        workdir: the folder of the run.
 
     Raises:
-        UserError: another config made the folder, or it holds something else.
+        UserError: the folder belongs to a run with another config, or to something else.
     """
     summary, made = workdir / "summary.json", workdir / "config.json"
     if not made.exists():
         if workdir.exists() and checkpoint.latest_step(workdir) is not None:
             raise UserError(
-                f"{workdir} has checkpoints but no config.json that says of what; use another "
-                "--workdir"
+                f"{workdir} has checkpoints, but no config.json, from which their settings would "
+                "be read; restore it, or use another --workdir"
             )
         return Standing(config, [], None)
     finished = None
@@ -58,7 +63,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
         with contextlib.suppress(ValueError):
             finished = json.loads(summary.read_text())
         if not isinstance(finished, dict):
-            finished = None  # damaged: the end of the run is made again
+            finished = None  # the summary is damaged, so the end of the run is repeated
     old = config_lib.load(workdir)
     config, notes = follow(config, old, config_lib.made_by(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
@@ -67,27 +72,30 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
         raise UserError(
             f"{workdir} belongs to a run with other settings:\n  "
             + "\n  ".join(different)
-            + "\nUse those settings to go on with it, or another --workdir. Only "
+            + "\nUse the settings of that run to resume it, or another --workdir. Only "
             f"{', '.join(config_lib.resumable(config))} may change."
             + (_further(workdir) if finished and longer else "")
         )
     if old.init_from != config.init_from and checkpoint.latest_step(workdir):
-        notes.append("init_from is only read at the first step, which this run has behind it.")
+        notes.append("init_from has no effect: it is only read at the first step of a run.")
     return Standing(config, notes, finished)
 
 
 def follow(
     config: ml_collections.ConfigDict, old: ml_collections.ConfigDict, version: str
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-    """The config of a run that an earlier version made, and a note if it differs from `config`.
+    """Returns the config with which to continue a run of an earlier version, and notes about it.
 
-    A setting that the version did not know keeps the value by which the run began, unless another
-    one than the default is asked for.
+    A setting that the version did not have keeps the value with which the run began, unless a
+    value other than the default is requested.
 
     Args:
-        config: what is asked for.
-        old: the settings that made the workdir.
-        version: which made it.
+        config: the requested config.
+        old: the config of the run.
+        version: the version that began the run.
+
+    Returns:
+        The config, and a note if it differs from `config`.
     """
     asked, began = config_lib.flatten(config), config_lib.flatten(old)
     default = config_lib.flatten(config_lib.paper())
@@ -103,7 +111,7 @@ def follow(
         {key: tuple(value) if isinstance(value, list) else value for key, value in kept.items()}
     )
     settings = ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
-    return config, [f"sop_jax {version} began this run, which goes on as it did: {settings}."]
+    return config, [f"sop_jax {version} began this run, which continues as before: {settings}."]
 
 
 def changed_durations(
@@ -111,15 +119,15 @@ def changed_durations(
     new: ml_collections.ConfigDict,
     images: Callable[[], int],
 ) -> tuple[bool, list[str]]:
-    """Compares the durations of two configs by the steps that they come to.
+    """Compares the durations of two configs in steps.
 
     Args:
-        old: the settings that made the workdir.
-        new: those that are asked for.
-        images: gives the number of train images, and is only called if it matters.
+        old: the config of the run.
+        new: the requested config.
+        images: returns the number of train images; it is called only if needed.
 
     Returns:
-        Whether the run has become longer, and what differs, a line each.
+        Whether the run has become longer, and the differences, one line each.
     """
     before, after = config_lib.flatten(old), config_lib.flatten(new)
     longer, lines = False, []
@@ -138,18 +146,18 @@ def changed_durations(
 
 
 def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> list[str]:
-    """Checks that the data of a run is what it began with.
+    """Checks that the data of a run is the data that it began with.
 
     Args:
-        config: of the run.
-        data: what there is now, as `data_of` gives it.
-        workdir: of the run.
+        config: the config of the run.
+        data: the present data, from `data_of`.
+        workdir: the folder of the run.
 
     Returns:
-        What a person should know, a line each.
+        Messages for people, one line each.
 
     Raises:
-        UserError: the data differs; says how, for each split.
+        UserError: the data differs; the message says how, for each split.
     """
     if not (workdir / "config.json").exists():
         return []
@@ -158,22 +166,22 @@ def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Pat
         images = {split: found["images"] for split, found in data.items() if found}
         told = " and ".join(f"{count} {split} images" for split, count in images.items())
         return [
-            f"{workdir} has no record of the data that the run began with. The data of now is "
-            f"recorded: {told}."
+            f"{workdir} has no record of the data that the run began with. The present data is "
+            f"recorded instead: {told}."
         ]
     if different := differences(began, data):
         path = f" in {config.data.path}" if config.data.path else ""
         raise UserError(
-            f"the data{path} is not what the run in {workdir} began with:\n  "
+            f"the data{path} is not the data that the run in {workdir} began with:\n  "
             + "\n  ".join(different)
-            + "\nA run cannot go on with other images. Restore them or set --config.data.path to "
-            "where they are now; for these images use another --workdir."
+            + "\nA run cannot continue with other images. Restore them, or set --config.data.path "
+            "to where they are now; for the present images use another --workdir."
         )
     return []
 
 
 def check_finished_data(config: ml_collections.ConfigDict, workdir: epath.Path) -> list[str]:
-    """As `check_data` for a finished run, whose data need not be there any more."""
+    """Checks the data of a finished run as `check_data` does; the data may be absent."""
     try:
         train = open_source(config.data, "train")
         data = data_of(train, open_source(config.data, "test", train))
@@ -183,12 +191,12 @@ def check_finished_data(config: ml_collections.ConfigDict, workdir: epath.Path) 
 
 
 def data_of(train: Any, test: Any) -> Data:
-    """What identifies the data of a run: by split, None for a test split that is not there."""
+    """Returns the identity of the data of a run by split; None for an absent test split."""
     return {"train": identity(train), "test": None if test is None else identity(test)}
 
 
 def facts(data: Data) -> dict[str, Any]:
-    """What all processes of a run must agree on, for `hosts.check_agreement`."""
+    """Returns the facts that all processes must agree on, for `hosts.check_agreement`."""
     told: dict[str, Any] = {}
     for split, found in data.items():
         told[f"{split} images"] = None if found is None else found["images"]
@@ -197,13 +205,13 @@ def facts(data: Data) -> dict[str, Any]:
 
 
 def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> None:
-    """Writes what decides the run to its workdir, the settings last."""
+    """Writes the data's identity and then the settings of a run to its workdir."""
     write_whole(workdir / _DATA, json.dumps(data, indent=2) + "\n")
     config_lib.save(config, workdir)
 
 
 def differences(then: Data, now: Data) -> list[str]:
-    """What differs between the data of a run then and now, a line for each split."""
+    """Returns the differences between the data of a run then and now, one line per split."""
     return [
         f"{split}: {_difference(then[split], now[split])}"
         for split in SPLITS
@@ -212,7 +220,11 @@ def differences(then: Data, now: Data) -> list[str]:
 
 
 def recorded(workdir: epath.Path) -> Data | None:
-    """The data that a run began with; None if its version kept no record of it."""
+    """Returns the data that a run began with; None if its version did not record it.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     path = workdir / _DATA
     if not path.exists():
         return None
@@ -225,8 +237,9 @@ def recorded(workdir: epath.Path) -> Data | None:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}, the record of the data of this run, is damaged; restore it, or delete it if "
-            "you are sure that the data is the same"
+            f"{path}, the record of the data of this run, is damaged: expected the number and the "
+            "digest of the images of each split. Restore it, or delete it if you are sure that the "
+            "data is the same"
         ) from error
 
 
@@ -244,7 +257,7 @@ def _difference(then: Identity | None, now: Identity | None) -> str:
 
 
 def _images(config: ml_collections.ConfigDict, workdir: epath.Path) -> int:
-    """The number of train images that a run began with, or of now if that was not recorded."""
+    """Returns the number of train images that a run began with, or the present one if unknown."""
     began = recorded(workdir)
     if began is not None and began["train"] is not None:
         return began["train"]["images"]
@@ -270,6 +283,6 @@ def _in_words(flat: dict[str, Any], name: str, steps: int) -> str:
 
 def _further(workdir: epath.Path) -> str:
     return (
-        "\nThis run is finished, and its schedules have come to their end. To train its network "
+        "\nThis run is finished, and its schedules have reached their end. To train its network "
         f"for longer, start a new run from it: --config.init_from={workdir} --workdir=NEW"
     )

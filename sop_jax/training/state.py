@@ -10,20 +10,21 @@ from jaxtyping import Array, Int, Key
 from sop_jax.models import Model, Params
 from sop_jax.objectives.objective import Objective
 
-OWN = "objective"  # the name of the objective's parameters beside those of the network
+OWN = "objective"  # the name of the objective's parameters, next to those of the network
 
 
 class TrainState(NamedTuple):
-    """What a step takes and gives, and what a checkpoint holds.
+    """The state that a step maps to the next one, and that a checkpoint holds.
 
     Attributes:
-        step: steps done, which is also the position in the data.
-        student: parameters that learn: `backbone`, `head` and, where the objective learns too,
-            `objective`. Running statistics of its forward passes are among them.
-        teacher: their moving average, and running statistics of its own.
-        opt_state: of the optimizer.
+        step: the number of steps done, which is also the position in the data.
+        student: the student's parameters: `backbone`, `head` and, if the objective has parameters,
+            `objective`. They include the running statistics of the student's forward passes.
+        teacher: the moving average of the student's parameters, with running statistics of the
+            teacher's own forward passes.
+        opt_state: the state of the optimizer.
         carried: what the objective carries from step to step, such as memories.
-        key: never changes; a step's randomness is `fold_in(key, step)`.
+        key: a key that never changes; each step uses `fold_in(key, step)`.
     """
 
     step: Int[Array, ""]
@@ -37,7 +38,7 @@ class TrainState(NamedTuple):
 def init_state(
     key: Key[Array, ""], model: Model, objective: Objective, tx: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step: student and teacher are alike."""
+    """Returns the state before the first step, in which teacher and student are equal."""
     key, model_key, objective_key = jax.random.split(key, 3)
     params, carried = objective.init(objective_key)
     student = model.init(model_key) | ({OWN: params} if params else {})

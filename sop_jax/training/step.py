@@ -24,22 +24,22 @@ def make_train_step(
     schedules: Mapping[str, Schedule],
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, Bool[Array, ""]], tuple[TrainState, dict[str, Array]]]:
-    """The step of a run.
+    """Returns the train step of a run.
 
     Args:
-        model: the network that student and teacher share.
-        objective: targets, losses and signs of health.
+        model: the network of student and teacher.
+        objective: the targets, losses and signs of health.
         tx: the optimizer.
-        schedules: see `optim.schedules`; those of the objective join them.
-        accumulate: microbatches of a batch, one after another, to save memory. Targets are made
-            of the whole batch; all results are those of one batch, unless the network has batch
-            norm. That norms each microbatch by itself, and a step moves its running statistics
-            once a pass, by the mean of what the microbatches have seen.
+        schedules: see `optim.schedules`; the objective's schedules are added to them.
+        accumulate: the number of microbatches into which a batch is split to save memory. Targets
+            are made from the whole batch, and all results equal those of an unsplit batch unless
+            the network has batch norm. Batch norm normalizes each microbatch by itself, and a step
+            updates its running statistics once per pass, by the mean over the microbatches.
 
     Returns:
-        A function of the state, a batch (as `data.pipeline.train_batches` gives it) and whether to
-        measure the signs of health, which are zeros otherwise. It gives the next state and
-        metrics: scalars, and `corrupt` [B] of the global batch.
+        A function `(state, batch, measure) -> (state, metrics)`. The batch is that of
+        `data.pipeline.train_batches`, and `measure` says whether to measure the signs of health,
+        which are zeros otherwise. The metrics are scalars by name, and `corrupt` [B] of the batch.
     """
     schedules = {**schedules, **objective.schedules}
 
@@ -48,7 +48,8 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         now = {name: schedule(state.step) for name, schedule in schedules.items()}
         targets_key, images_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        # Keys of each image: neither devices nor microbatches change what it draws.
+        # Each image has keys of its own, so that neither the devices nor the microbatches change
+        # what it draws.
         images_keys = split_each(jax.random.split(images_key, len(batch["index"])), 3)
         global_keys, local_keys, patch_keys = images_keys.T
         selection = objective.select(batch["mask"], patch_keys)
@@ -64,7 +65,7 @@ def make_train_step(
         )
 
         def teacher(part: Any) -> tuple[Params, Outputs]:
-            """The running statistics that some images move, and the teacher's outputs."""
+            """Returns the running statistics after a microbatch, and the teacher's outputs."""
             outputs, statistics = embed_views(
                 model, state.teacher, objective.teacher_views, part, part["selection"].teacher
             )
@@ -86,7 +87,7 @@ def make_train_step(
             )
 
         def loss_fn(params: Params, part: Any) -> tuple[Array, tuple[Any, Params, Array]]:
-            """The loss of some images, its terms, the statistics they move, and their [CLS]."""
+            """Returns the loss of a microbatch, and its terms, running statistics and [CLS]."""
             with jax.named_scope("student"):
                 outputs, statistics = embed_views(
                     model,
@@ -109,7 +110,7 @@ def make_train_step(
             return loss, (terms, statistics, outputs.cls)
 
         def student(part: Any) -> tuple[Any, Array]:
-            """Loss, terms, statistics and gradients of some images, and their [CLS]."""
+            """Returns the loss, terms, statistics and gradients of a microbatch, and its [CLS]."""
             (loss, (terms, statistics, cls)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.student, part
             )
@@ -124,7 +125,7 @@ def make_train_step(
             teacher_params = optax.incremental_update(
                 student_params, state.teacher, 1 - now["momentum"]
             )
-            # Neither the optimizer nor the average moves running statistics: forward passes do.
+            # Only forward passes change running statistics, not the optimizer or the average.
             student_params = with_statistics(student_params, moved)
             teacher_params = with_statistics(teacher_params, teacher_moved)
 
@@ -158,16 +159,19 @@ def embed_views(
     mask: Bool[Array, "B Q h w"] | None = None,
     keys: tuple[Key[Array, " B"], Key[Array, " B"]] | None = None,
 ) -> tuple[Outputs, Params]:
-    """What a network makes of some views in training, and the running statistics it leaves.
+    """Embeds some views in training.
 
     Args:
         model: the network.
         params: its parameters.
-        views: numbers of the views, global ones from 0, then local ones.
-        part: has `global_views` [B Q S S 3] and `local_views` [B V s s 3].
-        places: patches of all Q global views.
-        mask: patches of the global views to replace by the mask token.
-        keys: of the images, for the global and for the local views; they turn on drop path.
+        views: the numbers of the views: from 0, first the global ones and then the local ones.
+        part: contains `global_views` [B Q S S 3] and `local_views` [B V s s 3] as uint8.
+        places: the patches of all Q global views to encode and to embed.
+        mask: the patches of the global views to replace by the mask token; none by default.
+        keys: for the global and for the local views, a key per image; with them drop path is on.
+
+    Returns:
+        The outputs, and the running statistics after the forward passes.
     """
     count = part["global_views"].shape[1]
     of_global = [view for view in views if view < count]
@@ -200,7 +204,7 @@ def embed_pass(
     patches: Int[Array, "B V M"] | None = None,
     kept: Int[Array, "B V T"] | None = None,
 ) -> tuple[Outputs, Params]:
-    """What a network makes of views of one size in one forward pass of training."""
+    """Embeds views of the same size in one forward pass of training; see `embed_views`."""
     batch, count = views.shape[:2]
 
     def flat(x: Array | None) -> Array | None:
@@ -212,17 +216,17 @@ def embed_pass(
         patches=False if patches is None else flat(patches),
         kept=flat(kept),
     )
-    # Images stay the leading axis inside the network, so that their sharding does.
+    # Inside the network, images remain the leading part of the first axis, to keep their sharding.
     return Outputs(*(x.reshape(batch, count, *x.shape[1:]) for x in outputs)), statistics
 
 
 def pick(x: Shaped[Array, "B V ..."], views: Sequence[int]) -> Shaped[Array, "B v ..."]:
-    """Some of the views."""
+    """Returns some of the views, in the order given."""
     return x if list(views) == list(range(x.shape[1])) else x[:, np.array(views)]
 
 
 def with_statistics(params: Params, statistics: Params) -> Params:
-    """The parameters with these running statistics, a part of the same tree, in their places."""
+    """Returns the parameters with the leaves of `statistics`, a part of the same tree, replaced."""
     return params | {
         name: with_statistics(params[name], part) if isinstance(part, dict) else part
         for name, part in statistics.items()
@@ -230,17 +234,17 @@ def with_statistics(params: Params, statistics: Params) -> Params:
 
 
 def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:
-    """So many keys from each."""
+    """Splits each key into `count` keys."""
     return jax.vmap(lambda key: jax.random.split(key, count))(keys)
 
 
 def deal(x: Shaped[Array, "B ..."], parts: int) -> Shaped[Array, "{parts} b ..."]:
-    """A batch dealt out like cards, so that every device keeps its images."""
+    """Deals out a batch: image i goes into microbatch i % parts, so that devices keep images."""
     return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def collect(x: Shaped[Array, "parts b ..."]) -> Shaped[Array, "B ..."]:
-    """What was dealt out, in its first order."""
+    """Joins microbatches from `deal` into a batch in the original order."""
     parts, size = x.shape[:2]
     return jnp.moveaxis(x, 0, 1).reshape(parts * size, *x.shape[2:])
 
@@ -248,7 +252,16 @@ def collect(x: Shaped[Array, "parts b ..."]) -> Shaped[Array, "B ..."]:
 def mean_over_parts(
     function: Callable[[Any], tuple[Any, Any]], parts: Any, count: int
 ) -> tuple[Any, Any]:
-    """The mean over parts of what the function gives first, and what it gives second, stacked."""
+    """Maps a function over microbatches, one at a time.
+
+    Args:
+        function: returns a pair for each microbatch.
+        parts: the microbatches, stacked on the leading axis of every leaf.
+        count: the number of microbatches.
+
+    Returns:
+        The mean of the first results, and the stack of the second results.
+    """
     shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -261,7 +274,7 @@ def mean_over_parts(
 
 
 def measure_when(due: Bool[Array, ""], measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """The measurements when they are due, zeros in their place otherwise."""
+    """Returns the measurements if they are due, else zeros of the same shapes."""
     shapes = jax.eval_shape(measure)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.cond(due, measure, lambda: zeros)

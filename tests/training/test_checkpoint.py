@@ -138,7 +138,7 @@ def test_a_state_that_is_not_finite_is_refused(tmp_path: pathlib.Path, value: fl
     checkpoints.save(1, make(1))
     state = make(2)
     state.teacher["scale"] = state.teacher["scale"].at[3].set(value)
-    with pytest.raises(checkpoint.NotFiniteError, match="infinity in: teacher/scale. The last"):
+    with pytest.raises(checkpoint.NotFiniteError, match="infinity in teacher/scale. The last"):
         checkpoints.save(2, state)
     checkpoints.close()
     assert checkpoint.steps(tmp_path) == [1]
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_says_where_to_go_on_from(
 def test_damage_to_any_file_is_found(tmp_path: pathlib.Path, file: str, damage: Any) -> None:
     save(tmp_path, 1)
     damage(tmp_path / "checkpoints" / "1" / "state" / file)
-    with pytest.raises(UserError, match="No other checkpoint remains: .* goes on from the start"):
+    with pytest.raises(UserError, match="No other checkpoint remains: .* resumes from the start"):
         checkpoint.restore(tmp_path, on(8))
 
 
@@ -242,7 +242,7 @@ def test_a_folder_without_checkpoints(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="there is no checkpoint in .*check --workdir"):
         checkpoint.restore(tmp_path, on(8))
     save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"no checkpoint of step 5 .* only \[1\]"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 5 .* only of \[1\]"):
         checkpoint.restore(tmp_path, on(8), step=5)
 
 
