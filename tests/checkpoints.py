@@ -184,15 +184,15 @@ MISSHAPEN: dict[str, tuple[dict[str, np.ndarray | None], tuple[str, ...]]] = {
     ),
     "patches of one dimension": (
         {"patch_embed.proj.weight": numbers(64)},
-        ("of another shape: patch_embed.proj.weight is [64]",),
+        ("wrong shape: patch_embed.proj.weight is [64]",),
     ),
     "positions of one dimension": (
         {"pos_embed": numbers(1)},
-        ("of another shape: pos_embed is [1]",),
+        ("wrong shape: pos_embed is [1]",),
     ),
     "no positions": (
         {"pos_embed": numbers(1, 0, 32)},
-        ("of another shape: pos_embed is [1, 0, 32]",),
+        ("wrong shape: pos_embed is [1, 0, 32]",),
     ),
 }
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
         ({"to": tmp_path, "heads": 2}, "is there already; name a new folder"),
         ({"to": net, "project": "timm"}, "must end in .safetensors"),
         ({"to": net, "project": "keras"}, "unknown --export=keras; expected one of: timm"),
-        ({"to": net, "key": "teacher", "heads": 2}, "has no 'teacher'"),
+        ({"to": net, "key": "teacher", "heads": 2}, "has no network 'teacher'"),
     ):
         with pytest.raises(UserError, match=words):
             convert(file, **arguments)

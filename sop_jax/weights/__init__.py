@@ -1,4 +1,4 @@
-"""Weights of other projects: their files, and the tables that translate them both ways.
+"""Weights of other projects: reads their files, and translates names both ways by tables.
 
-Nothing here knows a network: arrays have names, and trees have paths.
+Nothing here depends on the networks: arrays have names, and trees have paths.
 """

@@ -1,6 +1,6 @@
-"""Files of weights: PyTorch's (`.pth` and its other endings), `.safetensors` and `.npz`.
+"""Reads files of weights: PyTorch's (`.pth` and other extensions), `.safetensors` and `.npz`.
 
-Those of Hugging Face may come in several files, with an index that says what is in which.
+Hugging Face may split weights over several files, with an index that maps names to files.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from sop_jax.errors import UserError
 from sop_jax.weights import pytorch
 from sop_jax.weights.pytorch import Tensor
 
-# The names of one of several files, and of their index.
+# The name of one of several files, and the end of the name of their index.
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _INDEX = ".index.json"
 
@@ -35,11 +35,11 @@ _SAFETENSORS_DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_SHOWN = 4  # names
+_SHOWN = 4  # the most names that a message lists
 
 
 class _Arrays(Mapping[str, np.ndarray]):
-    """Arrays by their names, each read when it is asked for."""
+    """Arrays by name, each read on access."""
 
     def __init__(self, path: epath.Path, tensors: dict[str, Tensor]):
         self._path, self._tensors = path, tensors
@@ -57,21 +57,22 @@ class _Arrays(Mapping[str, np.ndarray]):
 
 @contextlib.contextmanager
 def opened(path: epath.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of a file, or of several that an index names, for as long as it is open.
+    """Opens the arrays of a file, or of several files that an index names.
 
     Args:
-        path: of the file, or of the index (`.index.json`) of several; local or remote (`gs://`).
+        path: the file, or the index (`.index.json`) of several; local or remote (`gs://`).
 
     Yields:
-        Arrays by their names, parts of the file before those of the arrays with dots between them,
-        of the types that the file has. Each is read when it is asked for.
+        Arrays by name, with the dtypes that the file has. The names of nested containers are joined
+        by dots. Each array is read on access.
 
     Raises:
-        UserError: there is no such file, it cannot be read, it holds code, or it is one of several.
+        UserError: there is no such file, it cannot be read, it contains code, or it is one of
+            several files.
     """
     path = epath.Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file of weights {path}")
+        raise UserError(f"there is no file {path}; give the path of a file of weights")
     with contextlib.ExitStack() as stack:
         if path.name.endswith(_INDEX):
             tensors = _of_index(path, stack)
@@ -82,38 +83,38 @@ def opened(path: epath.PathLike) -> Iterator[Mapping[str, np.ndarray]]:
 
 
 def index_of(folder: epath.Path) -> epath.Path | None:
-    """The index of weights that lie in several files of a folder, if there is one."""
+    """Returns the index of weights that are split over several files of a folder, or None."""
     found = [folder / name for name in _names(folder) if name.endswith(_INDEX)]
     return min(found, key=lambda path: (".safetensors" not in path.name, path.name), default=None)
 
 
 @contextlib.contextmanager
 def _reading(path: epath.Path) -> Iterator[None]:
-    """Says of which file it is that something cannot be read."""
+    """Turns any exception into a UserError that names the file that cannot be read."""
     try:
         yield
     except pytorch.Code as error:
         raise UserError(f"{path} is refused: {error}") from None
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged pickle, archive or array leads to
+    except Exception as error:  # damaged pickles, archives and arrays can raise anything
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(
-            f"{path} cannot be read: {reason}. It may be truncated, damaged or of another kind "
-            "than PyTorch's, .safetensors or .npz; compare its size with the original"
+            f"{path} cannot be read: {reason}. It may be truncated or damaged, or not a PyTorch, "
+            ".safetensors or .npz file; compare its size with the original"
         ) from error
 
 
 def write(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a `.safetensors`, which appears when it is complete.
+    """Writes a `.safetensors` file atomically: it appears when it is complete.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the file cannot be written.
     """
     path = epath.Path(path)
     draft = path.parent / f"{path.name}.tmp"
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    data = safetensors.numpy.save(whole, {"format": "pt"})  # transformers loads no file without
+    data = safetensors.numpy.save(whole, {"format": "pt"})  # transformers requires this entry
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(data)
@@ -128,7 +129,7 @@ def _names(folder: epath.Path) -> list[str]:
 
 
 def _of_index(index: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
-    """The tensors of all files that an index names."""
+    """Returns the tensors of all files that an index names."""
     with _reading(index):
         places: dict[str, str] = json.loads(index.read_text())["weight_map"]
         parts = sorted(set(places.values()))
@@ -136,33 +137,34 @@ def _of_index(index: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tenso
     if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise UserError(
-            f"{index} names {len(parts)} files, of which these are missing beside it: "
-            f"{', '.join(lost[:_SHOWN])}{more}"
+            f"{index} names {len(parts)} files, but these are missing from its folder: "
+            f"{', '.join(lost[:_SHOWN])}{more}; put all files into the folder of the index"
         )
     content = {part: _of_file(index.parent / part, stack) for part in parts}
     absent = [name for name, part in places.items() if name not in content[part]]
     if absent:
         raise UserError(
-            f"{index} says that {absent[0]} is in {places[absent[0]]}, which does not have it; "
-            "take index and files from the same download"
+            f"{index} says that {absent[0]} is in {places[absent[0]]}, but it is not; use an index "
+            "and files from the same download"
         )
     return {name: content[part][name] for name, part in places.items()}
 
 
 def _refuse_shard(path: epath.Path) -> None:
-    """Raises UserError where a file is one of several."""
+    """Raises UserError if a file is one of several."""
     match = _SHARD.fullmatch(path.name)
     if match and int(match[2]) > 1:
         index = f"{match[1]}{match[3]}{_INDEX}"
-        where = "beside it" if (path.parent / index).is_file() else "which is to lie beside all"
+        there = (path.parent / index).is_file()
+        where = "in the same folder" if there else "which must be in the same folder"
         raise UserError(
-            f"{path} is one of {int(match[2])} files that make a network together; give their "
-            f"index, {index}, {where}"
+            f"{path} is one of {int(match[2])} files that form one network; give their index, "
+            f"{index}, {where}"
         )
 
 
 def _of_file(path: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
-    """The tensors of one file, by their names in full."""
+    """Returns the tensors of one file by their full names."""
     with _reading(path):
         content = _content(path, stack.enter_context(path.open("rb")))
         return dict(_flat(content if isinstance(content, Mapping) else {}))
@@ -177,7 +179,7 @@ def _flat(tree: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Tens
 
 
 def _content(path: epath.Path, file: Any) -> Any:
-    """What a file holds: containers with `Tensor`s in them."""
+    """Returns the content of a file: nested containers of `Tensor`s."""
     if path.suffix == ".safetensors":
         return {
             name: _from_safetensors(entry) for name, entry in safetensors.deserialize(file.read())

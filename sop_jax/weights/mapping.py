@@ -1,6 +1,6 @@
-"""From the names of a file to a parameter tree and back, by way of the tables.
+"""Translates between the arrays of a file and a parameter tree, both ways, by the tables.
 
-Trees are flat here: leaves by their paths, such as `backbone/blocks/qkv/kernel`.
+Trees are flat here: leaves are keyed by path, such as `backbone/blocks/qkv/kernel`.
 """
 
 import functools
@@ -16,14 +16,14 @@ from sop_jax.weights.tables import LAYOUTS, Arrays, Layout, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# A head of other layers than those of the tables is no part of the backbone.
+# Only a head with these layers is loaded; other heads are ignored.
 _HEAD = re.compile(r"head\.mlp\.([024])\.(weight|bias)")
 _POSITIONS = "backbone/pos_embed"
-_SHOWN = 6  # of a kind of differences
+_SHOWN = 6  # the most differences of each kind that a message lists
 
 
 class Entry(NamedTuple):
-    """Where an array of a file, or several that are one here, belong: a leaf, or a layer of it."""
+    """Maps one or more arrays of a file to a leaf, or to one layer of a stacked leaf."""
 
     names: tuple[str, ...]
     path: str
@@ -32,12 +32,13 @@ class Entry(NamedTuple):
 
 
 class Exported(NamedTuple):
-    """What a network is in another project.
+    """A network in the layout of another project.
 
     Attributes:
-        arrays: by the project's names.
-        left: paths of leaves that have no place there: the head, perhaps the mask token.
-        settings: which the network has there where nobody says otherwise.
+        arrays: the arrays by the project's names.
+        left: the paths of leaves that the project has no names for: the head, and in some layouts
+            the mask token.
+        settings: the settings of `config.model` that the project uses by default.
     """
 
     arrays: Arrays
@@ -46,13 +47,13 @@ class Exported(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What a file gives a network.
+    """The leaves of a network that were loaded from a file.
 
     Attributes:
-        leaves: by their paths, float32.
-        ignored: names of the file that have no place.
-        lacking: paths of leaves that the file does not have and a network may start without.
-        resized: what was resized, in words.
+        leaves: the leaves by path, float32.
+        ignored: names in the file that are not used.
+        lacking: paths of optional leaves that the file does not have.
+        resized: a description of each array that was resized.
     """
 
     leaves: Arrays
@@ -62,18 +63,26 @@ class Loaded(NamedTuple):
 
 
 def own(family: str, paths: Collection[str]) -> Layout:
-    """The layout of this project, where leaves have their paths for names."""
+    """Returns the layout of this project, in which the names of leaves are their paths."""
     rows = tuple(Row((path,), path, optional=True) for path in sorted(paths))
     return Layout("sop_jax", family, rows, {}, ())
 
 
 def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
-    """The network that a file is of, as settings by their dotted names, of any size custom.
+    """Infers the settings of the network that a file's arrays belong to.
 
-    Not among them are what arrays do not tell: the heads of a ViT.
+    The number of heads of a ViT cannot be inferred and is not included.
+
+    Args:
+        layout: the layout of the file.
+        arrays: the arrays by the layout's names.
+
+    Returns:
+        Settings by their dotted names, with `model.size=custom`.
 
     Raises:
-        UserError: arrays that would say it are missing or misshapen; lists all that are wrong.
+        UserError: arrays that are needed are missing or have the wrong shape; lists all that are
+            wrong.
     """
     shapes = _shapes(layout, arrays)
     try:
@@ -83,13 +92,13 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
             found["head.dim"] = shapes["head/fc3/bias"][0]
     except (KeyError, IndexError, ValueError):
         _check(_lacking(layout, arrays))
-        raise UserError("its arrays have too few dimensions to be of a network") from None
+        raise UserError("its arrays have too few dimensions to be a network's weights") from None
     settings = {f"model.{name}": value for name, value in layout.settings.items()}
     return {"model.family": layout.family, "model.size": "custom"} | settings | found
 
 
 def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
-    """What is wrong whatever the numbers of the network may be."""
+    """Returns the differences that are errors for a network of any size, by kind."""
     wrong, seen = [], []
     known = set()
     for row in layout.rows:
@@ -113,7 +122,7 @@ def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
             elif not any(map(regex(pattern).fullmatch, arrays)):
                 missing.append(pattern if "{s" not in pattern else fill(pattern, 0, 0))
     unexpected = [x for x in arrays if x not in known and not is_ignored(layout, x)]
-    return {"of another shape": wrong, "missing": missing, "unexpected": unexpected}
+    return {"wrong shape": wrong, "missing": missing, "unexpected": unexpected}
 
 
 def _vit(shapes: Shapes) -> dict[str, Any]:
@@ -138,7 +147,7 @@ def _swin(shapes: Shapes) -> dict[str, Any]:
         "model.stage_depths": tuple(depth for depth, _, _ in tables),
         "model.stage_heads": tuple(heads for _, _, heads in tables),
         "model.window": window,
-        # The least images whose last stage has this window, as in most trainings.
+        # The smallest image size whose last stage has this window, as most projects train with.
         "augment.global_size": 32 * last if last < window else max(224, 32 * window),
     }
 
@@ -168,13 +177,14 @@ def load(
     shapes: Shapes,
     resize: Callable[[np.ndarray, int], np.ndarray],
 ) -> Loaded:
-    """The leaves of a network from the arrays of a file: all that it needs, or none.
+    """Converts the arrays of a file to the leaves of a network: all that it needs, or none.
 
     Args:
-        layout: from `recognition.recognise`, as the next.
-        arrays: by their names.
-        shapes: of the network's leaves, by their paths.
-        resize: from positions [1+n, D], [CLS] first, of a square grid to so many rows of another.
+        layout: the layout, from `recognition.recognise`.
+        arrays: the arrays by the layout's names, from `recognition.recognise`.
+        shapes: the shapes of the network's leaves by path.
+        resize: a function that takes positions [1 + n, D] of a square grid, [CLS] first, and a
+            number of rows 1 + m, and returns positions [1 + m, D] of another square grid.
 
     Raises:
         UserError: the file is not of this network; lists the differences.
@@ -191,9 +201,9 @@ def load(
 
     entries = list(_entries(layout, shapes))
     parts: dict[str, list[np.ndarray]] = {}
-    wrong, wild, resized = [], [], []
+    wrong, not_finite, resized = [], [], []
     known = {entry.path for entry in entries}
-    missing = [f"what would be {path}" for path in shapes if needed(path) and path not in known]
+    missing = [f"an array for {path}" for path in shapes if needed(path) and path not in known]
     for entry in entries:
         absent = [name for name in entry.names if name not in arrays]
         if absent:
@@ -213,7 +223,7 @@ def load(
                 for name, array in zip(entry.names, given, strict=True)
             ]
         elif not np.isfinite(leaf).all():
-            wild.append(" ".join(entry.names))
+            not_finite.append(" ".join(entry.names))
         else:
             parts.setdefault(entry.path, []).append(leaf)
     used = {name for entry in entries for name in entry.names}
@@ -222,8 +232,8 @@ def load(
     unexpected = [name for name in others if name not in ignored]
     _check(
         {
-            "of another shape": wrong,
-            "not finite": wild,
+            "wrong shape": wrong,
+            "not finite": not_finite,
             "missing": missing,
             "unexpected": unexpected,
         }
@@ -238,12 +248,14 @@ def load(
 
 
 def export(project: str, family: str, leaves: Arrays) -> Exported:
-    """Arrays by the names of a project, for `load_state_dict(..., strict=True)` there.
+    """Converts the leaves of a network to the names of a project.
+
+    The project loads the result with `load_state_dict(..., strict=True)`.
 
     Args:
-        project: such as `timm`.
-        family: as `model.family`.
-        leaves: of a network, by their paths.
+        project: the name of the project, for example `timm`.
+        family: the family of the backbone, as in `model.family`.
+        leaves: the leaves of the network by path.
 
     Raises:
         UserError: the project has no such network.
@@ -267,8 +279,8 @@ def export(project: str, family: str, leaves: Arrays) -> Exported:
                 + [f"needs {path}" for path in lacking[:1]]
             )
         )
-    kinds = "; ".join(f"one {why}" for why in whys) or f"it has no {family}"
-    raise UserError(f"{project} has no network like this one: {kinds}. Export to another")
+    kinds = "; ".join(f"one layout {why}" for why in whys) or f"it has no {family}"
+    raise UserError(f"{project} has no network like this one: {kinds}. Export to another project")
 
 
 def _export(layout: Layout, leaves: Arrays) -> Exported:
@@ -290,7 +302,7 @@ def _is_spare(path: str) -> bool:
 
 
 def _entries(layout: Layout, shapes: Shapes) -> Iterator[Entry]:
-    """What the table says of the leaves that a network has."""
+    """Yields the entries of a layout's table for the leaves that a network has."""
     for row in layout.rows:
         for path, shape in shapes.items():
             if not (match := regex(row.path).fullmatch(path)):
@@ -306,7 +318,7 @@ def _entries(layout: Layout, shapes: Shapes) -> Iterator[Entry]:
 
 
 def _shapes(layout: Layout, arrays: Arrays) -> dict[str, tuple[int, ...]]:
-    """Shapes of leaves by their paths, as far as a file says, whether or not they make sense."""
+    """Returns the shapes of leaves by path, as far as a file determines them, without checks."""
     shapes: dict[str, tuple[int, ...]] = {}
     for row in layout.rows:
         for name in arrays:
@@ -323,20 +335,20 @@ def _shapes(layout: Layout, arrays: Arrays) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(row: Row, array: np.ndarray) -> tuple[int, ...] | None:
-    """Of a leaf, or a layer of one; None where the array cannot be one."""
+    """Returns the shape of a leaf, or of one layer, or None if the array does not fit the row."""
     leaf = _read(row, [array])
     return leaf.shape if leaf is not None and leaf.ndim and leaf.size else None
 
 
 def _stage(pattern: str, match: re.Match[str]) -> int | None:
-    """The stage that a name belongs to by its pattern."""
+    """Returns the stage in a name that matched a pattern, or None if the pattern has none."""
     stage = match.groupdict().get("s")
     return None if stage is None else int(stage) - ("{s+1}" in pattern)
 
 
 @functools.cache
 def regex(pattern: str) -> re.Pattern[str]:
-    """What a pattern with `{s}` and `{i}` stands for; the numbers are groups of these names."""
+    """Compiles a pattern with `{s}` and `{i}`; the numbers are groups of the same names."""
     text = re.escape(pattern)
     for place in "is":
         text = re.sub(rf"\\{{{place}\\\+1\\}}", rf"(?P<{place}>[1-9][0-9]*)", text, count=1)
@@ -345,7 +357,7 @@ def regex(pattern: str) -> re.Pattern[str]:
 
 
 def fill(pattern: str, stage: int | str | None, layer: int | None) -> str:
-    """The name that a pattern with `{s}` and `{i}` stands for."""
+    """Fills in the stage `{s}` and the layer `{i}` of a pattern."""
     for place, number in (("s", stage), ("i", layer)):
         if number is not None:
             pattern = pattern.replace(f"{{{place}}}", str(number))
@@ -354,7 +366,7 @@ def fill(pattern: str, stage: int | str | None, layer: int | None) -> str:
 
 
 def _read(row: Row, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
-    """A leaf, or a layer of one; None where the arrays have too few dimensions for it."""
+    """Returns a leaf, or one layer, float32; None if the arrays have too few dimensions."""
     try:
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return np.asarray(row.transform.read(whole), np.float32)
@@ -363,17 +375,17 @@ def _read(row: Row, arrays: Sequence[np.ndarray]) -> np.ndarray | None:
 
 
 def _write(row: Row, leaf: np.ndarray) -> list[np.ndarray]:
-    """The arrays of a file."""
+    """Returns the arrays of a file that make a leaf, or one layer of it."""
     return np.split(np.asarray(row.transform.write(leaf)), len(row.names))
 
 
 def is_ignored(layout: Layout, name: str) -> bool:
-    """Whether a layout knows a name and has no place for it."""
+    """Whether a layout knows a name but does not use its array."""
     return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
 
 
 def _is_other_grid(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Whether both are positions of square grids, and not of the same."""
+    """Whether both shapes are those of positions of square grids, and the grids differ."""
     if len(shape) != 2 or shape[0] < 2:
         return False
     squares = all(math.isqrt(rows - 1) ** 2 == rows - 1 for rows, *_ in (shape, expected))
@@ -386,22 +398,22 @@ def _grid(shape: tuple[int, ...]) -> str:
 
 
 def _check(differences: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError with what differs, a line a kind, sensibly shortened."""
+    """Raises UserError if there are differences; lists each kind on one line, shortened."""
     lines = []
     for kind, found in differences.items():
         if found:
             lines.append(f"{kind}: {'; '.join(shortened(found))}")
     if lines:
-        raise UserError("\n  ".join(["it does not make a whole network, or not this one:", *lines]))
+        raise UserError("\n  ".join(["its arrays do not match the network:", *lines]))
 
 
 def shortened(names: Sequence[str]) -> list[str]:
-    """One of all that differ in the numbers of layers alone, and not too many."""
+    """Returns one name of each group that differs only in layer numbers, up to a limit."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"\.[0-9]+\.", ".*.", name), []).append(name)
     shown = [
-        f"{items[0]} (and {len(items) - 1} alike)" if items[1:] else items[0]
+        f"{items[0]} (and {len(items) - 1} similar)" if items[1:] else items[0]
         for items in alike.values()
     ]
     more = [f"and {len(shown) - _SHOWN} more"] if len(shown) > _SHOWN else []

@@ -1,9 +1,10 @@
-"""PyTorch's checkpoint files, read without PyTorch and without running what they hold.
+"""Reads PyTorch's checkpoint files, without PyTorch and without running what they contain.
 
-A `.pth` is a pickle, which is a program, beside the raw bytes of its arrays. The one here may build
-plain containers, describe arrays and leave gaps for settings of the training, and call nothing
-else. Formats: the zip archive that `torch.save` writes since version 1.6, and the pickles in a row
-that it wrote before (`torch/serialization.py`, `_save` and `_legacy_save`).
+A `.pth` file is a pickle, which is a program, together with the raw bytes of its arrays. Here the
+pickle can only build plain containers and describe arrays; training settings are replaced by gaps,
+and nothing else can be called. Two formats are read: the zip archive that `torch.save` has written
+since version 1.6, and the sequence of pickles that it wrote before (`torch/serialization.py`,
+`_save` and `_legacy_save`).
 """
 
 import collections
@@ -35,15 +36,15 @@ _LEGACY_VERSION = 1001
 
 
 class Code(UserError):
-    """A file names objects that only running it could make."""
+    """A file contains objects that can only be created by running its code."""
 
 
 class Tensor(NamedTuple):
-    """An array that is read when it is asked for.
+    """An array that is read on demand.
 
     Attributes:
-        shape: of the array.
-        load: reads it; raises ValueError where the file does not hold what it says.
+        shape: the shape of the array.
+        load: reads the array; raises ValueError if the file does not contain its bytes.
     """
 
     shape: tuple[int, ...]
@@ -58,12 +59,12 @@ class _Storage(NamedTuple):
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return self.length * self.dtype.itemsize
 
 
 class _Gap:
-    """Stands for an object of no interest, such as the arguments of a training."""
+    """Replaces an object that is not needed, such as training arguments."""
 
     def __init__(self, *args: Any, **settings: Any):
         del args, settings
@@ -75,7 +76,7 @@ class _Gap:
         del key, value
 
     def append(self, value: Any) -> None:
-        """Leaves out an item of a list of its own kind."""
+        """Ignores an item of a list-like object."""
         del value
 
 
@@ -85,16 +86,16 @@ def _as_given(value: Any = (), *rest: Any) -> Any:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
-    """`torch._utils._rebuild_tensor_v2`: a view into a storage, in elements."""
+    """Stands in for `torch._utils._rebuild_tensor_v2`: a strided view of a storage, in elements."""
     del rest
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
-        raise ValueError("an array is described wrongly")
+        raise ValueError("an array has an invalid description")
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError("an array is described wrongly")
+        raise ValueError("an array has an invalid description")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if math.prod(shape) > storage.length or (math.prod(shape) and last >= storage.length):
-        raise ValueError("an array reaches beyond its bytes")
+        raise ValueError("an array extends beyond its storage")
 
     def load() -> np.ndarray:
         flat = np.frombuffer(storage.read(storage), storage.dtype)[offset:]
@@ -105,7 +106,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) ->
 
 
 class _Function(NamedTuple):
-    """A function that a pickle may call, but whose attributes it cannot set."""
+    """A function that a pickle can call, but whose attributes it cannot set."""
 
     call: Callable[..., Any]
 
@@ -113,7 +114,7 @@ class _Function(NamedTuple):
         return self.call(*args)
 
 
-# All that a file may name. What a training leaves beside its weights is read as gaps.
+# All names that a file may use. Objects that trainers save besides weights become gaps.
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): _Gap,
@@ -140,12 +141,12 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-# Projects whose objects a training leaves beside its weights: settings, callbacks.
+# Packages whose objects, such as settings and callbacks, trainers save besides weights.
 _SETTINGS = {"lightning", "lightning_fabric", "omegaconf", "pytorch_lightning"}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds containers and `Tensor`s, and refuses to so much as import anything."""
+    """Builds containers and `Tensor`s only, and imports nothing."""
 
     def __init__(self, file: Any, read: Callable[[_Storage], bytes]):
         super().__init__(file, encoding="utf-8")
@@ -157,37 +158,40 @@ class _Unpickler(pickle.Unpickler):
             return _Gap
         if module.startswith("torch.distributed"):
             raise Code(
-                f"it holds {module}.{name}: it is the part of one process in a checkpoint of "
-                "several. Take a file with the whole network: DINOv2's trainer writes "
+                f"it contains {module}.{name}, so it is the part of one process of a checkpoint "
+                "that several wrote. Use a file with the whole network; DINOv2's trainer writes "
                 "eval/*/teacher_checkpoint.pth"
             )
         if (module, name) not in _NAMES:
             raise Code(
-                f"it holds {module}.{name}, which is no array, number, text or container of them; "
-                "it could run any code, so nothing of the file was run or loaded. If you trust "
-                "where it comes from, load it with PyTorch and save its state_dict alone"
+                f"it contains {module}.{name}, which is not an array, a number, text or a "
+                "container of these and could run any code, so nothing of the file was run or "
+                "loaded. If you trust its source, load it with PyTorch and save only its state_dict"
             )
         return _NAMES[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, count, *view = pid
         if kind != "storage" or dtype not in _DTYPES or type(count) is not int:
-            raise ValueError("an array is described wrongly")
+            raise ValueError("an array has an invalid description")
         if any(part is not None for part in view):
-            raise ValueError("arrays that share bytes as PyTorch before 0.4 wrote them")
+            raise ValueError("it has shared storages as written by PyTorch before 0.4")
         storage = _Storage(str(key), np.dtype(_DTYPES[dtype]), count, self._read)
         return self.storages.setdefault(storage.key, storage)
 
 
 def load(file: Any) -> Any:
-    """Reads what a `.pth` holds, arrays as `Tensor`s, which need the file to stay open.
+    """Reads the content of a `.pth` file; its `Tensor`s can be read while the file is open.
 
     Args:
-        file: the open file, which can seek.
+        file: the open file, which must be seekable.
+
+    Returns:
+        Nested containers of `Tensor`s and plain values.
 
     Raises:
-        Code: it is more than weights; nothing of it was run.
-        Exception: of whatever kind, where it is damaged.
+        Code: the file contains more than weights; nothing of it was run.
+        Exception: the file is damaged; the exception can be of any type.
     """
     if zipfile.is_zipfile(file):
         return _load_zip(zipfile.ZipFile(file))
@@ -201,17 +205,17 @@ def load(file: Any) -> Any:
 def _load_zip(archive: zipfile.ZipFile) -> Any:
     pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     if len(pickles) != 1:
-        raise ValueError("it is an archive, but not one that torch.save has written")
+        raise ValueError("it is an archive, but not one written by torch.save")
     root = pickles[0].split("/")[0]
     order = f"{root}/byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
-        raise ValueError("its numbers are in the byte order of another kind of machine")
+        raise ValueError("its numbers are big-endian, and only little-endian files are supported")
 
     def read(storage: _Storage) -> bytes:
         name = f"{root}/data/{storage.key}"
         if archive.getinfo(name).file_size != storage.size:
-            raise ValueError(f"the bytes of {name} are not all there")
-        return archive.read(name)  # which checks their sum
+            raise ValueError(f"{name} is not complete")
+        return archive.read(name)  # verifies the checksum
 
     with archive.open(pickles[0]) as file:
         return _Unpickler(file, read).load()
@@ -228,8 +232,8 @@ def _load_legacy(file: Any) -> Any:
         return _Unpickler(file, read).load()
 
     if following() != _LEGACY_MAGIC or following() != _LEGACY_VERSION:
-        raise ValueError("it is no file that torch.save has written")
-    following()  # of the machine that wrote it
+        raise ValueError("it was not written by torch.save")
+    following()  # a description of the machine that wrote the file
     content = _Unpickler(file, read)
     tree = content.load()
     keys = following()

@@ -1,8 +1,8 @@
-"""What a file of weights is by its names: which of its networks is taken, and whose layout it has.
+"""Recognizes by names which network a file of weights contains, and which project's layout it has.
 
-A checkpoint of a training holds more than a backbone: teacher and student, projection heads,
-queues, decoders, the state of the optimizer. Backbones are found by the names of their layers,
-whatever stands before these.
+A training checkpoint contains more than a backbone: teacher and student, projection heads, queues,
+decoders, the state of the optimizer. Backbones are found by the names of their layers, whatever
+the prefix.
 """
 
 import collections
@@ -17,39 +17,39 @@ from sop_jax.errors import UserError
 from sop_jax.weights import mapping
 from sop_jax.weights.tables import LAYOUTS, Arrays, Layout
 
-# Under which names backbones keep their layers; a ResNet's first stage is `4` where its modules
-# were put into one nn.Sequential, as lightly's examples do.
+# The names under which backbones store their layers. A ResNet's first stage is `4` if its modules
+# were put into one nn.Sequential, as in lightly's examples.
 _LAYERS = ("blocks", "layers", "encoder.layer", "encoder.layers", "encoder.stages", "layer1", "4.0")
 _SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-# What wrappers put into names, anywhere, and what a network calls its backbone, beside its head.
+# What wrappers insert anywhere into names, and what a network that has a head calls its backbone.
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _BACKBONE = re.compile(
     r"(?:(?<=\.)|^)((module|_orig_mod|backbone|vit|dinov2|dinov2_with_registers|swin|resnet)\.)+$"
 )
-# Under what a file keeps the arrays of its networks, beside the state of the optimizer.
+# Where a file stores the arrays of its networks, next to the state of the optimizer.
 _PARTS = re.compile(r"^(state_dict|model)(_ema)?\.")
-# DINOv2's trainer puts several blocks into a chunk; their own numbers run on from chunk to chunk.
+# DINOv2's trainer groups blocks into chunks; the numbers of blocks continue across chunks.
 _CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")
 _SWIGLU = re.compile(r".*\.(w12|w3|weights_in|weights_out)\.(weight|bias)")
 
-# Words in the names of a network that is averaged over the training, and of one that is not.
+# Words in the names of networks that are moving averages, and of networks that are trained.
 _TEACHER = {"teacher", "momentum", "ema", "target", "key", "k"}
 _STUDENT = {"student", "online", "anchor", "query", "q"}
-# solo-learn's, lightly's and MoCo-v3's networks, whose ViTs are timm's.
+# Networks of solo-learn, lightly and MoCo-v3, whose ViTs are timm's.
 _OF_TIMM = re.compile(r"(^|\.)(base_encoder|momentum_encoder|\w+_backbone|backbone\.vit)\.")
-_SHOWN = 8  # names
+_SHOWN = 8  # the most names that a message lists
 
 
 class Recognised(NamedTuple):
-    """What a file is by its names.
+    """The network that was recognized in a file.
 
     Attributes:
-        layout: that of its names.
-        arrays: of the network that is taken, by names without what stood before them.
-        alike: layouts with the same names and other settings.
-        words: for a person, a line each: what was taken of several networks, what was set aside.
+        layout: the layout that its names have.
+        arrays: the arrays of the network, by names without their prefix.
+        alike: layouts that have the same names but other settings.
+        words: lines for the user: which of several networks was taken, and what was not used.
     """
 
     layout: Layout
@@ -67,15 +67,16 @@ def recognise(
     """Finds the backbone in a file, with the head that belongs to it.
 
     Args:
-        arrays: all of a file, by their names; only those of the network are read.
-        likely: the project to take where names of several are alike and nothing stands before
-            them: DINO's backbones and timm's ViTs without classifier are.
-        network: which of several: `teacher`, `student` or a part of what their names begin with.
-            By default the teacher where there is one.
-        prefix: what the names of the network begin with, if it is not found otherwise.
+        arrays: all arrays of a file by name; only those of the network are read.
+        likely: the project to assume if the names have no prefix and fit several projects, as those
+            of DINO's backbones and of timm's ViTs without a classifier do.
+        network: which of several networks to take: `teacher`, `student` or a part of a prefix. By
+            default the teacher, if there is one.
+        prefix: the prefix of the network's names, if the network is not found otherwise.
 
     Raises:
-        UserError: there is no network of a known layout, or none like that, or more than one.
+        UserError: there is no network of a known layout, no network fits `network` or `prefix`, or
+            several do.
     """
     starts = _starts(arrays)
     if prefix:
@@ -90,8 +91,8 @@ def recognise(
     if not names or max(fits) <= 0:
         known = "; ".join(mapping.shortened([*names])) or "none at all"
         raise UserError(
-            "its names are of no backbone that is known (ViT, Swin or ResNet by iBOT, DINO, "
-            f"DINOv2, timm, torchvision or transformers): {known}"
+            "its names do not fit a known backbone (ViT, Swin or ResNet of iBOT, DINO, DINOv2, "
+            f"timm, torchvision or transformers); the names are: {known}"
         )
     layout = next((layout for layout in best if layout.project == likely), best[0])
     own = {bare: arrays[name] for bare, name in names.items()}
@@ -101,7 +102,7 @@ def recognise(
 
 
 def _starts(names: Collection[str]) -> list[str]:
-    """What the names of each backbone begin with: nothing, or words that end with a dot."""
+    """Returns the prefixes of all backbones, each empty or with a trailing dot."""
     found = {
         name[:at]
         for name in names
@@ -111,28 +112,28 @@ def _starts(names: Collection[str]) -> list[str]:
     starts: list[str] = []
     for start in sorted(found, key=lambda start: (len(start), start)):
         if any(start.startswith(outer) for outer in starts):
-            continue  # layers of a backbone may look like one themselves
+            continue  # a part of a backbone can look like a backbone itself
         if max(_fit(layout, _own(names, start)) for layout in LAYOUTS) > 0:
             starts.append(start)
     return starts
 
 
 def _under(prefix: str, names: Collection[str], starts: Sequence[str]) -> list[str]:
-    """The backbones below a prefix; where none is found there, the prefix itself."""
+    """Returns the prefixes of backbones below a prefix, or the prefix if there is none."""
     wanted = f"{prefix.strip('.')}."
     begin = {
         name[: at + len(wanted)] for name in names if (at := f".{name}".find(f".{wanted}")) >= 0
     }
     if len(begin) != 1:
         there = begin or {*starts} - {""} or {name.split(".")[0] for name in names}
-        what = "names of several networks have" if begin else "no name of it has"
-        raise UserError(f"{what} the prefix {prefix}; there are: {_shown(sorted(there))}")
+        what = "several networks have" if begin else "no name has"
+        raise UserError(f"{what} the prefix {prefix}; its prefixes are: {_shown(sorted(there))}")
     (full,) = begin
     return [start for start in starts if start.startswith(full)] or [full]
 
 
 def _choose(starts: Sequence[str], network: str | None) -> str:
-    """Which of several backbones is taken: the teacher's, unless another is asked for."""
+    """Returns the prefix of the backbone to take: the teacher's, unless another is requested."""
     fitting = list(starts)
     if network:
         fitting = [start for start in starts if f".{network}." in f".{start}"]
@@ -142,19 +143,22 @@ def _choose(starts: Sequence[str], network: str | None) -> str:
             if len(ranks) > 1 or rank == (1 if network == "teacher" else -1):
                 fitting = [start for start in starts if _rank(start) == rank]
         if not fitting:
-            raise UserError(f"it has no {network!r}; it holds: {_shown(starts)}")
+            raise UserError(
+                f"it has no network {network!r}; choose one of those that it contains: "
+                f"{_shown(starts)}"
+            )
     highest = max(map(_rank, fitting))
     taken = [start for start in fitting if _rank(start) == highest]
     if len(taken) > 1:
         raise UserError(
-            f"it holds several networks: {_shown(taken)}; choose one with --prefix=... of "
+            f"it contains several networks: {_shown(taken)}; choose one with --prefix=... of "
             "sop_jax.convert"
         )
     return taken[0]
 
 
 def _rank(start: str) -> int:
-    """1 of a teacher, -1 of a student, as far as a name tells; else 0."""
+    """Returns 1 for the prefix of a teacher, -1 for that of a student, and 0 if it is unclear."""
     words = {*re.split(r"[._]", start.lower())}
     return bool(words & _TEACHER) - bool(words & _STUDENT)
 
@@ -162,13 +166,13 @@ def _rank(start: str) -> int:
 def _divide(
     arrays: Collection[str], start: str, others: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """The names of a network without what stands before them, and how many others there are.
+    """Separates the names of a network from those of other parts of a file.
 
     Returns:
-        For each name as layouts have it the one of the file; and numbers of arrays that belong
-        neither to this network nor to another backbone, by the parts that they belong to.
+        A dict from the names in the layout to the names in the file; and the number of arrays that
+        belong neither to this network nor to another backbone, by the part that they belong to.
     """
-    outside = _BACKBONE.sub("", start)  # where the head is, beside the backbone
+    outside = _BACKBONE.sub("", start)  # the prefix of the head, which is next to the backbone
     heads: dict[str, str] = {}
     aside: collections.Counter[str] = collections.Counter()
     for name in arrays:
@@ -182,7 +186,7 @@ def _divide(
 
 
 def _own(arrays: Iterable[str], start: str) -> dict[str, str]:
-    """For each name below a backbone's start, as layouts have it, the one of the file."""
+    """Maps names in the layout to names in the file, for all names with a backbone's prefix."""
     below = [name for name in arrays if name.startswith(start)]
     numbered = _SEQUENTIAL if f"{start}4.0.conv1.weight" in below else {}
     names: dict[str, str] = {}
@@ -191,13 +195,16 @@ def _own(arrays: Iterable[str], start: str) -> dict[str, str]:
         first, dot, rest = bare.partition(".")
         bare = f"{numbered.get(first, first)}{dot}{rest}"
         if bare in names:
-            raise UserError(f"{names[bare]} and {name} are both the network's {bare}")
+            raise UserError(
+                f"{names[bare]} and {name} are both {bare} of the network; expected one of them. "
+                "Remove the other from the file"
+            )
         names[bare] = name
     return names
 
 
 def _fit(layout: Layout, names: Iterable[str]) -> int:
-    """How well names are those of a layout; positive where they may be."""
+    """Returns a score of how well names fit a layout; positive if they may belong to it."""
     names = set(names)
     rows = [(name, row) for row in layout.rows for name in row.names]
     known = _any(tuple(name for name, _ in rows))
@@ -211,14 +218,14 @@ def _fit(layout: Layout, names: Iterable[str]) -> int:
 
 @functools.cache
 def _any(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """What fits any of some patterns."""
+    """Compiles an expression that matches any of some patterns."""
     return re.compile(
         "|".join(re.sub(r"\?P<.>", "?:", mapping.regex(pattern).pattern) for pattern in patterns)
     )
 
 
 def _refuse_other_layers(arrays: Arrays) -> None:
-    """Raises UserError where a network has the names of one that is known, and other layers."""
+    """Raises UserError if a network has the names of a known one but different layers."""
     gates = [name for name in arrays if _SWIGLU.fullmatch(name)]
     fc1, fc2 = (arrays.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))
     if fc1 is not None and fc2 is not None and fc1.ndim == fc2.ndim == 2:
@@ -226,15 +233,15 @@ def _refuse_other_layers(arrays: Arrays) -> None:
         gates += ["blocks.0.mlp.fc1.weight"] * (fc1.shape[0] == 2 * fc2.shape[1])
     if gates:
         raise UserError(
-            f"its layers have SwiGLU feed-forward networks ({gates[0]}), as DINOv2's giant ViT "
-            "has; only those of two linear layers with GELU between them are supported: take a "
-            "small, base or large one"
+            f"its layers have SwiGLU feed-forward networks ({gates[0]}), as in DINOv2's giant ViT; "
+            "only two linear layers with GELU between them are supported. Use a small, base or "
+            "large network"
         )
     block = "layer1.0.conv{}.weight".format
     if block(2) in arrays and not any(name.endswith(".conv3.weight") for name in arrays):
         raise UserError(
-            f"its blocks have two convolutions ({block(1)}, {block(2)}), as those of ResNet-18 and "
-            "ResNet-34; only blocks of three, as of ResNet-50, are supported"
+            f"its blocks have two convolutions ({block(1)}, {block(2)}), as in ResNet-18 and "
+            "ResNet-34; only blocks of three are supported. Use a ResNet-50 or larger"
         )
 
 
@@ -244,12 +251,12 @@ def _words(start: str, starts: Sequence[str], aside: Mapping[str, int]) -> list[
         others = [other for other in starts if other != start]
         as_teacher = ", as the teacher" if all(_rank(start) > _rank(x) for x in others) else ""
         words.append(
-            f"taken: {_shown([start])}{as_teacher}; not taken: {_shown(others)} (--key or --prefix "
-            "of sop_jax.convert takes another)"
+            f"taken: {_shown([start])}{as_teacher}; not taken: {_shown(others)} (to take another, "
+            "use --key or --prefix of sop_jax.convert)"
         )
     if aside:
         parts = [f"{part} ({n} array{'s' * (n > 1)})" for part, n in aside.items()]
-        words.append(f"set aside: {_shown(parts)}")
+        words.append(f"not used: {_shown(parts)}")
     return words
 
 

@@ -1,14 +1,14 @@
-"""How other projects name and lay out the weights of each backbone: one table a layout.
+"""How other projects name and lay out the weights of each backbone, with one table per layout.
 
-A row says which names of a file make which leaf of the parameter tree, and how; it is read from
-left to right to load weights and from right to left to export them. `{i}` in a name counts the
-layers that lie stacked in one leaf, `{s}` the stages; `{s+1}` is the stage after it.
+A row maps names in a file to a leaf of the parameter tree; it is read from left to right to load
+weights and from right to left to export them. `{i}` in a name is the number of a layer, for layers
+that are stacked in one leaf, `{s}` is the number of a stage, and `{s+1}` that of the next stage.
 
 Sources: iBOT's `models/{vision_transformer,swin_transformer,head}.py`, whose names DINO, SOP and
 MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`, whose ViTs MoCo-v3,
 solo-learn and lightly train; DINOv2's `vision_transformer.py`; MAE's `models_mae.py`; MSN's
-`deit.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers
-5 (`hf`) and of those before it, which are also the names of the files on its hub (`hf4`).
+`deit.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers 5 (`hf`) and
+of earlier versions, whose names the files on its hub also have (`hf4`).
 """
 
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ Arrays = dict[str, np.ndarray]
 
 
 class Transform(NamedTuple):
-    """From a file's array to a leaf, and back; both keep every bit."""
+    """Converts a file's array to a leaf, and back; both directions keep every bit."""
 
     read: Callable[[np.ndarray], np.ndarray]
     write: Callable[[np.ndarray], np.ndarray]
 
 
 def _to_patches(kernel: np.ndarray) -> np.ndarray:
-    """A convolution [D, 3, p, p] as the matrix [p*p*3, D] that takes a patch."""
+    """Converts a convolution [D, 3, p, p] to the matrix [p*p*3, D] that is applied to a patch."""
     return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
 
 
@@ -47,14 +47,15 @@ KERNEL = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2
 
 
 class Row(NamedTuple):
-    """One leaf of the parameter tree.
+    """Maps arrays of a file to one leaf of the parameter tree.
 
     Attributes:
-        names: patterns of names; of several, the arrays follow each other along their first axis.
-        path: pattern of the leaf's path.
-        transform: between the two.
-        optional: whether the project has networks without it.
-        exported: whether an export has it.
+        names: patterns of names; if there are several, the arrays are concatenated along their
+            first axis.
+        path: the pattern of the leaf's path.
+        transform: converts between the two.
+        optional: whether the project has networks without this leaf.
+        exported: whether the leaf is exported.
     """
 
     names: tuple[str, ...]
@@ -68,14 +69,14 @@ class Layout(NamedTuple):
     """How one project names the weights of one family of backbones.
 
     Attributes:
-        project: as `--export` says it.
-        family: as `model.family`.
-        rows: what makes the parameter tree.
-        settings: of `config.model`, without which the project's weights give other features: the
-            rule by which positions are resized, and what LayerNorm adds to the variance.
-        ignored: regular expressions of names that have no place in the tree.
-        read: what is done to a file's arrays before the rows apply.
-        write: what is done to a tree's leaves, by their paths, before the rows apply.
+        project: the name of the project, as in `--export`.
+        family: the family of the backbones, as in `model.family`.
+        rows: one row per leaf of the parameter tree.
+        settings: settings of `config.model` that reproduce the project's features: the rule for
+            resizing positions, and the epsilon of LayerNorm.
+        ignored: regular expressions of names that are not used.
+        read: converts a file's arrays before the rows are applied.
+        write: converts a tree's leaves, keyed by path, before the rows are applied.
     """
 
     project: str
@@ -88,7 +89,7 @@ class Layout(NamedTuple):
 
 
 def _linear(names: str, path: str) -> tuple[Row, ...]:
-    """A linear layer; names of several that are one here are separated by blanks."""
+    """Returns the rows of a linear layer; blanks separate the names of layers to concatenate."""
     return (
         Row(tuple(f"{name}.weight" for name in names.split()), f"{path}/kernel", MATRIX),
         Row(tuple(f"{name}.bias" for name in names.split()), f"{path}/bias"),
@@ -107,7 +108,7 @@ def _patch_embed(name: str) -> tuple[Row, ...]:
 
 
 class Names(NamedTuple):
-    """What the parts of a transformer's layer are called: q, k and v may be three, or one."""
+    """The names of the parts of a transformer layer; q, k and v are one name or three."""
 
     norm1: str
     qkv: str
@@ -138,7 +139,7 @@ _SELF = "attention.self.query attention.self.key attention.self.value"
 
 
 def _layer(before: str, names: Names, path: str) -> tuple[Row, ...]:
-    """The rows of a transformer's layers; `before` begins all their names."""
+    """Returns the rows of a transformer's layers; `before` is the prefix of all names."""
     norm1, qkv, proj, norm2, fc1, fc2 = (
         " ".join(f"{before}.{name}" for name in part.split()) for part in names
     )
@@ -153,7 +154,7 @@ def _layer(before: str, names: Names, path: str) -> tuple[Row, ...]:
 
 
 def _scales(before: str, last: str, optional: bool = False) -> tuple[Row, ...]:
-    """LayerScale of both branches; `{}` in `last` is the number of the branch."""
+    """Returns the rows of LayerScale; `{}` in `last` is the number of the branch, 1 or 2."""
     return tuple(
         Row(
             (f"{before}.{last.format(branch)}",),
@@ -166,17 +167,17 @@ def _scales(before: str, last: str, optional: bool = False) -> tuple[Row, ...]:
 
 # ------------------------------------------------------------------------------------------- heads
 
-# iBOT's without its prototypes, which is how SOP's and MaSSL's are.
+# iBOT's head without its prototypes, which is the head of SOP and MaSSL.
 _HEAD = tuple(
     row._replace(optional=True, exported=False)
     for layer, name in enumerate(("head.mlp.0", "head.mlp.2", "head.mlp.4"), 1)
     for row in _linear(name, f"head/fc{layer}")
 )
-# Prototypes, and what is computed when a network is made.
+# Buffers that a network computes when it is created, and iBOT's prototypes.
 _MADE = (r".*\.(relative_position_index|attn_mask|num_batches_tracked)",)
 _IBOT_IGNORED = (*_MADE, r"head\.last_layer2?\..*")
 _TIMM_IGNORED = (*_MADE, r"(head|head\.fc|fc|fc_norm|head_dist)\.(weight|bias)")
-# Heads of several layers in the place of a classifier, as MoCo's on a ResNet and MSN's.
+# Heads of several layers in place of a classifier, as in MoCo's ResNets and in MSN.
 _HEADS_IGNORED = (r"(fc|pred)\..*",)
 _MAE_IGNORED = (*_MADE, r"decoder_\w+(\..*)?", "mask_token")  # the token is the decoder's
 _HF_IGNORED = (*_MADE, r"(classifier|cls_classifier|pooler|decoder|lm_head)\..*")
@@ -185,7 +186,7 @@ _HF_IGNORED = (*_MADE, r"(classifier|cls_classifier|pooler|decoder|lm_head)\..*"
 
 
 def _with_class_position(arrays: Arrays) -> Arrays:
-    """Networks of timm with registers have no position for [CLS]: it is zero."""
+    """Adds a zero position for [CLS], which timm's networks with registers do not have."""
     table = arrays.get("pos_embed")
     if table is None or table.ndim != 3 or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
         return arrays
@@ -193,7 +194,7 @@ def _with_class_position(arrays: Arrays) -> Arrays:
 
 
 def _without_class_position(leaves: Arrays) -> Arrays:
-    """[CLS] and its position as their sum, which is all that the network sees of them."""
+    """Adds the position of [CLS] to its token, because the network uses only their sum."""
     if "backbone/register_tokens" not in leaves:
         return leaves
     table = leaves["backbone/pos_embed"]
@@ -238,7 +239,7 @@ _SIZE_RULE = {"positions": "size", "norm_eps": 1e-6}
 
 
 def _hf_vits(project: str, vit: tuple[str, Names], dinov2: Names) -> tuple[Layout, ...]:
-    """ViT, DINOv2, and DINOv2 with registers, which is resized by another rule."""
+    """Returns the layouts of ViT, DINOv2, and DINOv2 with registers, which resizes differently."""
     plain = (*_HF_VIT, _HF_VIT_MASK, *_layer(*vit, "backbone/blocks"))
     scaled = (*_HF_DINOV2, *_layer("encoder.layer.{i}", dinov2, "backbone/blocks"))
     return (
@@ -290,7 +291,7 @@ _BLOCKS = f"{_STAGE}/blocks"
 
 
 def _downsample(name: str) -> tuple[Row, ...]:
-    """The merging of 2x2 patches: all projects take them column by column."""
+    """Returns the rows of patch merging; all projects order the 2x2 patches by columns."""
     return (
         Row((f"{name}.reduction.weight",), f"{_STAGE}/downsample/reduction/kernel", MATRIX),
         *_norm(f"{name}.norm", f"{_STAGE}/downsample/norm"),
@@ -310,12 +311,12 @@ _SWIN = (
 
 
 def _with_one_window(leaves: Arrays) -> Arrays:
-    """Transformers has the same window in all stages; iBOT's and timm's shrink to small grids."""
+    """Checks that all stages have one window: only iBOT and timm shrink it to small grids."""
     sizes = {leaf.shape[1] for path, leaf in leaves.items() if path.endswith("relative_bias")}
     if len(sizes) > 1:
         raise UserError(
-            "transformers has no Swin whose window is smaller in some stages, as a window of 14 is "
-            "in the last one; export with timm or ibot"
+            "transformers has no Swin with a smaller window in some stages, as in the last stage "
+            "of a Swin with window 14; export with --export=timm or --export=ibot"
         )
     return leaves
 
@@ -335,8 +336,8 @@ def _hf_swin(project: str, names: Names, bias: str) -> Layout:
 
 
 _SWINS = (
-    # timm merges patches at the start of a stage, the others at the end of the one before. First,
-    # for where both fit the first does: the others have names that this one has not.
+    # timm merges patches at the start of a stage, the others at the end of the previous one. timm's
+    # layout comes first because the first is taken if both fit; the others have additional names.
     Layout(
         "timm",
         "swin",
@@ -376,7 +377,7 @@ def _batch_norm(name: str, path: str) -> tuple[Row, ...]:
 
 
 def _bottleneck(before: str, conv: str, norm: str, path: str) -> tuple[Row, ...]:
-    """Three convolutions; `{}` in their names is their number."""
+    """Returns the rows of three convolutions; `{}` in their names is their number."""
     return tuple(
         row
         for n in (1, 2, 3)
@@ -390,7 +391,7 @@ def _bottleneck(before: str, conv: str, norm: str, path: str) -> tuple[Row, ...]
 def _resnet(
     stem: tuple[str, str], stage: str, block: tuple[str, str], shortcut: tuple[str, str]
 ) -> tuple[Row, ...]:
-    """A ResNet, whose blocks of a stage are stacked but for the first."""
+    """Returns the rows of a ResNet; all blocks of a stage but the first are stacked."""
     first, rest = f"{_STAGE}/first", f"{_STAGE}/blocks"
     return (
         *_conv(stem[0], "backbone/stem/conv"),
@@ -399,7 +400,7 @@ def _resnet(
         *_conv(f"{stage}.0.{shortcut[0]}", f"{first}/shortcut/conv"),
         *_batch_norm(f"{stage}.0.{shortcut[1]}", f"{first}/shortcut/bn"),
         *(
-            row._replace(optional=True)  # a stage may have one block alone
+            row._replace(optional=True)  # a stage may have only one block
             for row in _bottleneck(f"{stage}.{{i+1}}", *block, rest)
         ),
     )

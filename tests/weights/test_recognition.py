@@ -1,4 +1,4 @@
-"""Backbones in the checkpoints of other trainers: which is taken, and what is set aside."""
+"""Backbones in the checkpoints of other trainers: which is taken, and what is not used."""
 
 import collections
 import functools
@@ -143,13 +143,13 @@ def compiled() -> Any:
 
 
 # What each trainer saves, the project whose names they are, the other backbone that is told, and
-# what is set aside.
+# what is not used.
 TRAINERS: dict[str, tuple[Any, str, str, str]] = {
     "DINOv2's teacher": (
         dinov2_teacher,
         "dinov2",
         "",
-        "set aside: dino_head (8 arrays), ibot_head (8 arrays)",
+        "not used: dino_head (8 arrays), ibot_head (8 arrays)",
     ),
     "DINOv2's teacher and student": (
         dinov2_both,
@@ -161,21 +161,21 @@ TRAINERS: dict[str, tuple[Any, str, str, str]] = {
         solo_learn,
         "timm",
         "taken: state_dict.momentum_backbone, as the teacher; not taken: state_dict.backbone",
-        "set aside: projector (6 arrays), momentum_projector (6 arrays), classifier (2 arrays), "
+        "not used: projector (6 arrays), momentum_projector (6 arrays), classifier (2 arrays), "
         "queue (1 array), queue_ptr (1 array)",
     ),
     "MSN": (
         msn,
         "msn",
         "taken: target_encoder.module, as the teacher; not taken: encoder.module",
-        "set aside: prototypes (1 array), opt (1 array)",
+        "not used: prototypes (1 array), opt (1 array)",
     ),
     "MoCo-v3": (
         moco_v3,
         "timm",
         "taken: state_dict.module.momentum_encoder, as the teacher; not taken: "
         "state_dict.module.base_encoder",
-        "set aside: predictor (6 arrays)",
+        "not used: predictor (6 arrays)",
     ),
     "lightly": (
         lightly,
@@ -280,7 +280,7 @@ def test_network_of_several_is_found(parts: Any, key: str | None, expected: int)
     found = recognition.recognise(arrays(parts), "ibot", key)
     assert found.arrays.keys() == vit().keys()
     assert all((array == expected).all() for array in found.arrays.values())
-    with pytest.raises(UserError, match="has no 'another'; it holds"):
+    with pytest.raises(UserError, match="has no network 'another'; choose"):
         recognition.recognise(arrays(parts), "ibot", "another")
 
 
@@ -298,16 +298,16 @@ def test_networks_of_equal_names_are_asked_for() -> None:
 @pytest.mark.parametrize(
     "prefix, words",
     [
-        ("teacher", "no name of it has the prefix teacher; there are: state_dict.backbone, "),
-        ("backbon", "no name of it has the prefix backbon; there are: state_dict.backbone, "),
-        ("projector", r"of no backbone that is known .*: 0.weight"),
+        ("teacher", "no name has the prefix teacher; its prefixes are: state_dict.backbone, "),
+        ("backbon", "no name has the prefix backbon; its prefixes are: state_dict.backbone, "),
+        ("projector", r"do not fit a known backbone .*: 0.weight"),
     ],
 )
 def test_prefix_without_a_network_is_told(tmp_path: pathlib.Path, prefix: str, words: str) -> None:
     file = save_pth(tmp_path / "f.pth", solo_learn())
     with pytest.raises(UserError, match=f"f.pth: .*{words}"):
         convert(file, tmp_path / "net", heads=2, prefix=prefix)
-    with pytest.raises(UserError, match="the prefix x; there are: bert"):
+    with pytest.raises(UserError, match="the prefix x; its prefixes are: bert"):
         recognition.recognise({"bert.layer.0": numbers(2)}, "ibot", prefix="x")
 
 
@@ -316,7 +316,7 @@ def test_prefix_is_for_files(tmp_path: pathlib.Path) -> None:
         convert(tmp_path, tmp_path / "net", prefix="backbone")
 
 
-def test_what_is_in_a_backbone_is_never_set_aside(tmp_path: pathlib.Path) -> None:
+def test_what_is_in_a_backbone_is_always_checked(tmp_path: pathlib.Path) -> None:
     content = solo_learn()
     content["state_dict"]["momentum_backbone.blocks.1.attn.rope.weight"] = numbers(3)
     del content["state_dict"]["momentum_backbone.norm.bias"]
@@ -328,7 +328,7 @@ def test_what_is_in_a_backbone_is_never_set_aside(tmp_path: pathlib.Path) -> Non
 def test_layer_in_two_chunks_is_refused() -> None:
     arrays = chunked(dinov2())
     arrays["blocks.0.3.norm1.weight"] = arrays["blocks.1.3.norm1.weight"]
-    with pytest.raises(UserError, match="are both the network's blocks.3.norm1.weight"):
+    with pytest.raises(UserError, match="are both blocks.3.norm1.weight of the network"):
         recognition.recognise(arrays, "ibot")
 
 
@@ -428,11 +428,11 @@ def test_weights_in_several_files_are_read_through_their_index(
 def test_one_of_several_files_says_so(tmp_path: pathlib.Path) -> None:
     index = sharded(tmp_path / "theirs")
     shard = index.parent / "model-00001-of-00003.safetensors"
-    for where in ("beside it", "which is to lie beside all"):
+    for where in ("in the same folder", "which must be in the same folder"):
         with pytest.raises(UserError) as error:
             convert(shard, tmp_path / "net", heads=2)
         assert str(error.value) == (
-            f"{shard} is one of 3 files that make a network together; give their index, "
+            f"{shard} is one of 3 files that form one network; give their index, "
             f"model.safetensors.index.json, {where}"
         )
         index.unlink(missing_ok=True)
@@ -446,10 +446,10 @@ def test_index_that_does_not_fit_its_files_is_told(tmp_path: pathlib.Path) -> No
     part = index.parent / "model-00002-of-00003.safetensors"
     data = part.read_bytes()
     part.unlink()
-    with pytest.raises(UserError, match=f"names 3 files, .* missing beside it: {part.name}"):
+    with pytest.raises(UserError, match=f"names 3 files, .* missing from its folder: {part.name}"):
         pretrained.read_file(index)
     save_file({"a": numbers(2)}, part)
-    with pytest.raises(UserError, match=f"is in {part.name}, which does not have it"):
+    with pytest.raises(UserError, match=f"is in {part.name}, but it is not"):
         pretrained.read_file(index)
     part.write_bytes(data[:40])
     with pytest.raises(UserError, match=f"{part.name} cannot be read"):

@@ -160,7 +160,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(
     else:
         evil = EVIL[kind](made)
     content = {"teacher": {"a": numbers(2)}, "args": evil}
-    with pytest.raises(UserError, match=r"is refused: it holds .* nothing .* was run or loaded"):
+    with pytest.raises(UserError, match=r"is refused: it contains .* nothing .* was run or loaded"):
         read(save_pth(tmp_path / "f.pth", content, legacy))
     assert not made.exists()
 
@@ -247,7 +247,7 @@ def test_array_beyond_its_bytes_is_refused(
 
 
 def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="there is no file of weights"):
+    with pytest.raises(UserError, match="there is no file .*absent.pth"):
         read(tmp_path / "absent.pth")
     np.savez(tmp_path / "f.npz", a=np.array([{"a": 1}], object))
     (tmp_path / "text.pth").write_text("once upon a time")
@@ -367,7 +367,7 @@ def test_differences_are_one_error_that_lists_them() -> None:
     with pytest.raises(UserError) as error:
         load(arrays, ibot_shapes())
     for line in (
-        "does not make a whole network, or not this one:",
+        "its arrays do not match the network:",
         "missing: blocks.1.mlp.fc1.weight; norm.bias",
         "unexpected: blocks.0.attn.rope.weight",
         "cls_token is [1, 1, 31], expected [1, 1, 32]",
@@ -381,7 +381,7 @@ def test_many_differences_are_shortened() -> None:
     shapes = shapes_of(random_leaves(tiny_config(**{"model.depth": 40})))
     with pytest.raises(UserError) as error:
         load(checkpoints.ibot(), shapes)
-    assert "blocks.2.norm1.weight (and 37 alike)" in str(error.value)
+    assert "blocks.2.norm1.weight (and 37 similar)" in str(error.value)
     assert "and 6 more" in str(error.value) and len(str(error.value)) < 700
     with pytest.raises(UserError, match="unexpected: blocks.1.norm1.weight"):
         load(checkpoints.ibot(), shapes_of(random_leaves(tiny_config(**{"model.depth": 1}))))
@@ -394,8 +394,8 @@ def test_many_differences_are_shortened() -> None:
             {"model.patch": 2, "augment.global_size": 8},
             r"patch_embed.proj.weight is \[32, 3, 4, 4\]",
         ),
-        ({"model.layer_scale": 0.1}, "missing: what would be backbone/blocks/ls1/scale"),
-        ({"model.registers": 2}, "missing: what would be backbone/register_tokens"),
+        ({"model.layer_scale": 0.1}, "missing: an array for backbone/blocks/ls1/scale"),
+        ({"model.registers": 2}, "missing: an array for backbone/register_tokens"),
     ],
 )
 def test_network_of_another_kind_is_refused(changes: dict[str, Any], words: str) -> None:
@@ -404,9 +404,9 @@ def test_network_of_another_kind_is_refused(changes: dict[str, Any], words: str)
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match="of no backbone that is known .*: bert.layer.0"):
+    with pytest.raises(UserError, match="do not fit a known backbone .*: bert.layer.0"):
         recognition.recognise({"bert.layer.0": numbers(2), "bert.pooler": numbers(2)}, "ibot")
-    with pytest.raises(UserError, match="names at all|none at all"):
+    with pytest.raises(UserError, match="none at all"):
         recognition.recognise({}, "ibot")
 
 
@@ -415,7 +415,7 @@ def test_export_says_which_networks_a_project_lacks() -> None:
     with pytest.raises(UserError, match="has no place for backbone/register_tokens"):
         mapping.export("hf", "vit", leaves)
     windows = random_leaves(tiny_config(**NETWORKS["swin"] | {"model.window": 14}))
-    with pytest.raises(UserError, match="transformers has no Swin whose window is smaller"):
+    with pytest.raises(UserError, match="transformers has no Swin with a smaller window"):
         mapping.export("hf", "swin", windows)
     with pytest.raises(UserError, match="dinov2 has no .*: it has no swin"):
         mapping.export("dinov2", "swin", random_leaves(tiny_config(**NETWORKS["swin"])))
