@@ -60,10 +60,11 @@ Batch = dict[str, np.ndarray]
 def pillow_views(record: bytes, c: Any) -> tuple[list[Image.Image], list[Image.Image]]:
     """Decodes and draws the views of one image as torchvision does on Pillow images."""
     image = Image.open(io.BytesIO(record)).convert("RGB")
-    first, second, local = c.blur
+    first, others, local = c.blur
+    chances = [(first, 0.0)] + [(others, c.solarize)] * (c.global_crops - 1)
     globals_ = [
-        _pillow_view(image, c, c.global_size, c.global_scale, first, 0.0),
-        _pillow_view(image, c, c.global_size, c.global_scale, second, c.solarize),
+        _pillow_view(image, c, c.global_size, c.global_scale, blur, solarize)
+        for blur, solarize in chances
     ]
     locals_ = [
         _pillow_view(image, c, c.local_size, c.local_scale, local, 0.0)
@@ -125,7 +126,10 @@ def pillow_batches(source: Any, config: Any) -> Iterator[Batch]:
             "global_views": np.stack([np.stack(globals_) for globals_, _ in views]),
             "local_views": np.stack([np.stack(locals_) for _, locals_ in views]),
             "mask": np.stack(
-                [[masks.view_mask((side, side), rng, mask) for _ in range(2)] for _ in views]
+                [
+                    [masks.view_mask((side, side), rng, mask) for _ in globals_]
+                    for globals_, _ in views
+                ]
             ),
         }
 
@@ -218,10 +222,16 @@ def parts(source: Any, config: Any) -> dict[str, float]:
     mask = SimpleNamespace(**config.mask.to_dict())
     rng = np.random.default_rng(0)
     images = [decode(source[i]) for i in range(min(32, len(source)))]
-    sizes = [(c.global_size, c.global_scale, 2), (c.local_size, c.local_scale, c.local_crops)]
+    sizes = [
+        (c.global_size, c.global_scale, c.global_crops),
+        (c.local_size, c.local_scale, c.local_crops),
+    ]
     views = {size: [cv2.resize(image, (size, size)) for image in images] for size, _, _ in sizes}
-    first, second, local = c.blur
-    blurred = {c.global_size: first + second, c.local_size: local * c.local_crops}
+    first, others, local = c.blur
+    blurred = {
+        c.global_size: first + (c.global_crops - 1) * others,
+        c.local_size: local * c.local_crops,
+    }
     side = config.augment.global_size // PATCH
 
     def cost(work: Callable[[int], Any]) -> float:
@@ -271,7 +281,7 @@ def parts(source: Any, config: Any) -> dict[str, float]:
             )
             for size, n in blurred.items()
         ),
-        "masks": 2 * cost(lambda i: masks.view_mask((side, side), rng, mask)),
+        "masks": c.global_crops * cost(lambda i: masks.view_mask((side, side), rng, mask)),
     }
     with contextlib.closing(pipeline.train_batches(source, config, PATCH)) as batches:
         timed(batches, 2)

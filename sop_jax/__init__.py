@@ -1,3 +1,3 @@
 """Self-Organizing Visual Prototypes: self-supervised pretraining of vision transformers in JAX."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

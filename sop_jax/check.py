@@ -67,6 +67,7 @@ RULES: dict[str, Rule] = {
     "augment.resample": one_of(("opencv", "pillow")),
     "augment.global_size": COUNT,
     "augment.local_size": COUNT,
+    "augment.global_crops": COUNT,
     "augment.local_crops": COUNT_OR_ZERO,
     "augment.global_scale": ascending(positive(1)),
     "augment.local_scale": ascending(positive(1)),

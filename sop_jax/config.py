@@ -27,6 +27,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "data.max_pixels": 178_956_970,
         "data.retry_seconds": 60.0,
     },
+    "0.3.0": {
+        "augment.global_crops": 2,
+    },
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
 
@@ -97,6 +100,7 @@ def paper() -> ml_collections.ConfigDict:
             resample="opencv",  # opencv (low-pass, bicubic) | pillow (antialiased bicubic)
             global_size=224,
             local_size=96,
+            global_crops=2,
             local_crops=10,
             global_scale=(0.25, 1.0),
             local_scale=(0.05, 0.25),
@@ -107,9 +111,13 @@ def paper() -> ml_collections.ConfigDict:
             saturation=0.2,
             hue=0.1,
             grayscale=0.2,
-            blur=(1.0, 0.1, 0.5),  # probabilities: first global, second global, local
+            blur=(
+                1.0,
+                0.1,
+                0.5,
+            ),  # probabilities: first global view, other global views, local views
             blur_sigma=(0.1, 2.0),  # pixels
-            solarize=0.2,  # second global view alone
+            solarize=0.2,  # global views but the first
         )
     )
     config.mask = ml_collections.ConfigDict(

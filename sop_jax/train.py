@@ -598,7 +598,7 @@ def describe(
     """What is about to run, for a person."""
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.student))
     devices = run.mesh.devices
-    views = f"2x{config.augment.global_size}"
+    views = f"{config.augment.global_crops}x{config.augment.global_size}"
     if config.augment.local_crops:
         views += f" + {config.augment.local_crops}x{config.augment.local_size}"
     kind = devices.flat[0].device_kind

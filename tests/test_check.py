@@ -62,6 +62,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "augment.resample": ("magic",),
     "augment.global_size": (*WHOLE, 0),
     "augment.local_size": (*WHOLE, 0),
+    "augment.global_crops": (*WHOLE, 0, 1),
     "augment.local_crops": WHOLE,
     "augment.global_scale": (*RANGE, (0.0, 1.0), (0.5, 1.1)),
     "augment.local_scale": (*RANGE, (0.0, 1.0), (0.5, 1.1)),

@@ -343,6 +343,19 @@ def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) ->
     assert "mim" not in last and last["loss"] == last["cls"]
 
 
+def test_three_global_views_train_and_learn_from_one_another(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(**{"augment.global_crops": 3, "eval_every": 0, "steps": 3})
+    assert math.isfinite(train.train(config, tmp_path)["loss"])
+    assert "views 3x16 + 2x8" in capsys.readouterr().err
+    run = assemble(config, make_mesh(1), images=100)
+    assert run.batch["global_views"].shape == (16, 3, 16, 16, 3)
+    assert run.batch["mask"].shape == (16, 3, 4, 4)
+    assert run.objective.teacher_views == (0, 1, 2)
+    assert run.objective.student_views == (0, 1, 2, 3, 4)
+
+
 # Resume
 
 

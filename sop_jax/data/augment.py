@@ -39,14 +39,17 @@ def multi_crop(
             faster here than a ConfigDict.
 
     Returns:
-        Global views uint8 [2, S, S, 3] and local views uint8 [V, s, s, 3]; V may be 0.
+        Global views uint8 [Q, S, S, 3] and local views uint8 [V, s, s, 3]; V may be 0. Blur and
+        solarize have probabilities of their own for the first global view; all later ones are
+        drawn as the second one, since the recipe has only two.
     """
     c = augment_config
-    first, second, local = c.blur
-    globals_ = np.empty((2, c.global_size, c.global_size, 3), np.uint8)
+    first, others, local = c.blur
+    globals_ = np.empty((c.global_crops, c.global_size, c.global_size, 3), np.uint8)
     locals_ = np.empty((c.local_crops, c.local_size, c.local_size, 3), np.uint8)
-    globals_[0] = _view(image, rng, c, c.global_size, c.global_scale, first, 0.0)
-    globals_[1] = _view(image, rng, c, c.global_size, c.global_scale, second, c.solarize)
+    for i, out in enumerate(globals_):
+        blur, solarize = (first, 0.0) if i == 0 else (others, c.solarize)
+        out[:] = _view(image, rng, c, c.global_size, c.global_scale, blur, solarize)
     for out in locals_:
         out[:] = _view(image, rng, c, c.local_size, c.local_scale, local, 0.0)
     return globals_, locals_

@@ -81,7 +81,7 @@ class MakeViews(grain.transforms.RandomMap):
         """Makes one element of the batches that `train_batches` describes."""
         image, used, corrupt = decode_or_substitute(self.source, int(element), self.how, self.stop)
         side = self.augment.global_size // self.patch
-        masks = [view_mask((side, side), rng, self.mask) for _ in range(2)]
+        masks = [view_mask((side, side), rng, self.mask) for _ in range(self.augment.global_crops)]
         global_views, local_views = multi_crop(image, rng, self.augment)
         return {
             "global_views": global_views,
@@ -142,9 +142,9 @@ def train_batches(
 
     Returns:
         An iterator of dicts, where b = len(places), S and s are the sizes of global and local
-        views, and V is the number of local views:
-        `global_views` uint8 [b, 2, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
-        `mask` bool [b, 2, S / patch_size, S / patch_size], `index` int32 [b], the record that
+        views, and Q and V are the numbers of them:
+        `global_views` uint8 [b, Q, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
+        `mask` bool [b, Q, S / patch_size, S / patch_size], `index` int32 [b], the record that
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
     """
     places = range(config.batch_size) if places is None else places
@@ -198,7 +198,8 @@ def check_shared_memory(config: Any, local_batch: int) -> None:
 
 def _image_bytes(augment: Any) -> int:
     """Returns the size of all views of one image in bytes."""
-    return 3 * (2 * augment.global_size**2 + augment.local_crops * augment.local_size**2)
+    of_global = augment.global_crops * augment.global_size**2
+    return 3 * (of_global + augment.local_crops * augment.local_size**2)
 
 
 def _piece_size(local_batch: int, augment: Any) -> int:

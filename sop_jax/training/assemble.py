@@ -207,11 +207,11 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh, patch: int) ->
         patch: the pixels on each side of a patch, for which a token stands.
     """
     augment = config.augment
-    side = augment.global_size // patch
+    side, count = augment.global_size // patch, augment.global_crops
     images = {
-        "global_views": ((2, augment.global_size, augment.global_size, 3), jnp.uint8),
+        "global_views": ((count, augment.global_size, augment.global_size, 3), jnp.uint8),
         "local_views": ((augment.local_crops, *(augment.local_size,) * 2, 3), jnp.uint8),
-        "mask": ((2, side, side), jnp.bool),
+        "mask": ((count, side, side), jnp.bool),
         "index": ((), jnp.int32),
         "corrupt": ((), jnp.int32),
     }

@@ -17,6 +17,7 @@ def recipe(**changes: object) -> SimpleNamespace:
         resample="opencv",
         global_size=32,
         local_size=16,
+        global_crops=2,
         local_crops=3,
         global_scale=(0.25, 1.0),
         local_scale=(0.05, 0.25),
@@ -231,6 +232,18 @@ def test_probabilities_of_every_operation():
         np.testing.assert_allclose(got, expected, atol=tolerance, err_msg=str(on))
         exact = np.isin(expected, (0.0, 1.0))
         np.testing.assert_array_equal(got[exact], np.array(expected)[exact])
+
+
+def test_later_global_views_are_blurred_and_solarized_as_the_second_one():
+    checked = np.indices((40, 40)).sum(0) % 2 * 255  # blur turns it grey
+    board = np.repeat(checked[..., None], 3, axis=2).astype(np.uint8)
+    flat, rng = np.full((40, 40, 3), 200, np.uint8), np.random.default_rng(0)
+    whole = dict(global_size=40, global_scale=(1.0, 1.0), global_crops=4, local_crops=0)
+    blur = plain(**whole, blur=(0.0, 1.0, 0.0), blur_sigma=(1.0, 1.0))
+    views, _ = augment.multi_crop(board, rng, blur)
+    assert [np.ptp(view[10:30, 10:30]) < 50 for view in views] == [False, True, True, True]
+    views, _ = augment.multi_crop(flat, rng, plain(**whole, solarize=1.0))
+    assert [view[0, 0, 0] for view in views] == [200, 55, 55, 55]
 
 
 def test_jitter_order_and_strengths_are_random():

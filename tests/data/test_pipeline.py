@@ -79,6 +79,13 @@ def test_what_a_batch_holds():
     assert (batch["corrupt"] == -1).all() and batch["mask"].any()
 
 
+def test_three_global_crops():
+    (batch,) = take(digits(), small_config(**{"augment.global_crops": 3}), 1)
+    assert batch["global_views"].shape == (8, 3, 16, 16, 3)
+    assert batch["mask"].shape == (8, 3, 4, 4) and batch["mask"][:, 2].any()
+    assert len({view.tobytes() for view in batch["global_views"][0]}) == 3
+
+
 def test_no_local_crops():
     (batch,) = take(digits(), small_config(**{"augment.local_crops": 0}), 1)
     assert batch["local_views"].shape == (8, 0, 8, 8, 3)

@@ -55,19 +55,19 @@ def assignment(u: jax.Array, sops: SOPs, temperature: float) -> np.ndarray:
     return np.exp(np.asarray(assign(u, sops, temperature), float))
 
 
-@pytest.mark.parametrize("views", [2, 5])
-def test_cls_loss_is_the_mean_over_pairs_of_different_views(views: int) -> None:
+@pytest.mark.parametrize(("views", "globals_"), [(2, 2), (5, 2), (5, 3)])
+def test_cls_loss_is_the_mean_over_pairs_of_different_views(views: int, globals_: int) -> None:
     sops = random_sops(3)
-    student, teacher = random_units(1, BATCH, views, DIM), random_units(2, BATCH, 2, DIM)
+    student, teacher = random_units(1, BATCH, views, DIM), random_units(2, BATCH, globals_, DIM)
     targets, p = assignment(teacher, sops, TEACHER), assignment(student, sops, STUDENT)
     terms = [
         -(targets[b, q] * np.log(p[b, v])).sum()
-        for q in range(2)
+        for q in range(globals_)
         for v in range(views)
         for b in range(BATCH)
         if v != q
     ]
-    assert len(terms) == 2 * (views - 1) * BATCH
+    assert len(terms) == globals_ * (views - 1) * BATCH
     loss = cls(student, jnp.asarray(targets, jnp.float32), sops, STUDENT)
     assert loss == pytest.approx(np.mean(terms), rel=1e-5)
 

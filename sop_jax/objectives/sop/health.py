@@ -73,7 +73,7 @@ def measure(
         entropy_of_mean: the entropy of the mean assignment over the batch, in nats; low if all
             images share a few SOPs.
         winning_sops: the share of the K SOPs that are the first choice of some view, in [0, 1]; a
-            batch of B images reaches at most 2B / K.
+            batch of B images reaches at most QB / K.
         support_cosine: the mean cosine of supports to their anchor; 1 if there are no supports.
         embedding_std: the standard deviation of the teacher's embeddings over the batch, times
             sqrt(d): 1 if they fill the sphere, 0 if all are the same point.

@@ -273,9 +273,10 @@ def sop(
         assigned = assign_views(shared["cls"], targets["cls"], now["teacher_temperature"])
         return health.measure(student_cls, targets["cls"], assigned, shared["cls"], filled)
 
+    globals_, locals_ = run_config.augment.global_crops, run_config.augment.local_crops
     return Objective(
-        student_views=tuple(range(2 + run_config.augment.local_crops)),
-        teacher_views=(0, 1),
+        student_views=tuple(range(globals_ + locals_)),
+        teacher_views=tuple(range(globals_)),
         schedules=temperatures(config, length),
         optimizers={},
         terms=("cls", "mim") if takes_patches and config.patch.tasks else ("cls",),

@@ -60,11 +60,20 @@ def build(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks that both memories hold a batch, the anchors of a draw, and their supports.
+    """Checks the number of global views and the sizes of both memories.
+
+    A view predicts the other global views, so there must be two. A memory holds a batch, the
+    anchors of a draw, and their supports.
 
     Raises:
-        UserError: one of them does not.
+        UserError: one of these does not hold.
     """
+    if config.augment.global_crops < 2:
+        raise UserError(
+            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
+            "each view learns from the other global views; for example, set "
+            "--config.augment.global_crops=2"
+        )
     for name in ("cls", "patch"):
         check_memory(name, config)
 
