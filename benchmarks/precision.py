@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from step import ARCHS, METHODS, random_batch, settings  # noqa: E402
 
-from sop_jax.parallel.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import assemble  # noqa: E402
 
@@ -48,7 +48,7 @@ def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> d
         state = state._replace(**{name: lay(start[name], getattr(state, name)) for name in names})
     first = {name: jax.device_get(getattr(state, name)) for name in names}
     batch = to_devices(run.mesh, random_batch(config, run))
-    state, metrics = run.train_step(state, batch, place(np.array(False), replicated(run.mesh)))
+    state, metrics = run.train_step(state, batch, put(np.array(False), replicated(run.mesh)))
     found = {
         "losses": {name: metrics[name] for name in ("cls", "mim")},
         "gradients": state.opt_state,

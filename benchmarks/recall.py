@@ -45,7 +45,7 @@ def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
 
 def trained_memory(workdir: Path) -> jax.Array:
     """Rows of the [CLS] memory in a run's newest checkpoint."""
-    config = config_lib.load(workdir)
+    config = config_lib.read_config(workdir)
     abstract = assemble(config, MESH, images=config.batch_size).abstract.carried
     memory = checkpoint.restore_part(workdir, abstract, "carried")["cls"]
     return flat_rows(memory)

@@ -39,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ceilings import matrix_rate, seconds  # noqa: E402
 
 from sop_jax import config as config_lib  # noqa: E402
-from sop_jax.check import check  # noqa: E402
+from sop_jax.check import check_config  # noqa: E402
 from sop_jax.compiled.cache import keep_compiled  # noqa: E402
 from sop_jax.compiled.flops import flops  # noqa: E402
 from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.objectives.objective import Outputs  # noqa: E402
-from sop_jax.parallel.mesh import make_mesh, place, replicated, to_devices  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import Run, assemble  # noqa: E402
 from sop_jax.training.step import embed_views  # noqa: E402
@@ -105,7 +105,7 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
         raise SystemExit(f"error: unknown argument --config.{key}")
     try:
         config.update_from_flattened_dict(METHODS[args.method] | given)
-        check(config)
+        check_config(config)
     except (UserError, KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     return config
@@ -205,7 +205,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     run = assemble(config, mesh, IMAGES)
     state = jax.block_until_ready(run.init(jax.random.key(0)))
     batch = to_devices(mesh, random_batch(config, run))
-    off = place(np.array(False), replicated(mesh))
+    off = put(np.array(False), replicated(mesh))
     began = time.perf_counter()
     step = run.train_step.lower(state, batch, off).compile()
     compile_s = time.perf_counter() - began

@@ -129,7 +129,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first setting that cannot work, saying which would."""
     check_values(config)
     check_length(config)

@@ -290,7 +290,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if config is not None:
             _expand_paths(FLAGS["config"].value)
         if hosts := _hosts():
-            hosts.check(*_processes())
+            hosts.check_flags(*_processes())
         if config is not None:
             _check_tuples(flatten(FLAGS["config"].value), flatten(config))
         if rest[1:]:

@@ -214,7 +214,7 @@ def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     write_whole(path, json.dumps({"version": version, **config.to_dict()}, indent=2) + "\n")
 
 
-def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     """The settings that made a workdir; those that its version did not know are as in BEFORE.
 
     Raises:
@@ -234,7 +234,7 @@ def load(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 
 
 def made_by(workdir: epath.PathLike) -> str:
-    """The version that made a workdir, whose settings `load` gives."""
+    """The version that made a workdir, whose settings `read_config` gives."""
     return _read(epath.Path(workdir) / _FILE)[0]
 
 

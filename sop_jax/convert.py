@@ -24,6 +24,7 @@ from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, Params, build
 from sop_jax.models.positions import RULES
 from sop_jax.training import checkpoint
+from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Layout
 
@@ -80,7 +81,7 @@ def convert(
                 raise UserError(
                     f"--{flag} is for a file of weights: config.json in {source} says it already"
                 )
-        config, _, params, step = pretrained.load(source, step, key or "teacher")
+        config, _, params, step = pretrained.load_network(source, step, key or "teacher")
         earlier = pretrained.origin(source)
         absent = earlier.absent if earlier else []
         words = [f"the {key or 'teacher'} of {source}, step {step}"]
@@ -90,7 +91,7 @@ def convert(
         config, params, absent, words = read(source, key, prefix, heads, positions, bool(project))
         step = 0
     if project:
-        leaves = {path: jax.device_get(leaf) for path, leaf in pretrained.flatten(params).items()}
+        leaves = {path: jax.device_get(leaf) for path, leaf in named_leaves(params).items()}
         exported = mapping.export(project, config.model.family, leaves)
         files.write(to, exported.arrays)
         if left := [leaf for leaf in exported.left if leaf not in absent]:
@@ -128,7 +129,7 @@ def read(
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     words = [] if positions else _other_positions(file.alike, config.model.positions)
-    absent = [path for path in pretrained.flatten(params) if path not in start.leaves]
+    absent = [path for path in named_leaves(params) if path not in start.leaves]
     return config, pretrained.replace(params, start.leaves), absent, start.words + words
 
 
@@ -148,7 +149,7 @@ def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
 
 def _network(
     file: recognition.Recognised, heads: int | None, positions: str | None, exports: bool
-) -> tuple[ml_collections.ConfigDict, Params, pretrained.Start]:
+) -> tuple[ml_collections.ConfigDict, Params, pretrained.InitialWeights]:
     """What describes the network of a file, how it starts, and what the file gives it."""
     family = file.layout.family
     for flag, value in (("heads", heads), ("positions", positions)):
@@ -162,7 +163,7 @@ def _network(
     check.check_sizes(config)
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(config.seed))
-    shapes = {name: leaf.shape for name, leaf in pretrained.flatten(params).items()}
+    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
     return config, params, pretrained.of_arrays(file, shapes, config.model)
 
 
@@ -211,7 +212,7 @@ def save(
     origin: pretrained.Origin,
     to: epath.PathLike,
 ) -> None:
-    """Writes a folder that `pretrained.load` reads, the config last."""
+    """Writes a folder that `pretrained.load_network` reads, the config last."""
     to = epath.Path(to)
     try:
         to.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load, settings_of
+from sop_jax.pretrained import load_network, settings_of
 from sop_jax.training import resume
 
 
@@ -133,7 +133,7 @@ def knn(
         saved = False
     else:
         saved = True
-    _, model, teacher, step = load(workdir, step)
+    _, model, teacher, step = load_network(workdir, step)
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
 

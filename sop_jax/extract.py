@@ -39,7 +39,7 @@ from sop_jax.evaluation.features import make_extractor
 from sop_jax.monitor.corrupt import tell
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.pretrained import load, settings_of
+from sop_jax.pretrained import load_network, settings_of
 
 
 def export(
@@ -72,7 +72,7 @@ def export(
         check_out(out, patches, overwrite)
         for note in notes(source):
             print(note, file=sys.stderr)
-    config, model, teacher, step = load(workdir, step)
+    config, model, teacher, step = load_network(workdir, step)
     config.eval.batch_size = batch_size or config.eval.batch_size
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh, patches)

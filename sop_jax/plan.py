@@ -25,7 +25,7 @@ import ml_collections
 from absl import flags
 
 from sop_jax import cli
-from sop_jax.check import check, check_used
+from sop_jax.check import check_config, check_used
 from sop_jax.compiled import flops
 from sop_jax.compiled.collectives import Collective, collectives
 from sop_jax.compiled.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
@@ -126,7 +126,7 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
     Raises:
         UserError: the config is wrong, or does not match the devices.
     """
-    check(config)
+    check_config(config)
     method = method_of(config)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     run = assemble(config, mesh, IMAGES)
@@ -182,7 +182,7 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         trial.batch_size = images * unit
         trial.update_from_flattened_dict(dict(method.any_batch))
         found = plan(trial, devices)
-        print(f"batch {trial.batch_size}: {verdict(found)}", file=sys.stderr, flush=True)
+        print(f"batch {trial.batch_size}: {fit_text(found)}", file=sys.stderr, flush=True)
         best = found if found.fits else best
         return bool(found.fits)
 
@@ -296,12 +296,12 @@ def table(found: Plan) -> str:
         lines.append(f"{key} bounds the batch to {bound} images.")
     lines += [
         f"Compiled in {found.compile_s:.0f} s.",
-        verdict(found),
+        fit_text(found),
     ]
     return "\n".join(lines)
 
 
-def verdict(found: Plan) -> str:
+def fit_text(found: Plan) -> str:
     """Whether it fits, in words."""
     wanted = found.wanted
     size = f"{wanted / GIB:.2f} GiB a chip" if isinstance(wanted, int) else wanted

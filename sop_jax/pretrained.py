@@ -19,11 +19,12 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh, replicated
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
+from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Arrays
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """What a network starts from.
 
     Attributes:
@@ -64,10 +65,10 @@ def settings_of(workdir: epath.PathLike) -> ml_collections.ConfigDict:
             f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
             f"{files.index_of(folder) or min(weights)}"
         )
-    return config_lib.load(workdir)
+    return config_lib.read_config(workdir)
 
 
-def load(
+def load_network(
     workdir: epath.PathLike, step: int | None = None, network: str = "teacher"
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
     """Reads a network of a run, or the one of a folder that `sop_jax.convert` has made.
@@ -114,7 +115,7 @@ def save_origin(origin: Origin, workdir: epath.PathLike) -> None:
     write_whole(epath.Path(workdir) / _ORIGIN, json.dumps(origin._asdict(), indent=2) + "\n")
 
 
-def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
+def read_initial_weights(config: ml_collections.ConfigDict, model: Model) -> InitialWeights:
     """Reads `config.init_from` for the network of a run; all processes call it.
 
     Args:
@@ -130,7 +131,7 @@ def read_start(config: ml_collections.ConfigDict, model: Model) -> Start:
         source = files.index_of(source) or source
     shapes = {
         path: leaf.shape
-        for path, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()
+        for path, leaf in named_leaves(jax.eval_shape(model.init, jax.random.key(0))).items()
     }
     try:
         if source.is_dir():
@@ -174,7 +175,7 @@ def of_arrays(
     file: recognition.Recognised,
     shapes: dict[str, tuple[int, ...]],
     settings: ml_collections.ConfigDict,
-) -> Start:
+) -> InitialWeights:
     """The leaves of a network from the arrays of a file.
 
     Args:
@@ -192,7 +193,7 @@ def of_arrays(
             "choose the same model.family"
         )
     try:
-        loaded = mapping.load(layout, file.arrays, shapes, _resizer(settings.positions))
+        loaded = mapping.load_leaves(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
         told = f"{error}\nIts names are {who}'s"
         with contextlib.suppress(UserError):  # arrays that would tell are among the differences
@@ -206,18 +207,18 @@ def of_arrays(
                 f"{who} has model.{name}={value}, this network {settings[name]}: its features "
                 f"will differ a little from {who}'s"
             )
-    return Start(loaded.leaves, words)
+    return InitialWeights(loaded.leaves, words)
 
 
 def _of_run(
     workdir: epath.Path, config: ml_collections.ConfigDict, shapes: dict[str, tuple[int, ...]]
-) -> Start:
+) -> InitialWeights:
     """The leaves of a network from the teacher of another run, or of a converted folder."""
-    theirs, _, params, step = load(workdir)
+    theirs, _, params, step = load_network(workdir)
     converted = origin(workdir)
     absent = converted.absent if converted else []
     arrays = {
-        path: np.asarray(leaf) for path, leaf in flatten(params).items() if path not in absent
+        path: np.asarray(leaf) for path, leaf in named_leaves(params).items() if path not in absent
     }
     if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
         names = [theirs.model.family, config.model.family]
@@ -231,7 +232,7 @@ def _of_run(
             "choose the same model.size, or the same numbers"
         )
     layout = mapping.own(theirs.model.family, {*shapes, *arrays})
-    loaded = mapping.load(layout, arrays, shapes, _resizer(config.model.positions))
+    loaded = mapping.load_leaves(layout, arrays, shapes, _resizer(config.model.positions))
     words = _words(loaded, f"of the teacher of step {step}")
     words += [
         f"it has model.{name}={theirs.model[name]}, this network {config.model[name]}: its "
@@ -239,7 +240,7 @@ def _of_run(
         for name in ("positions", "norm_eps")
         if theirs.model[name] != config.model[name]
     ]
-    return Start(loaded.leaves, words)
+    return InitialWeights(loaded.leaves, words)
 
 
 def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
@@ -263,12 +264,6 @@ def _resizer(rule: str) -> Any:
         return np.concatenate([table[:1], np.asarray(resized)])
 
     return resize
-
-
-def flatten(params: Any) -> dict[str, Any]:
-    """Leaves by their paths, such as `backbone/blocks/qkv/kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def replace(params: Params, leaves: Arrays) -> Params:

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from sop_jax import cli, pretrained
 from sop_jax import config as config_lib
-from sop_jax.check import check, check_trace, check_used
+from sop_jax.check import check_config, check_trace, check_used
 from sop_jax.config import PATHS, flatten
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
@@ -44,7 +44,7 @@ from sop_jax.monitor.pace import PaceKeeper
 from sop_jax.monitor.profiling import Trace
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
-from sop_jax.parallel.mesh import host_rows, make_mesh, place, replicated, to_devices
+from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devices
 from sop_jax.paths import check_writable, expand, write_whole
 from sop_jax.training import checkpoint, optim, resume
 from sop_jax.training.assemble import Run, assemble, compiled_step
@@ -73,7 +73,7 @@ def train(
         UserError: something that the person who started the run can mend.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    check(config)
+    check_config(config)
     config, workdir = expand_paths(config), epath.Path(expand(str(workdir)))
     if workdir.exists() and not workdir.is_dir():
         raise UserError(
@@ -141,7 +141,7 @@ class Parts(NamedTuple):
         train: the images to train on.
         test: the images to evaluate with, if there are any.
         data: what identifies the images.
-        places: of the global batch that this process makes.
+        batch_rows: of the global batch that this process makes.
         notes: what a person should know.
     """
 
@@ -150,7 +150,7 @@ class Parts(NamedTuple):
     train: Source
     test: Source | None
     data: resume.Data
-    places: list[int]
+    batch_rows: list[int]
     notes: list[str]
 
     def about(self, start: int) -> list[str]:
@@ -176,12 +176,12 @@ def prepare(standing: resume.Standing, workdir: epath.Path) -> Parts:
     notes += resume.check_data(config, data, workdir)
     run = assemble(config, mesh, len(train))
     check_trace(config.profile_steps, run.steps)
-    places = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
-    check_shared_memory(config, len(places))
+    batch_rows = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
+    check_shared_memory(config, len(batch_rows))
     # One more than are kept, for the new one is there before the oldest goes.
     to_come = max(1, config.checkpoint.keep_last + 1 - len(checkpoint.steps(workdir)))
     checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
-    return Parts(config, run, train, test, data, places, notes)
+    return Parts(config, run, train, test, data, batch_rows, notes)
 
 
 class Resumed(NamedTuple):
@@ -305,7 +305,7 @@ def open_tools(
     if writer is not None:
         opened.callback(lambda: writer.close(write=not owner.lost))
     journal = Journal(resumed.rows, writer, progress, run.objective.verdict, config.batch_size)
-    batches = train_batches(parts.train, config, run.model.patch, resumed.step, parts.places)
+    batches = train_batches(parts.train, config, run.model.patch, resumed.step, parts.batch_rows)
     opened.callback(batches.close)
     pace, trace = PaceKeeper(), Trace(config.profile_steps, workdir / "tensorboard")
     opened.callback(pace.close)
@@ -355,7 +355,7 @@ def take_steps(
     config, run = parts.config, parts.run
     journal, saver, pace = tools.journal, tools.saver, tools.pace
     state, steps = resumed.state, run.steps
-    measure = {flag: place(np.array(flag), replicated(run.mesh)) for flag in (False, True)}
+    measure = {flag: put(np.array(flag), replicated(run.mesh)) for flag in (False, True)}
     if resumed.owed or (resumed.step == 0 and config.eval_every):
         journal.record(resumed.step, resumed.unfinished | tools.evaluate(state.teacher))
 
@@ -459,7 +459,7 @@ def finish(
     if hosts.is_first():
         owner.check()
         write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(in_words(summary, workdir), file=sys.stderr)
+        print(summary_text(summary, workdir), file=sys.stderr)
         print(json.dumps(summary))
     return summary
 
@@ -513,7 +513,7 @@ def start_from(
     """
     if not config.init_from:
         return state, []
-    start = pretrained.read_start(config, run.model)
+    start = pretrained.read_initial_weights(config, run.model)
     networks = [
         pretrained.replace(params, start.leaves) for params in (state.student, state.teacher)
     ]
@@ -656,7 +656,7 @@ def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[
     }
 
 
-def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
+def summary_text(summary: dict[str, Any], workdir: epath.Path) -> str:
     """The summary as a person would tell it."""
     minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
     curves = f"curves: tensorboard --logdir {shlex.quote(str(workdir))}"
@@ -672,7 +672,7 @@ def in_words(summary: dict[str, Any], workdir: epath.Path) -> str:
 def main() -> None:
     """Trains what the flags name."""
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
-    made = config_lib.load(workdir) if (workdir / "config.json").exists() else None
+    made = config_lib.read_config(workdir) if (workdir / "config.json").exists() else None
     check_used(config, cli.given(), made)
     train(config, workdir, flags.FLAGS.wait)
 

@@ -8,7 +8,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from sop_jax.objectives.objective import Method, Objective, Outputs, Places, Selection
+from sop_jax.objectives.objective import Method, Objective, Outputs, PatchIndices, Selection
 from sop_jax.schedules import Length, constant
 
 COUNT = 16  # prototypes
@@ -44,7 +44,7 @@ def centered(
         order = jax.vmap(lambda key: jax.random.permutation(key, h * w))(keys)
         kept = jnp.broadcast_to(jnp.sort(order[:, None, 1:]), (batch, views, h * w - 1))
         among = jnp.broadcast_to(jnp.arange(h * w - 1), kept.shape)
-        return Selection(Places(among, kept), Places(kept), jnp.ones(kept.shape, bool))
+        return Selection(PatchIndices(among, kept), PatchIndices(kept), jnp.ones(kept.shape, bool))
 
     def teach(
         student: Any,

@@ -13,7 +13,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from sop_jax import config as config_lib
 from sop_jax.parallel import mesh as mesh_lib
-from sop_jax.parallel.mesh import make_mesh, place, replicated, split
+from sop_jax.parallel.mesh import make_mesh, put, replicated, split
 from sop_jax.training import optim
 from sop_jax.training.assemble import Run, assemble
 
@@ -55,11 +55,11 @@ def make_batch(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
     """The same random global batch in every process, with masks as large as they are drawn."""
     rng = np.random.default_rng(0)
     size, mask = shapes["index"].shape[0], shapes["mask"].shape
-    places = mask[2] * mask[3]
+    patches = mask[2] * mask[3]
     return {
         "global_views": rng.integers(0, 256, shapes["global_views"].shape).astype(np.uint8),
         "local_views": rng.integers(0, 256, shapes["local_views"].shape).astype(np.uint8),
-        "mask": np.argsort(rng.random((*mask[:2], places))).reshape(mask) < places // 2,
+        "mask": np.argsort(rng.random((*mask[:2], patches))).reshape(mask) < patches // 2,
         "index": np.arange(100, 100 + size, dtype=np.int32),
         "corrupt": np.full(size, -1, np.int32),
     }
@@ -95,8 +95,8 @@ def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]
 def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> dict[str, np.ndarray]:
     """Losses, gradients and signs of health of every step, and the last state, by name."""
     run, state = small_run(monkeypatch, **layout)
-    batch = {name: place(array, split(run.mesh)) for name, array in make_batch(run.batch).items()}
-    measure = place(np.array(True), replicated(run.mesh))
+    batch = {name: put(array, split(run.mesh)) for name, array in make_batch(run.batch).items()}
+    measure = put(np.array(True), replicated(run.mesh))
     found = {}
     for step in range(STEPS):
         state, metrics = run.train_step(state, batch, measure)

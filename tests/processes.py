@@ -66,7 +66,7 @@ def start(
     folder: pathlib.Path,
     environments: Sequence[dict[str, str]] | None = None,
     devices: int = DEVICES,
-    places: Sequence[pathlib.Path] | None = None,
+    folders: Sequence[pathlib.Path] | None = None,
 ) -> Iterator[Processes]:
     """Runs `python ARGUMENTS` for each of the commands, all at once, in a context that kills them.
 
@@ -75,7 +75,7 @@ def start(
         folder: where their output goes, and where they run.
         environments: added to each one's environment.
         devices: virtual CPU devices a process.
-        places: where each runs, if not in `folder`.
+        folders: where each runs, if not in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flag = f"--xla_force_host_platform_device_count={devices}"
@@ -94,7 +94,7 @@ def start(
             )
             popen = subprocess.Popen(
                 [sys.executable, *map(str, command)],
-                cwd=places[i] if places else folder,
+                cwd=folders[i] if folders else folder,
                 env=common | (environments[i] if environments else {}),
                 stdout=out,
                 stderr=err,

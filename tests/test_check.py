@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import RULES, check, check_trace, check_used, cls_alone, without_use
+from sop_jax.check import RULES, check_config, check_trace, check_used, cls_alone, without_use
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
@@ -21,7 +21,7 @@ def changed(settings: dict[str, Any]) -> ml_collections.ConfigDict:
 
 
 def test_the_papers_settings_pass() -> None:
-    check(config_lib.paper())
+    check_config(config_lib.paper())
 
 
 def test_each_setting_has_a_rule() -> None:
@@ -151,7 +151,7 @@ def test_each_setting_has_values_that_make_no_sense() -> None:
 def test_a_value_that_makes_no_sense_is_named_with_those_that_do(key: str) -> None:
     for value in WRONG[key]:
         with pytest.raises(UserError) as error:
-            check(changed({key: value}))
+            check_config(changed({key: value}))
         told = str(error.value)
         assert told.startswith(f"{key} is {value!r}; expected "), told
         assert "set --config." in told or key == "model.size", told
@@ -168,7 +168,7 @@ CHOICES = {
 @pytest.mark.parametrize("key", CHOICES)
 def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
     with pytest.raises(UserError) as error:
-        check(changed({key: "magic"}))
+        check_config(changed({key: "magic"}))
     assert f"{key} is 'magic'" in str(error.value)
     assert all(choice in str(error.value) for choice in CHOICES[key])
 
@@ -181,7 +181,7 @@ WITH = {"resnet": RESNET}
 @pytest.mark.parametrize("key", CHOICES)
 def test_every_choice_passes(key: str) -> None:
     for choice in CHOICES[key]:
-        check(changed({key: choice} | WITH.get(choice, {})))
+        check_config(changed({key: choice} | WITH.get(choice, {})))
 
 
 SWIN = {"model.family": "swin", "model.size": "t"}
@@ -302,7 +302,7 @@ BAD = {
 def test_names_the_setting_and_a_way_out(case: str) -> None:
     settings, message = BAD[case]
     with pytest.raises(UserError, match=message):
-        check(changed(settings))
+        check_config(changed(settings))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
     ids=str,
 )
 def test_what_just_works_passes(settings: dict[str, Any]) -> None:
-    check(changed(settings))
+    check_config(changed(settings))
 
 
 @pytest.mark.parametrize(

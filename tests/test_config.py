@@ -11,7 +11,7 @@ from etils import epath
 
 import sop_jax
 from sop_jax import config as config_lib
-from sop_jax.check import check
+from sop_jax.check import check_config
 from sop_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,14 +22,14 @@ def test_settings_come_back_from_their_file(tmp_path) -> None:
     config = config_lib.paper()
     config.steps, config.batch_size, config.sop.teacher_temperature = 12, 48, (0.02, 0.03)
     config_lib.save(config, epath.Path(tmp_path))
-    loaded = config_lib.load(tmp_path)
+    loaded = config_lib.read_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert config_lib.changes(loaded, config) == []
 
 
 def test_unset_settings_come_back_unset_and_can_be_set(tmp_path) -> None:
     config_lib.save(config_lib.paper(), epath.Path(tmp_path))
-    loaded = config_lib.load(tmp_path)
+    loaded = config_lib.read_config(tmp_path)
     assert loaded.steps is None
     loaded.steps = 3
     with pytest.raises(TypeError):
@@ -47,7 +47,7 @@ def test_the_version_that_made_a_workdir_is_kept_with_it(tmp_path) -> None:
     config_lib.save(config_lib.paper(), epath.Path(tmp_path))
     made = json.loads((tmp_path / "config.json").read_text())
     assert made["version"] == sop_jax.__version__
-    assert config_lib.load(tmp_path).to_dict() == config_lib.paper().to_dict()
+    assert config_lib.read_config(tmp_path).to_dict() == config_lib.paper().to_dict()
     (tmp_path / "config.json").write_text(json.dumps(made | {"version": "0.1.0"}))
     config_lib.save(config_lib.paper(), epath.Path(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["version"] == "0.1.0"
@@ -64,7 +64,7 @@ def test_the_package_has_one_version(monkeypatch) -> None:
 def test_a_run_of_the_first_version_keeps_its_settings_and_behaviour(tmp_path) -> None:
     text = FIRST.read_text()
     (tmp_path / "config.json").write_text(text)
-    loaded = config_lib.flatten(config_lib.load(tmp_path))
+    loaded = config_lib.flatten(config_lib.read_config(tmp_path))
     saved = config_lib.flatten(json.loads(text))
     assert {key: loaded[key] for key in saved} == saved
     later = config_lib.later_settings("0.1.0")
@@ -77,10 +77,10 @@ def test_a_missing_setting_is_as_the_version_that_did_not_know_it(tmp_path, monk
     del made["augment"]["resample"]
     monkeypatch.setitem(config_lib.BEFORE["0.2.0"], "augment.resample", "pillow")
     (tmp_path / "config.json").write_text(json.dumps(made))
-    assert config_lib.load(tmp_path).augment.resample == "pillow"
+    assert config_lib.read_config(tmp_path).augment.resample == "pillow"
     (tmp_path / "config.json").write_text(json.dumps(made | {"version": sop_jax.__version__}))
     with pytest.raises(UserError, match="lacks .*augment.resample, .*which every run of"):
-        config_lib.load(tmp_path)
+        config_lib.read_config(tmp_path)
 
 
 FAULTS: dict[str, tuple[dict[str, Any] | list[int], str]] = {
@@ -111,7 +111,7 @@ def test_settings_that_cannot_be_read_are_told_in_one_line(tmp_path, case: str) 
             saved[key] = saved[key] | value if of_section else value
     (tmp_path / "config.json").write_text(json.dumps(saved if isinstance(fault, dict) else fault))
     with pytest.raises(UserError, match=message) as caught:
-        config_lib.load(tmp_path)
+        config_lib.read_config(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert str(tmp_path / "config.json") in str(caught.value)
 
@@ -120,12 +120,12 @@ def test_a_recipe_with_a_mistyped_setting_is_refused() -> None:
     config = config_lib.paper()
     config.model.widht = 64
     with pytest.raises(UserError, match="unknown setting model.widht; did you mean model.width?"):
-        check(config)
+        check_config(config)
 
 
 def test_a_folder_of_no_run_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match="config.json is not there.*check --workdir"):
-        config_lib.load(tmp_path / "nothing")
+        config_lib.read_config(tmp_path / "nothing")
 
 
 def test_changes_names_what_differs_with_both_values() -> None:

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from sop_jax.check import check
+from sop_jax.check import check_config
 from sop_jax.config import flatten, paper
 from sop_jax.objectives.sop.objective import temperatures
 from sop_jax.parallel.mesh import make_mesh
@@ -43,7 +43,7 @@ def test_the_recipes_are_there() -> None:
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_a_recipe_works_and_has_no_unknown_setting(file: pathlib.Path) -> None:
     config = load(file)
-    check(config)
+    check_config(config)
     assert flatten(config).keys() == flatten(paper()).keys()
 
 
@@ -164,7 +164,7 @@ def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
 @pytest.mark.parametrize("batch", [None, 256, 4096])
 def test_what_follows_from_the_batch_is_derived(file: pathlib.Path, batch: int | None) -> None:
     config = load(file, **({} if batch is None else {"batch_size": batch}))
-    check(config)
+    check_config(config)
     length = run_length(config, IMAGENET_TRAIN)
     steps, epoch = length
     assert epoch == IMAGENET_TRAIN / config.batch_size

@@ -22,6 +22,7 @@ from sop_jax.convert import convert, save
 from sop_jax.errors import UserError
 from sop_jax.extract import export, open_images
 from sop_jax.models import MEAN, STD, build
+from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping
 
 TOLERANCE = 2e-4  # absolute, features of unit scale
@@ -36,7 +37,7 @@ def swin_file(path: pathlib.Path, depths: tuple[int, ...], heads: tuple[int, ...
     settings = {"family": "swin", "size": "custom", "width": 16, "window": 7}
     config.model.update(settings | {"stage_depths": depths, "stage_heads": heads})
     shapes = jax.eval_shape(build(config, 224).init, jax.random.key(0))
-    leaves = {name: numbers(*leaf.shape) for name, leaf in pretrained.flatten(shapes).items()}
+    leaves = {name: numbers(*leaf.shape) for name, leaf in named_leaves(shapes).items()}
     return save_pth(path, mapping.export("ibot", "swin", leaves).arrays)
 
 
@@ -75,7 +76,7 @@ def test_command_fails_with_one_line(tmp_path: pathlib.Path) -> None:
 def test_converted_folder_is_read_by_the_commands(tmp_path: pathlib.Path) -> None:
     file = save_pth(tmp_path / "f.pth", {"student": {}, "teacher": checkpoints.ibot()})
     convert(file, tmp_path / "net", heads=2)
-    config, model, params, step = pretrained.load(tmp_path / "net")
+    config, model, params, step = pretrained.load_network(tmp_path / "net")
     assert step == 0 and config.model.size == "custom" and not config.init_from
     assert pretrained.origin(tmp_path / "net") == pretrained.Origin(str(file), [])
     assert config.eval.crop == config.augment.global_size == 16
@@ -96,7 +97,7 @@ def test_key_chooses_the_network(tmp_path: pathlib.Path) -> None:
     student = {f"module.{name}": array + 1 for name, array in teacher.items()}
     file = save_pth(tmp_path / "f.pth", {"student": student, "teacher": teacher})
     convert(file, tmp_path / "net", key="student", heads=2)
-    params = pretrained.load(tmp_path / "net")[2]
+    params = pretrained.load_network(tmp_path / "net")[2]
     bias = student["module.backbone.norm.bias"]
     np.testing.assert_array_equal(params["backbone"]["norm"]["bias"], bias)
 
@@ -106,7 +107,7 @@ def test_known_sizes_have_their_name_and_heads(tmp_path: pathlib.Path) -> None:
     save_file(arrays, tmp_path / "f.safetensors")
     told = convert(tmp_path / "f.safetensors", tmp_path / "net")
     assert any("--positions=ibot" in line for line in told)  # as DINO's would have it
-    config = pretrained.load(tmp_path / "net")[0]
+    config = pretrained.load_network(tmp_path / "net")[0]
     assert (config.model.size, config.model.patch, config.model.positions) == (
         *("ti", 14),
         "antialiased",
@@ -315,7 +316,7 @@ def agree(
     """Features of a folder's network and of the other project's agree."""
     import torch
 
-    config, model, params, _ = pretrained.load(folder)
+    config, model, params, _ = pretrained.load_network(folder)
     for height, width in sizes:
         pixels = images(1, height, width)
         given = ((pixels / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).transpose(
@@ -361,7 +362,7 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     assert all(key.endswith("num_batches_tracked") for key in rest)
 
     # Ours there.
-    config = pretrained.load(tmp_path / "net")[0]
+    config = pretrained.load_network(tmp_path / "net")[0]
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(7))
     save(config, params, 0, pretrained.Origin("", []), tmp_path / "ours")
@@ -401,7 +402,7 @@ def test_settings_without_which_features_differ_come_with_the_weights(
         }
     )
     model = build(config, 16)
-    for path, leaf in pretrained.flatten(model.init(jax.random.key(0))).items():
+    for path, leaf in named_leaves(model.init(jax.random.key(0))).items():
         leaves[path] = np.asarray(leaf)
     for project, positions, eps in (
         ("ibot", "ibot", 1e-6),
@@ -410,7 +411,7 @@ def test_settings_without_which_features_differ_come_with_the_weights(
     ):
         save_file(mapping.export(project, "vit", leaves).arrays, tmp_path / "f.safetensors")
         convert(tmp_path / "f.safetensors", tmp_path / project, heads=2)
-        found = pretrained.load(tmp_path / project)[0].model
+        found = pretrained.load_network(tmp_path / project)[0].model
         assert (found.positions, found.norm_eps) == (positions, eps)
 
 

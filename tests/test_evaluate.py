@@ -26,7 +26,7 @@ from sop_jax.evaluation.features import Features, make_extractor
 from sop_jax.models import build
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.pretrained import load
+from sop_jax.pretrained import load_network
 from sop_jax.schedules import Length
 from sop_jax.training import checkpoint, resume
 from sop_jax.training.optim import optimizer, schedules
@@ -130,7 +130,7 @@ def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
 
 def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> None:
     config = make_run(tmp_path)
-    _, model, params, _ = load(tmp_path)
+    _, model, params, _ = load_network(tmp_path)
     extract = make_extractor(model, config, make_mesh())
     train, test = open_source(config.data, "train"), open_source(config.data, "test")
     found = knn_evaluation(extract, params, train, test, config.eval, make_mesh())
@@ -143,7 +143,7 @@ def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> 
 def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) -> None:
     made = make_run(tmp_path)
     for asked, step in ((None, 7), (3, 3)):
-        config, model, params, found = load(tmp_path, asked)
+        config, model, params, found = load_network(tmp_path, asked)
         assert found == step and config == made
         expected = init_state(
             jax.random.key(step),
@@ -156,20 +156,20 @@ def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) ->
 
 def test_load_says_what_is_missing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no folder of a training run"):
-        load(tmp_path / "nowhere")
+        load_network(tmp_path / "nowhere")
     config_lib.save(small_config(), epath.Path(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
-        load(tmp_path)
+        load_network(tmp_path)
     make_run(tmp_path)
     with pytest.raises(UserError, match=r"step 5.*\[3, 7\]"):
-        load(tmp_path, 5)
+        load_network(tmp_path, 5)
 
 
 def test_load_names_the_leaves_of_another_architecture(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path)
     config_lib.save(small_config(**{"model.depth": 3}), epath.Path(tmp_path))
     with pytest.raises(UserError, match="teacher/backbone/blocks"):
-        load(tmp_path)
+        load_network(tmp_path)
 
 
 # The command

@@ -18,7 +18,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.features import make_extractor
 from sop_jax.extract import export, open_data, open_images
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.pretrained import load
+from sop_jax.pretrained import load_network
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_writes_features_names_and_labels(run: pathlib.Path, tree: pathlib.Path)
     assert found["names"].tolist() == names
     assert found["labels"].tolist() == [0] * 5 + [1] * 5
     assert found["class_names"].tolist() == ["green", "red"]
-    config, model, params, _ = load(run)
+    config, model, params, _ = load_network(run)
     mesh = make_mesh()
     expected = make_extractor(model, config, mesh)(params, folder_source(str(tree)))
     assert found["features"].dtype == np.float32

@@ -19,6 +19,7 @@ from sop_jax.models.positions import resize_positions
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training import checkpoint
 from sop_jax.training.assemble import Run, assemble
+from sop_jax.training.checkpoint import named_leaves
 
 SHORT = {"steps": 4, "eval_every": 0, "log_every": 1, "checkpoint_every": 2}
 
@@ -40,7 +41,7 @@ def start_of(source: pathlib.Path, **changes: Any) -> tuple[Run, dict[str, np.nd
     leaves = {
         f"{name}/{path}": np.asarray(leaf)
         for name, part in (("student", state.student), ("teacher", state.teacher))
-        for path, leaf in pretrained.flatten(part).items()
+        for path, leaf in named_leaves(part).items()
     }
     return run, leaves, words
 
@@ -119,7 +120,7 @@ def test_training_from_a_file_resumes_without_it(
     assert_same_run(whole, stopped)
 
     # A run may start from another, whose teacher it takes; and from what was converted of it.
-    teacher = pretrained.flatten(pretrained.load(whole)[2])
+    teacher = named_leaves(pretrained.load_network(whole)[2])
     convert(whole, tmp_path / "slim", step=2)
     convert(whole, tmp_path / "slim4")
     assert checkpoint.steps(tmp_path / "slim") == [2]
@@ -128,7 +129,7 @@ def test_training_from_a_file_resumes_without_it(
         assert "of the teacher of step 4" in "\n".join(words)
         for path, leaf in teacher.items():
             np.testing.assert_array_equal(leaves[f"student/{path}"], leaf)
-    student = pretrained.load(whole, network="student")[2]["backbone"]["cls_token"]
+    student = pretrained.load_network(whole, network="student")[2]["backbone"]["cls_token"]
     assert (student != teacher["backbone/cls_token"]).any()
 
     other = small_config(**SHORT, init_from=str(whole), **{"model.heads": 4})

@@ -122,7 +122,7 @@ def rows(workdir: pathlib.Path, without: tuple[str, ...] = ()) -> list[dict[str,
 
 def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """Every leaf of a checkpoint, the newest by default."""
-    abstract = assemble(config_lib.load(workdir), make_mesh(1), images=100).abstract
+    abstract = assemble(config_lib.read_config(workdir), make_mesh(1), images=100).abstract
     state = checkpoint.restore(workdir, abstract, step)
     named, _ = jax.tree_util.tree_flatten_with_path(state)
     return {
@@ -595,7 +595,7 @@ def test_what_may_change_on_resume_changes_no_bit(
 ) -> None:
     train.train(small_config(**changes), stopped)
     assert_same_state(stopped, finished)
-    assert config_lib.load(stopped).to_dict() == small_config(**changes).to_dict()
+    assert config_lib.read_config(stopped).to_dict() == small_config(**changes).to_dict()
 
 
 def test_devices_may_change_on_resume(stopped: pathlib.Path, finished: pathlib.Path) -> None:
@@ -793,7 +793,7 @@ def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
     monkeypatch.chdir(tmp_path)
     train.train(folder_config("images"), "run")
     monkeypatch.chdir("/")
-    assert config_lib.load(tmp_path / "run").data.path == str(tmp_path / "images")
+    assert config_lib.read_config(tmp_path / "run").data.path == str(tmp_path / "images")
 
 
 def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step: None) -> None:
@@ -877,7 +877,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
     (stopped / "config.json").write_text(json.dumps(made))
     for _ in range(2):  # a workdir that has been resumed is still of the version that made it
         train.train(small_config(steps=STEPS), stopped)
-        assert config_lib.load(stopped).sop.pool == "all"
+        assert config_lib.read_config(stopped).sop.pool == "all"
         assert config_lib.made_by(stopped) == "0.1.0"
     assert "sop_jax 0.1.0 began this run, which continues as before" in capsys.readouterr().err
     with pytest.raises(UserError, match="sop.smoothing: 0.1 made this workdir, 0.2 is asked for"):
@@ -1296,8 +1296,8 @@ def test_a_read_only_workdir_is_told_before_anything_else(read_only: pathlib.Pat
 def test_the_command_for_the_curves_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"steps": 1, "wall_s": 1.0, "knn_top1": None, "knn_top1_untrained": None}
     workdir = epath.Path("runs/it's mine; & more")
-    words = train.in_words(summary, workdir)
+    words = train.summary_text(summary, workdir)
     command = words.partition("curves: ")[2]
     assert shlex.split(command) == ["tensorboard", "--logdir", str(workdir)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.in_words(summary, workdir).endswith("(after pip install tensorboard)")
+    assert train.summary_text(summary, workdir).endswith("(after pip install tensorboard)")

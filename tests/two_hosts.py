@@ -27,15 +27,15 @@ def trajectory(folder: str) -> None:
 
 def restore(out: str, workdir: str) -> None:
     """Saves the newest state of a run and the batch that its next step takes."""
-    config = config_lib.load(workdir)
+    config = config_lib.read_config(workdir)
     config.mesh.data = 0
     mesh = make_mesh()
     run = assemble(config, mesh, images=100)
     state = checkpoint.restore(workdir, run.abstract)
     source = open_source(config.data, "train")
     assert source is not None
-    places = host_rows(mesh, config.batch_size)
-    batches = train_batches(source, config, run.model.patch, int(state.step), places)
+    rows = host_rows(mesh, config.batch_size)
+    batches = train_batches(source, config, run.model.patch, int(state.step), rows)
     batch = to_devices(mesh, next(batches))
     batches.close()
     state = state._replace(key=jax.random.key_data(state.key))
@@ -48,10 +48,10 @@ def shuffle(out: str) -> None:
     found = {}
     for order in ((0, 2, 1, 3), (3, 0, 2, 1)):
         mesh = make_mesh(devices=[jax.devices()[i] for i in order])
-        places = np.array(host_rows(mesh, len(batch)))
+        rows = np.array(host_rows(mesh, len(batch)))
         name = "".join(map(str, order))
-        found[f"{name}/places"] = process_allgather(places)
-        found |= process_allgather(to_devices(mesh, {name: batch[places]}), tiled=True)
+        found[f"{name}/rows"] = process_allgather(rows)
+        found |= process_allgather(to_devices(mesh, {name: batch[rows]}), tiled=True)
     save(out, found)
 
 

@@ -183,7 +183,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def load(
+def load_image(
     source: Source, index: int, how: Decoding, stop: threading.Event | None = None
 ) -> np.ndarray:
     """Reads and decodes record `index`.
@@ -225,12 +225,12 @@ def decode_or_substitute(
         UserError: no substitute could be read either, or the storage cannot be reached.
     """
     try:
-        return load(source, index, how, stop), index, -1
+        return load_image(source, index, how, stop), index, -1
     except ValueError as error:
         reason = error
     for substitute in np.random.default_rng(index).integers(len(source), size=SUBSTITUTES):
         try:
-            return load(source, int(substitute), how, stop), int(substitute), index
+            return load_image(source, int(substitute), how, stop), int(substitute), index
         except ValueError:
             continue
     raise UserError(
@@ -243,7 +243,7 @@ def decode_or_substitute(
 def reason(source: Source, index: int, how: Decoding) -> str:
     """Returns a message that explains why a record that was found corrupt cannot be read."""
     try:
-        load(source, index, how._replace(retry_seconds=0.0))
+        load_image(source, index, how._replace(retry_seconds=0.0))
     except (ValueError, UserError) as error:
         return str(error)
     return "it could not be read before, but can be now"

@@ -19,7 +19,7 @@ from absl import flags
 
 from sop_jax.data import workers
 from sop_jax.data.augment import eval_image, multi_crop
-from sop_jax.data.decode import AS_STORED, Decoding, decode_or_substitute, decoding, load
+from sop_jax.data.decode import AS_STORED, Decoding, decode_or_substitute, decoding, load_image
 from sop_jax.data.masks import first_step, view_mask
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
@@ -104,23 +104,23 @@ class MaskFrom(grain.transforms.MapWithIndex):
 
 
 class Share(grain.MapDataset):
-    """The images at some places of every batch of a stream, starting at a given step."""
+    """The images at some rows of every batch of a stream, starting at a given step."""
 
     def __init__(
-        self, stream: grain.MapDataset, batch_size: int, start_step: int, places: Sequence[int]
+        self, stream: grain.MapDataset, batch_size: int, start_step: int, rows: Sequence[int]
     ):
         super().__init__(stream)
-        self.batch_size, self.start_step, self.places = batch_size, start_step, places
+        self.batch_size, self.start_step, self.rows = batch_size, start_step, rows
 
     def __len__(self) -> int:
-        return (len(self.parents[0]) // self.batch_size - self.start_step) * len(self.places)
+        return (len(self.parents[0]) // self.batch_size - self.start_step) * len(self.rows)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step, place = divmod(index, len(self.places))
+        step, place = divmod(index, len(self.rows))
         first = (self.start_step + step) * self.batch_size
-        return self.parents[0][first + int(self.places[place])]
+        return self.parents[0][first + int(self.rows[place])]
 
 
 def train_batches(
@@ -128,7 +128,7 @@ def train_batches(
     config: Any,
     patch_size: int,
     start_step: int = 0,
-    places: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Batches:
     """Returns endless batches of augmented views, reshuffled every epoch.
 
@@ -137,18 +137,18 @@ def train_batches(
         config: the config of the run; `seed`, `batch_size`, `data`, `augment` and `mask` are read.
         patch_size: the patch size of the encoder in pixels.
         start_step: the step of the first batch.
-        places: the positions in the global batch of the images that this process makes; all by
+        rows: the positions in the global batch of the images that this process makes; all by
             default.
 
     Returns:
-        An iterator of dicts, where b = len(places), S and s are the sizes of global and local
+        An iterator of dicts, where b = len(rows), S and s are the sizes of global and local
         views, and Q and V are the numbers of them:
         `global_views` uint8 [b, Q, S, S, 3], `local_views` uint8 [b, V, s, s, 3],
         `mask` bool [b, Q, S / patch_size, S / patch_size], `index` int32 [b], the record that
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
     """
-    places = range(config.batch_size) if places is None else places
-    local_batch = len(places)
+    rows = range(config.batch_size) if rows is None else rows
+    local_batch = len(rows)
     piece = _piece_size(local_batch, config.augment)
     how = decoding(config.data, source)
     augment, mask = config.augment.to_dict(), config.mask.to_dict()
@@ -160,7 +160,7 @@ def train_batches(
     images = images.random_map(views)
     first = first_step(config.mask, len(source) / config.batch_size)
     images = images.map_with_index(MaskFrom(first * config.batch_size))
-    images = Share(images, config.batch_size, start_step, places)
+    images = Share(images, config.batch_size, start_step, rows)
     threads = config.data.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     pieces = images.batch(piece, drop_remainder=True).to_iter_dataset(options)
@@ -258,7 +258,7 @@ def _eval_batches(
         images: list[np.ndarray | None] = []
         for index in indices:
             try:
-                images.append(eval_image(load(source, int(index), how, stop), resize, crop))
+                images.append(eval_image(load_image(source, int(index), how, stop), resize, crop))
             except ValueError:
                 images.append(None)
         return images

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from sop_jax.errors import UserError
-from sop_jax.parallel.mesh import place, replicated, split
+from sop_jax.parallel.mesh import put, replicated, split
 from sop_jax.parallel.search import nearest
 
 CHUNK = 1024  # test images at a time; the last chunk is padded, so that all share one program
@@ -60,15 +60,15 @@ def knn_top1(
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
     padding = -train_size % mesh.devices.size
-    rows = place(np.pad(unit_rows(train_features), ((0, padding), (0, 0))), split(mesh))
-    present = place(np.arange(len(rows)) < train_size, split(mesh))
-    labels = place(np.asarray(train_labels, np.int32), replicated(mesh))
+    rows = put(np.pad(unit_rows(train_features), ((0, padding), (0, 0))), split(mesh))
+    present = put(np.arange(len(rows)) < train_size, split(mesh))
+    labels = put(np.asarray(train_labels, np.int32), replicated(mesh))
     test_features = unit_rows(test_features)
     chunk = min(CHUNK, test_size)
     right = np.zeros(len(usable), np.int64)
     for start in range(0, test_size, chunk):
         queries = test_features[start : start + chunk]
-        padded = place(np.pad(queries, ((0, chunk - len(queries)), (0, 0))), replicated(mesh))
+        padded = put(np.pad(queries, ((0, chunk - len(queries)), (0, 0))), replicated(mesh))
         predicted = classify(padded, rows, present, labels, tuple(usable), temperature, mesh)
         truth = test_labels[start : start + chunk]
         right += (np.asarray(predicted)[:, : len(truth)] == truth).sum(axis=1)

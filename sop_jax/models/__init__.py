@@ -58,13 +58,13 @@ class Model(NamedTuple):
         init: key -> parameters.
         embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
             patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,M,d].
-            `patches` are True for all h*w, False for none, or places [B,M] of some, row by row;
+            `patches` are True for all h*w, False for none, or indices [B,M] of some, row by row;
             the head sees no others. A ResNet has none, whatever is asked for, and takes no notice
             of masks and keys.
         embed_training: (as embed, kept=None) -> four arrays: what embed gives, but by batch norm's
             statistics of these images, and the same tokens before the head [B,D] and [B,M,D]; and
             the running statistics that they leave behind, nested as the parameters are; {}
-            without batch norm. `kept` are places [B,T] of the patches that enter the encoder;
+            without batch norm. `kept` are indices [B,T] of the patches that enter the encoder;
             `patches` are counted among those then.
         features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
             layers, normed.

@@ -124,8 +124,8 @@ class Block(nnx.Module):
         self.precision = start.precision
         self.norm1 = layer_norm(width, start, rngs)
         self.qkv = dense(width, 3 * width, start, rngs)
-        places = (2 * window.side - 1) ** 2
-        table = start.position_std * jax.random.normal(rngs.params(), (places, heads))
+        offsets = (2 * window.side - 1) ** 2
+        table = start.position_std * jax.random.normal(rngs.params(), (offsets, heads))
         self.relative_bias = nnx.Param(table)
         self.proj = dense(width, width, start, rngs)
         self.norm2 = layer_norm(width, start, rngs)
@@ -176,11 +176,11 @@ class Block(nnx.Module):
         )
         weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5 + bias)
         high, wide = padded(grid, self.window.side)
-        places = np.roll(np.arange(high * wide).reshape(1, high, wide), (-shift, -shift), (1, 2))
-        places = split(places, self.window.side)[0]  # [N, n]
+        cells = np.roll(np.arange(high * wide).reshape(1, high, wide), (-shift, -shift), (1, 2))
+        cells = split(cells, self.window.side)[0]  # [N, n]
         inside = np.arange(high * wide).reshape(high, wide)[: grid[0], : grid[1]].reshape(-1)
         found = jnp.zeros((len(x), self.heads, high * wide, high * wide))
-        found = found.at[:, :, places[:, :, None], places[:, None, :]].set(weights.swapaxes(1, 2))
+        found = found.at[:, :, cells[:, :, None], cells[:, None, :]].set(weights.swapaxes(1, 2))
         return found[:, :, inside[:, None], inside]
 
     def __call__(

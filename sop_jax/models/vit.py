@@ -257,7 +257,7 @@ class ViT(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """[CLS] and patch embeddings plus positions, and registers, which have none, between.
 
-        Masked patches show only the mask token; of `kept` places, others are dropped.
+        Masked patches show only the mask token; of `kept` indices, others are dropped.
         """
         batch, height, width, _ = images.shape
         h, w = height // self.patch, width // self.patch
@@ -293,7 +293,7 @@ class ViT(nnx.Module):
             mask: patches to replace by the mask token.
             keys: one for each image, turn on drop path (training of the student).
             last: how many of the last layers to return, the final one last.
-            kept: places of the patches that enter the first layer; all by default.
+            kept: indices of the patches that enter the first layer; all by default.
         """
         x = self.embed(images, mask, kept)
         graph, layers = nnx.split(self.blocks)

@@ -75,7 +75,7 @@ class Journal:
 
     def _input(self, step: int, pace: Pace) -> dict[str, str]:
         """Returns what the progress shows of the input; warns when it becomes the bottleneck."""
-        words = pace_lib.in_words(pace, self.batch_size)
+        words = pace_lib.pace_text(pace, self.batch_size)
         before, self._held_up = self._held_up, words is not None
         if words and not before:
             self.note(f"step {step}: {words[1]}")

@@ -146,7 +146,7 @@ class Progress:
             left = each * (self._steps - self._done)
             if left >= _WORTH_TELLING:
                 self._print(
-                    f"about {in_words(left)} left, at {in_words(each)} per step, not counting "
+                    f"about {time_text(left)} left, at {time_text(each)} per step, not counting "
                     "evaluations"
                 )
         self._bar.update()
@@ -189,7 +189,7 @@ class Progress:
         print(text, file=sys.stderr, flush=True)
 
 
-def in_words(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """Returns a duration in a suitable unit, such as "3.2 h"."""
     unit, size = next((pair for pair in _UNITS if seconds >= pair[1]), _UNITS[-1])
     return f"{seconds / size:.3g} {unit}"

@@ -96,7 +96,7 @@ class PaceKeeper:
                 self._changed.notify_all()
 
 
-def in_words(pace: Pace, batch_size: int) -> tuple[str, str] | None:
+def pace_text(pace: Pace, batch_size: int) -> tuple[str, str] | None:
     """Returns a warning that devices wait for images, or None if they hardly do.
 
     Args:

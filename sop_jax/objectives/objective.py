@@ -39,7 +39,7 @@ class Outputs(NamedTuple):
     patch_features: Float[Array, "B Q M D"]
 
 
-class Places(NamedTuple):
+class PatchIndices(NamedTuple):
     """Which patches of the global views a network encodes, and which of them it embeds.
 
     Patches are numbered row by row from 0.
@@ -63,8 +63,8 @@ class Selection(NamedTuple):
         masked: which of the student's selected patches are masked.
     """
 
-    student: Places
-    teacher: Places
+    student: PatchIndices
+    teacher: PatchIndices
     masked: Bool[Array, "B Q M"]
 
 

@@ -59,7 +59,7 @@ _over = threading.Event()  # set when all processes have finished normally
 _leaving = threading.Lock()  # held by the thread that ends this process
 
 
-def check(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def check_flags(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Checks the flags that describe the processes: all three, none, or a single process.
 
     Args:
@@ -117,7 +117,7 @@ def start(
         UserError: the arguments are invalid (see `check`), the other processes did not join within
             START_TIMEOUT seconds, or they have other versions.
     """
-    check(coordinator, processes, process)
+    check_flags(coordinator, processes, process)
     enough_threads()
     if processes == 1:
         return

@@ -111,7 +111,7 @@ RULES: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
 )
 
 
-def placed(abstract: Any, mesh: Mesh) -> Any:
+def with_shardings(abstract: Any, mesh: Mesh) -> Any:
     """Returns an abstract train state whose leaves have the shardings that RULES gives them."""
 
     def lay(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -175,7 +175,7 @@ def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return np.unique(np.concatenate([np.arange(batch_size)[part] for part in parts])).tolist()
 
 
-def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Returns an array that every process has in full as one global array."""
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 

@@ -73,8 +73,8 @@ def nearest(
         packed = jax.lax.all_to_all(packed, axes, 0, 1, tiled=True)  # [Q/D, D k, 2]
         scores = jax.lax.bitcast_convert_type(packed[..., 0], jnp.float32)
         # The devices' results are in the order of their rows, so ties are still broken by index.
-        scores, places = jax.lax.top_k(scores, k)
-        return scores, jnp.take_along_axis(packed[..., 1], places, axis=1)
+        scores, indices = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(packed[..., 1], indices, axis=1)
 
     by_row, whole = P(axes), P()
     search = jax.shard_map(
@@ -127,13 +127,13 @@ def top_k(scores: Float[Array, " N"], k: int) -> tuple[Float[Array, " k"], Int[A
     """
     group = math.gcd(len(scores), GROUP)
     if group == 1 or len(scores) < k * group:
-        found, places = jax.lax.top_k(scores, k)
-        return found, places
+        found, indices = jax.lax.top_k(scores, k)
+        return found, indices
     groups = scores.reshape(-1, group)
     _, best = jax.lax.top_k(groups.max(-1), k)
     best = jnp.sort(best)  # so that ties are still broken by index
-    found, places = jax.lax.top_k(groups[best].reshape(-1), k)
-    return found, best[places // group] * group + places % group
+    found, indices = jax.lax.top_k(groups[best].reshape(-1), k)
+    return found, best[indices // group] * group + indices % group
 
 
 def take(rows: Float[Array, "N d"], indices: Int[Array, "*K"], mesh: Mesh) -> Float[Array, "*K d"]:

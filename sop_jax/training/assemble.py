@@ -16,7 +16,14 @@ from sop_jax.models import Model, build, size_of
 from sop_jax.models.attention import Implementation, choose
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Objective
-from sop_jax.parallel.mesh import check_split, gatherer, placed, replicated, shardings, split
+from sop_jax.parallel.mesh import (
+    check_split,
+    gatherer,
+    replicated,
+    shardings,
+    split,
+    with_shardings,
+)
 from sop_jax.schedules import Schedule, run_length
 from sop_jax.training import optim
 from sop_jax.training.state import TrainState, init_state
@@ -80,7 +87,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     def init(key: Key[Array, ""]) -> TrainState:
         return init_state(key, model, objective, tx)
 
-    abstract = placed(jax.eval_shape(init, jax.random.key(0)), mesh)
+    abstract = with_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
     step = make_train_step(model, objective, tx, schedules, config.accumulate)
     return Run(

@@ -177,11 +177,11 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         if saved is None or not custom:
             raise ValueError("the description of its arrays is missing or damaged")
         names = _saved_names(abstract, saved)
-        wanted = {names[name]: leaf for name, leaf in _named_leaves(abstract).items()}
+        wanted = {names[name]: leaf for name, leaf in named_leaves(abstract).items()}
         _check_leaves(path, saved, wanted, partial)
         with context:
             loaded = _load(path, {_NAME: _nested(wanted)})[_NAME]
-        leaves = _named_leaves(loaded)
+        leaves = named_leaves(loaded)
         state = jax.tree.unflatten(
             jax.tree.structure(abstract), [leaves[saved_name] for saved_name in names.values()]
         )
@@ -262,7 +262,7 @@ def _unreadable(
 
 
 def _check_leaves(path: epath.Path, saved: Any, wanted: Mapping[str, Any], partial: bool) -> None:
-    have = {name: _describe(leaf) for name, leaf in _named_leaves(saved).items()}
+    have = {name: _describe(leaf) for name, leaf in named_leaves(saved).items()}
     want = {name: _describe(leaf) for name, leaf in wanted.items()}
     different = [f"{name}: missing, expected {want[name]}" for name in want if name not in have]
     different += [
@@ -290,7 +290,7 @@ def _dtypes(tree: Any) -> list[Any]:
     return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their path."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
@@ -298,9 +298,9 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:
     """Maps the names of the leaves of a state to their names in a checkpoint."""
-    parts = {name.partition("/")[0] for name in _named_leaves(saved)}
+    parts = {name.partition("/")[0] for name in named_leaves(saved)}
     names = {}
-    for name in _named_leaves(abstract):
+    for name in named_leaves(abstract):
         part, slash, rest = name.partition("/")
         older = _RENAMED.get(part, part)
         names[name] = (older if older in parts and part not in parts else part) + slash + rest
@@ -309,7 +309,7 @@ def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:
 
 def _as_dicts(tree: Any) -> dict[str, Any]:
     """Returns a tree as nested dicts, so that files do not depend on the types in memory."""
-    return _nested(_named_leaves(tree))
+    return _nested(named_leaves(tree))
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def _inspect(state: Any) -> tuple[dict[str, bool], dict[str, int]]:
 
     The sum does not depend on the sharding, so that it can be compared after any restore.
     """
-    leaves = _named_leaves(state)
+    leaves = named_leaves(state)
     finite, sums = jax.device_get(_finite_and_sums(list(leaves.values())))
     return dict(zip(leaves, finite.tolist(), strict=True)), dict(
         zip(leaves, sums.tolist(), strict=True)

@@ -64,7 +64,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
             finished = json.loads(summary.read_text())
         if not isinstance(finished, dict):
             finished = None  # the summary is damaged, so the end of the run is repeated
-    old = config_lib.load(workdir)
+    old = config_lib.read_config(workdir)
     config, notes = follow(config, old, config_lib.made_by(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
     different = sorted([*config_lib.changes(old, config, _names(DURATIONS)), *different])
@@ -139,8 +139,8 @@ def changed_durations(
         if then != now:
             longer = longer or (name == "" and now > then)
             lines.append(
-                f"{name}steps: {_in_words(before, name, then)} made this workdir, "
-                f"{_in_words(after, name, now)} is asked for"
+                f"{name}steps: {_duration_text(before, name, then)} made this workdir, "
+                f"{_duration_text(after, name, now)} is asked for"
             )
     return longer, lines
 
@@ -276,7 +276,7 @@ def _duration(config: ml_collections.ConfigDict, name: str, images: int) -> int:
     return schedules.duration(config[section], rest, epoch) if section else steps
 
 
-def _in_words(flat: dict[str, Any], name: str, steps: int) -> str:
+def _duration_text(flat: dict[str, Any], name: str, steps: int) -> str:
     given = flat[f"{name}steps"]
     return str(steps) if given is not None else f"{steps} ({name}epochs={flat[f'{name}epochs']:g})"
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Int, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
-from sop_jax.objectives.objective import Objective, Outputs, Places
+from sop_jax.objectives.objective import Objective, Outputs, PatchIndices
 from sop_jax.schedules import Schedule
 from sop_jax.training.state import OWN, TrainState
 
@@ -155,7 +155,7 @@ def embed_views(
     params: Params,
     views: Sequence[int],
     part: Mapping[str, Any],
-    places: Places,
+    indices: PatchIndices,
     mask: Bool[Array, "B Q h w"] | None = None,
     keys: tuple[Key[Array, " B"], Key[Array, " B"]] | None = None,
 ) -> tuple[Outputs, Params]:
@@ -166,7 +166,7 @@ def embed_views(
         params: its parameters.
         views: the numbers of the views: from 0, first the global ones and then the local ones.
         part: contains `global_views` [B Q S S 3] and `local_views` [B V s s 3] as uint8.
-        places: the patches of all Q global views to encode and to embed.
+        indices: the patches of all Q global views to encode and to embed.
         mask: the patches of the global views to replace by the mask token; none by default.
         keys: for the global and for the local views, a key per image; with them drop path is on.
 
@@ -180,8 +180,8 @@ def embed_views(
     outputs, statistics = embed_pass(
         *(model, params, pick(part["global_views"], of_global), global_keys),
         mask=None if mask is None else pick(mask, of_global),
-        patches=pick(places.patches, of_global),
-        kept=None if places.kept is None else pick(places.kept, of_global),
+        patches=pick(indices.patches, of_global),
+        kept=None if indices.kept is None else pick(indices.kept, of_global),
     )
     if of_local:
         params = with_statistics(params, statistics)

@@ -131,8 +131,8 @@ def _names(folder: epath.Path) -> list[str]:
 def _of_index(index: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
     """Returns the tensors of all files that an index names."""
     with _reading(index):
-        places: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        parts = sorted(set(places.values()))
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        parts = sorted(set(weight_map.values()))
         lost = [part for part in parts if not (index.parent / part).is_file()]
     if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
@@ -141,13 +141,13 @@ def _of_index(index: epath.Path, stack: contextlib.ExitStack) -> dict[str, Tenso
             f"{', '.join(lost[:_SHOWN])}{more}; put all files into the folder of the index"
         )
     content = {part: _of_file(index.parent / part, stack) for part in parts}
-    absent = [name for name, part in places.items() if name not in content[part]]
+    absent = [name for name, part in weight_map.items() if name not in content[part]]
     if absent:
         raise UserError(
-            f"{index} says that {absent[0]} is in {places[absent[0]]}, but it is not; use an index "
-            "and files from the same download"
+            f"{index} says that {absent[0]} is in {weight_map[absent[0]]}, but it is not; use an "
+            "index and files from the same download"
         )
-    return {name: content[part][name] for name, part in places.items()}
+    return {name: content[part][name] for name, part in weight_map.items()}
 
 
 def _refuse_shard(path: epath.Path) -> None:

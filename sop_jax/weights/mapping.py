@@ -171,7 +171,7 @@ def _stages(shapes: Shapes, leaf: str) -> list[tuple[int, ...]]:
     return found
 
 
-def load(
+def load_leaves(
     layout: Layout,
     arrays: Arrays,
     shapes: Shapes,
@@ -264,8 +264,8 @@ def export(project: str, family: str, leaves: Arrays) -> Exported:
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     whys = []
     for layout in layouts:
-        placed = {entry.path for entry in _entries(layout, shapes)}
-        lost = [path for path in leaves if path not in placed and not _is_spare(path)]
+        written = {entry.path for entry in _entries(layout, shapes)}
+        lost = [path for path in leaves if path not in written and not _is_spare(path)]
         lacking = [
             row.path
             for row in layout.rows

@@ -223,7 +223,7 @@ def _load_zip(archive: zipfile.ZipFile) -> Any:
 
 def _load_legacy(file: Any) -> Any:
     def read(storage: _Storage) -> bytes:
-        file.seek(places[storage.key])
+        file.seek(offsets[storage.key])
         if len(data := file.read(storage.size)) != storage.size:
             raise ValueError("it ends too soon")
         return data
@@ -240,13 +240,13 @@ def _load_legacy(file: Any) -> Any:
     start = file.tell()
     size = file.seek(0, 2)
     file.seek(start)
-    places = {}
+    offsets = {}
     for key in keys:
         count = int.from_bytes(file.read(8), "little")
         storage = content.storages[key]
         if count != storage.length:
             raise ValueError("it ends too soon, or is damaged")
-        places[key] = file.tell()
+        offsets[key] = file.tell()
         if file.seek(storage.size, 1) > size:
             raise ValueError("it ends too soon")
     return tree

@@ -208,12 +208,12 @@ def _fit(layout: Layout, names: Iterable[str]) -> int:
     names = set(names)
     rows = [(name, row) for row in layout.rows for name in row.names]
     known = _any(tuple(name for name, _ in rows))
-    placed = sum(bool(known.fullmatch(name)) for name in names)
+    matched = sum(bool(known.fullmatch(name)) for name in names)
     ignored = sum(mapping.is_ignored(layout, name) for name in names)
     lacking = [
         name for name, row in rows if not row.optional and mapping.fill(name, 0, 0) not in names
     ]
-    return 2 * placed + ignored - 2 * len(lacking)
+    return 2 * matched + ignored - 2 * len(lacking)
 
 
 @functools.cache

@@ -91,13 +91,13 @@ def test_no_local_crops():
     assert batch["local_views"].shape == (8, 0, 8, 8, 3)
 
 
-@pytest.mark.parametrize("places", [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7], [1, 3, 5, 7]])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7], [1, 3, 5, 7]])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_host_makes_its_places_of_the_same_global_batches(places, workers):
+def test_a_host_makes_its_rows_of_the_same_global_batches(rows, workers):
     whole = take(digits(), small_config(), 3, start_step=3)
     config = small_config(**{"data.workers": workers})
-    part = take(digits(), config, 3, start_step=3, places=places)
-    assert_same(part, [{key: value[places] for key, value in batch.items()} for batch in whole])
+    part = take(digits(), config, 3, start_step=3, rows=rows)
+    assert_same(part, [{key: value[rows] for key, value in batch.items()} for batch in whole])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -330,11 +330,11 @@ def test_gradients_of_a_half_precision_network_are_sums_in_float32(params: Param
 
 
 def test_some_patches_are_those_of_all(model: Model, params: Params) -> None:
-    places = jnp.array([[0, 15, 3]] * (BATCH - 1) + [[7, 7, 1]])
-    cls, patches = jax.jit(model.embed)(params, images(), patches=places)
+    indices = jnp.array([[0, 15, 3]] * (BATCH - 1) + [[7, 7, 1]])
+    cls, patches = jax.jit(model.embed)(params, images(), patches=indices)
     all_cls, everything = jax.jit(lambda params: model.embed(params, images()))(params)
     np.testing.assert_allclose(cls, all_cls, atol=1e-6)
-    expected = jnp.take_along_axis(everything, places[..., None], axis=1)
+    expected = jnp.take_along_axis(everything, indices[..., None], axis=1)
     np.testing.assert_allclose(patches, expected, atol=1e-6)
 
 

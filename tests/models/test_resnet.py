@@ -560,7 +560,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     ]
     assert bits[0] == bits[1]
     # An evaluation goes by the teacher's running statistics, which have moved.
-    _, _, teacher, step = pretrained.load(cut)
+    _, _, teacher, step = pretrained.load_network(cut)
     assert step == 6 and jnp.abs(teacher["backbone"]["stem"]["bn"]["mean"]).max() > 1e-3
 
 

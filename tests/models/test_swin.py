@@ -61,18 +61,18 @@ def dense_attention(block: Block, x: jax.Array, grid: tuple[int, int], shift: in
     """Attention weights [B, h, T, T] pair by pair: of those in one window after the move."""
     side, (high, wide) = block.window.side, grid
     table = block.relative_bias[...]
-    places = [(row, column) for row in range(high) for column in range(wide)]
+    cells = [(row, column) for row in range(high) for column in range(wide)]
     allowed = np.zeros((high * wide,) * 2, bool)
     offsets = np.zeros((high * wide,) * 2, int)
-    for i, one in enumerate(places):
-        for j, other in enumerate(places):
+    for i, one in enumerate(cells):
+        for j, other in enumerate(cells):
             moved = [[(a - shift) // side for a in place] for place in (one, other)]
             # Those that leave at the top or the left are in a window of their own: number -1.
             allowed[i, j] = moved[0] == moved[1]
             down, across = (a - b + side - 1 for a, b in zip(one, other, strict=True))
             if allowed[i, j]:
                 offsets[i, j] = down * (2 * side - 1) + across
-    qkv = block.qkv(block.norm1(x)).reshape(len(x), len(places), 3, block.heads, -1)
+    qkv = block.qkv(block.norm1(x)).reshape(len(x), len(cells), 3, block.heads, -1)
     q, k = qkv[:, :, 0], qkv[:, :, 1]
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
     logits += jnp.moveaxis(table[offsets], -1, 0)

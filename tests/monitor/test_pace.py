@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sop_jax.monitor.pace import Pace, PaceKeeper, in_words
+from sop_jax.monitor.pace import Pace, PaceKeeper, pace_text
 
 
 class Result:
@@ -93,11 +93,11 @@ def test_a_step_that_fails_ends_too(keeper: PaceKeeper) -> None:
 
 
 def test_words_say_how_much_the_input_costs() -> None:
-    few, sentence = in_words(Pace(busy=2.0, idle=6.0, steps=10), 64)
+    few, sentence = pace_text(Pace(busy=2.0, idle=6.0, steps=10), 64)
     assert few == "bottleneck, 75 % waiting"
     assert "devices wait for images 75 % of the time, and would reach 320 images/s" in sentence
-    assert in_words(Pace(busy=9.7, idle=0.3, steps=10), 64) is None
-    assert in_words(Pace(busy=0.0, idle=0.0, steps=0), 64) is None
+    assert pace_text(Pace(busy=9.7, idle=0.3, steps=10), 64) is None
+    assert pace_text(Pace(busy=0.0, idle=0.0, steps=0), 64) is None
 
 
 def test_a_step_that_never_ends_does_not_hold_up_the_end() -> None:

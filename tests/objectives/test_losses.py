@@ -163,11 +163,11 @@ def test_patches_that_are_not_masked_need_not_be_given(at_once: int) -> None:
     sops, shape = random_sops(1), (BATCH, 2, PATCHES)
     student, teacher = random_units(1, *shape, DIM), random_units(2, *shape, DIM)
     mask = jnp.asarray(np.random.default_rng(3).random(shape) < 0.4)
-    places = jnp.argsort(~mask, axis=-1)[..., : int(mask.sum(-1).max()) + 1]
+    indices = jnp.argsort(~mask, axis=-1)[..., : int(mask.sum(-1).max()) + 1]
 
     def some(student: jax.Array) -> jax.Array:
-        chosen = [jnp.take_along_axis(x, places[..., None], axis=2) for x in (student, teacher)]
-        masked = jnp.take_along_axis(mask, places, axis=-1)
+        chosen = [jnp.take_along_axis(x, indices[..., None], axis=2) for x in (student, teacher)]
+        masked = jnp.take_along_axis(mask, indices, axis=-1)
         return mim_of_sops(*chosen, masked, sops, at_once)
 
     loss, gradient = jax.jit(jax.value_and_grad(some))(student)

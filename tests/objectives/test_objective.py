@@ -200,8 +200,8 @@ def test_first_memories_differ_and_follow_the_key(method: Objective) -> None:
 
 def test_masked_patches_come_first() -> None:
     mask = jnp.array([[[[0, 1], [1, 0]], [[0, 0], [0, 0]]], [[[1, 1], [1, 1]], [[0, 0], [0, 1]]]])
-    places, masked = masked_first(mask.astype(bool), 2)
-    assert places.tolist() == [[[1, 2], [0, 1]], [[0, 1], [3, 0]]]
+    indices, masked = masked_first(mask.astype(bool), 2)
+    assert indices.tolist() == [[[1, 2], [0, 1]], [[0, 1], [3, 0]]]
     assert masked.tolist() == [[[True, True], [False, False]], [[True, True], [True, False]]]
     assert masked_first(mask.astype(bool), None)[0].shape == (2, 2, 4)
 

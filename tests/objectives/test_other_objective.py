@@ -12,7 +12,7 @@ from centered import CENTERED, COUNT, FROZEN
 from jax.sharding import PartitionSpec as P
 
 from sop_jax.objectives.methods import METHODS
-from sop_jax.parallel.mesh import place, replicated, split
+from sop_jax.parallel.mesh import put, replicated, split
 from sop_jax.training import checkpoint
 
 STEPS = 5
@@ -53,8 +53,8 @@ class Taken:
         return state._replace(key=jax.random.key_data(state.key))
 
     def step(self, state: Any, batch: dict[str, np.ndarray]) -> tuple[Any, dict[str, jax.Array]]:
-        placed = {name: place(array, split(self.run.mesh)) for name, array in batch.items()}
-        return self.compiled(state, placed, place(np.array(True), replicated(self.run.mesh)))
+        placed = {name: put(array, split(self.run.mesh)) for name, array in batch.items()}
+        return self.compiled(state, placed, put(np.array(True), replicated(self.run.mesh)))
 
     def first_step(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         _, metrics = self.step(self.run.init(jax.random.key(0)), batch)

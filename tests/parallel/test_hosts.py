@@ -167,14 +167,14 @@ def test_versions_are_of_what_computes() -> None:
 )
 def test_flags_that_do_not_fit(given: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        hosts.check(*given)
+        hosts.check_flags(*given)
 
 
 @pytest.mark.parametrize(
     "given", [(None, None, None), (None, 1, None), (None, 1, 0), ("h:1", 1, 0), ("[::1]:1", 2, 1)]
 )
 def test_flags_that_fit(given: tuple[Any, ...]) -> None:
-    hosts.check(*given)
+    hosts.check_flags(*given)
 
 
 # Together.

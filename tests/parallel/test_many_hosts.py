@@ -83,13 +83,13 @@ def test_devices_of_two_processes_by_turns_hold_the_batch_in_order(tmp_path: pat
     out = tmp_path / "out.npz"
     ended = finish(tmp_path, [HERE / "two_hosts.py", "shuffle", out])
     assert [process.code for process in ended] == [0, 0], ended
-    places = {
+    rows = {
         "0213": [[0, 1, 4, 5], [2, 3, 6, 7]],
         "3021": [[2, 3, 6, 7], [0, 1, 4, 5]],
     }
     with np.load(out) as found:
-        for order, expected in places.items():
-            assert found[f"{order}/places"].tolist() == expected
+        for order, expected in rows.items():
+            assert found[f"{order}/rows"].tolist() == expected
             assert found[order].tolist() == np.arange(24).reshape(8, 3).tolist()
 
 
@@ -244,11 +244,11 @@ def test_a_kill_in_mid_save_leaves_the_save_before(
 
 def apart(tmp_path: pathlib.Path, given: list[object]) -> list[processes.Ended]:
     """The same command with relative paths, each process in a folder of its own."""
-    places = [tmp_path / "a", tmp_path / "b"]
-    for place in places:
-        place.mkdir(exist_ok=True)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
     commands = [[*given, *among] for among in processes.among(2)]
-    with processes.start(commands, tmp_path / "log", places=places) as running:
+    with processes.start(commands, tmp_path / "log", folders=folders) as running:
         return running.end(120)
 
 

@@ -14,11 +14,11 @@ from sop_jax.parallel.mesh import (
     check_split,
     host_rows,
     make_mesh,
-    place,
-    placed,
+    put,
     replicated,
     split,
     to_devices,
+    with_shardings,
 )
 
 
@@ -99,9 +99,9 @@ def test_rules_say_where_a_leaf_lies(path: str, shape: tuple[int, ...], spec: P)
     tree: Any = jax.ShapeDtypeStruct(shape, np.float32)
     for name in reversed(path.split("/")):
         tree = {name: tree}
-    (leaf,) = jax.tree.leaves(placed(tree, make_mesh(2, 4)))
+    (leaf,) = jax.tree.leaves(with_shardings(tree, make_mesh(2, 4)))
     assert leaf.sharding.spec == spec
-    (whole,) = jax.tree.leaves(placed(tree, make_mesh(8, 1)))
+    (whole,) = jax.tree.leaves(with_shardings(tree, make_mesh(8, 1)))
     assert "fsdp" not in whole.sharding.spec  # alone: a group of one shares nothing
 
 
@@ -111,7 +111,7 @@ def test_one_host_holds_every_place_of_a_batch() -> None:
 
 def test_an_array_that_every_host_has_is_laid_out() -> None:
     mesh = make_mesh(4, 2)
-    placed = place(np.arange(16), split(mesh))
+    placed = put(np.arange(16), split(mesh))
     assert [shard.data.tolist() for shard in placed.addressable_shards][3] == [6, 7]
     np.testing.assert_array_equal(placed, np.arange(16))
 

@@ -22,7 +22,7 @@ from sop_jax.models.vit import REMATS
 from sop_jax.objectives.objective import Outputs
 from sop_jax.objectives.sop.memory import by_age, flat_rows, init_memory, push
 from sop_jax.objectives.sop.objective import sop
-from sop_jax.parallel.mesh import gatherer, make_mesh, placed, replicated, shardings, split
+from sop_jax.parallel.mesh import gatherer, make_mesh, replicated, shardings, split, with_shardings
 from sop_jax.parallel.search import GROUP, nearest, take
 from sop_jax.schedules import Length
 from sop_jax.training import checkpoint
@@ -87,7 +87,7 @@ def test_the_comparison_can_fail(one_device: dict[str, np.ndarray]) -> None:
             layouts.assert_same(other, one_device)
 
 
-# Places
+# PatchIndices
 
 
 def device_bytes(tree: Any) -> int:
@@ -205,7 +205,7 @@ def by_image(mesh: Any, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtype
 def test_a_push_sends_nothing(size: int) -> None:
     mesh = make_mesh(4, 2)
     memory = jax.eval_shape(lambda: init_memory(jax.random.key(0), size, 16, lanes=64))
-    memory = placed({"carried": {"cls": memory}}, mesh)["carried"]["cls"]
+    memory = with_shardings({"carried": {"cls": memory}}, mesh)["carried"]["cls"]
     rows, index = by_image(mesh, 64, 16), by_image(mesh, 64, dtype=jnp.int32)
     program = (
         jax.jit(push, donate_argnums=0, out_shardings=shardings(memory))

@@ -20,6 +20,7 @@ from sop_jax import pretrained
 from sop_jax.convert import convert
 from sop_jax.errors import UserError
 from sop_jax.models import build
+from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import mapping, recognition
 
 Arrays = dict[str, np.ndarray]
@@ -200,11 +201,11 @@ TRAINERS: dict[str, tuple[Any, str, str, str]] = {
 def network(scaled: bool) -> tuple[ml_collections.ConfigDict, dict[str, tuple[int, ...]]]:
     """The settings and shapes of a network of 4 layers, with LayerScale or not."""
     config = tiny_config(**{"model.depth": DEPTH, "model.layer_scale": 0.1 * scaled})
-    leaves = pretrained.flatten(jax.eval_shape(build(config, 16).init, jax.random.key(0)))
+    leaves = named_leaves(jax.eval_shape(build(config, 16).init, jax.random.key(0)))
     return config.model, {path: leaf.shape for path, leaf in leaves.items()}
 
 
-def start_of(file: pathlib.Path, scaled: bool = False) -> pretrained.Start:
+def start_of(file: pathlib.Path, scaled: bool = False) -> pretrained.InitialWeights:
     settings, shapes = network(scaled)
     return pretrained.of_arrays(pretrained.read_file(file), shapes, settings)
 
@@ -234,7 +235,7 @@ def test_features_of_a_checkpoint_are_those_of_its_backbone_by_itself(
     features = []
     for name, content in (("plain", dinov2()), ("whole", dinov2_both())):
         told = convert(save_pth(tmp_path / f"{name}.pth", content), tmp_path / name, heads=2)
-        _, model, params, _ = pretrained.load(tmp_path / name)
+        _, model, params, _ = pretrained.load_network(tmp_path / name)
         features.append(np.asarray(model.features(params, jnp.asarray(pixels))[0]))
     np.testing.assert_array_equal(*features)
     assert "taken: model.teacher.backbone, as the teacher" in told[0]
@@ -348,7 +349,7 @@ def test_resnet_in_a_checkpoint_of_contrastive_training(kind: str) -> None:
     assert found.layout.family == "resnet"
     assert "taken: module.encoder_k, as the teacher" in found.words[0]
     shapes = {path: leaf.shape for path, leaf in leaves.items() if path.startswith("backbone/")}
-    loaded = mapping.load(found.layout, found.arrays, shapes, lambda table, rows: table)
+    loaded = mapping.load_leaves(found.layout, found.arrays, shapes, lambda table, rows: table)
     assert not loaded.lacking
     for path, leaf in loaded.leaves.items():
         np.testing.assert_array_equal(leaf, leaves[path])
@@ -395,14 +396,14 @@ def sharded(folder: pathlib.Path, kind: str = "safetensors") -> pathlib.Path:
     name = {"safetensors": "model", "bin": "pytorch_model"}[kind]
     folder.mkdir()
     arrays = vit()
-    places = {}
+    where = {}
     for part in range(3):
         file = f"{name}-{part + 1:05}-of-00003.{kind}"
         own = dict([*arrays.items()][part::3])
-        places |= dict.fromkeys(own, file)
+        where |= dict.fromkeys(own, file)
         save_pth(folder / file, own) if kind == "bin" else save_file(own, folder / file)
     index = folder / f"{name}.{kind}.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     return index
 
 
@@ -413,7 +414,7 @@ def test_weights_in_several_files_are_read_through_their_index(
     index = sharded(tmp_path / "theirs", kind)
     for source in (index, index.parent):
         config = tiny_config(init_from=str(source))
-        start = pretrained.read_start(config, build(config, 16))
+        start = pretrained.read_initial_weights(config, build(config, 16))
         np.testing.assert_array_equal(start.leaves["backbone/norm/bias"], vit()["norm.bias"])
     if kind == "safetensors":
         convert(index.parent, tmp_path / "out.safetensors", "timm")
@@ -422,7 +423,7 @@ def test_weights_in_several_files_are_read_through_their_index(
             name: x.tobytes() for name, x in vit().items()
         }
     with pytest.raises(UserError, match=f"give the file in it: {index}"):
-        pretrained.load(index.parent)
+        pretrained.load_network(index.parent)
 
 
 def test_one_of_several_files_says_so(tmp_path: pathlib.Path) -> None:

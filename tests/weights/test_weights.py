@@ -18,9 +18,9 @@ from checkpoints import Call, Named, Stated, bfloat16, numbers, save_pth
 from safetensors.numpy import save_file
 
 from sop_jax import config as config_lib
-from sop_jax import pretrained
 from sop_jax.errors import UserError
 from sop_jax.models import build
+from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping, pytorch, recognition
 from sop_jax.weights.tables import LAYOUTS
 
@@ -69,7 +69,7 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 def random_leaves(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     """Of a network, no two layers of it the same."""
     model = build(config, config.augment.global_size)
-    shapes = pretrained.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
     return {
         path: numbers(*leaf.shape, seed=i) for i, (path, leaf) in enumerate(sorted(shapes.items()))
     }
@@ -87,7 +87,7 @@ def load(
     arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], likely: str = "ibot"
 ) -> mapping.Loaded:
     file = recognition.recognise(arrays, likely)
-    return mapping.load(file.layout, file.arrays, shapes, never)
+    return mapping.load_leaves(file.layout, file.arrays, shapes, never)
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -272,7 +272,7 @@ def test_round_trip_is_bit_exact(network: str, project: str) -> None:
 
     file = recognition.recognise(arrays, project)
     assert file.layout.project in (project, {"hf4": "hf"}.get(project))  # a ResNet's are the same
-    loaded = mapping.load(file.layout, file.arrays, shapes_of(leaves), never)
+    loaded = mapping.load_leaves(file.layout, file.arrays, shapes_of(leaves), never)
     assert sorted(loaded.lacking) == sorted(left) and not loaded.ignored
     for path, leaf in loaded.leaves.items():
         assert leaf.tobytes() == leaves[path].tobytes(), path
@@ -324,7 +324,7 @@ def test_table_gives_what_golden_numbers_were_computed_with(family: str) -> None
         expected = test_golden.vit_params(golden, int(golden["vit/config"][3]))
     else:
         expected = test_golden.swin_params(golden, (2, 2, 2, 2))
-    leaves = pretrained.flatten({"backbone": expected})
+    leaves = named_leaves({"backbone": expected})
     loaded = load(arrays, shapes_of(leaves))
     assert loaded.leaves.keys() == leaves.keys()
     for path, leaf in leaves.items():

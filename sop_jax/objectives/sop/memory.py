@@ -84,17 +84,17 @@ def flat_rows(memory: Memory) -> Float[Array, "LT d"]:
     return memory.rows.reshape(-1, memory.rows.shape[-1])
 
 
-def by_age(memory: Memory, size: int, places: Int[Array, "*K"]) -> Int[Array, "*K"]:
+def by_age(memory: Memory, size: int, positions: Int[Array, "*K"]) -> Int[Array, "*K"]:
     """Returns the indices in `flat_rows` of rows given by age.
 
     Args:
         memory: the memory.
-        size: N, the newest rows among which places are counted.
-        places: positions among these rows, 0 for the oldest and `size` - 1 for the newest.
+        size: N, the newest rows among which positions are counted.
+        positions: among these rows, 0 for the oldest and `size` - 1 for the newest.
     """
     lanes, slots = memory.image.shape
-    places = places + lanes * slots - size
-    return places % lanes * slots + (memory.next + places // lanes) % slots
+    positions = positions + lanes * slots - size
+    return positions % lanes * slots + (memory.next + positions // lanes) % slots
 
 
 def live(memory: Memory, size: int) -> Bool[Array, " LT"]:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.objectives.losses import cls_loss, mim_loss
-from sop_jax.objectives.objective import Now, Objective, Outputs, Params, Places, Selection
+from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
 from sop_jax.objectives.sop import health
 from sop_jax.objectives.sop.assignment import log_assignment
 from sop_jax.objectives.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
@@ -74,8 +74,8 @@ def masked_first(
     `most` is M; None selects all patches.
     """
     flat = mask.reshape(*mask.shape[:2], -1)
-    places = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
-    return places, jnp.take_along_axis(flat, places, axis=-1)
+    indices = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
+    return indices, jnp.take_along_axis(flat, indices, axis=-1)
 
 
 def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
@@ -180,7 +180,7 @@ def sop(
         if takes_patches:
             drawn = draw_patches(keys, mask.shape[1], mask[0, 0].size)
             taken = jnp.concatenate([masked, drawn], axis=-1)
-        return Selection(Places(masked), Places(taken), is_masked)
+        return Selection(PatchIndices(masked), PatchIndices(taken), is_masked)
 
     def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
         """Returns the SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
