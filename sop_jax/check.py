@@ -8,9 +8,8 @@ import ml_collections
 from sop_jax.config import flatten, misnamed, paper
 from sop_jax.data import named
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES, linear, positions, size_of, token_side
+from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
-from sop_jax.models.vit import REMATS
 from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.rules import (
     COUNT,
@@ -97,12 +96,13 @@ RULES: dict[str, Rule] = {
     "model.window": COUNT,
     "model.registers": COUNT_OR_ZERO,
     "model.layer_scale": NOT_NEGATIVE,
+    "model.pool": one_of(vit.POOLS),
     "model.positions": one_of(positions.RULES),
     "model.norm_eps": POSITIVE,
     "model.drop_path": less_than(1),
     "model.init_std": NOT_NEGATIVE,
     "model.position_std": NOT_NEGATIVE,
-    "model.remat": one_of(REMATS),
+    "model.remat": one_of(vit.REMATS),
     "model.attention": one_of(IMPLEMENTATIONS),
     "model.dtype": one_of(("float32", "bfloat16")),
     "model.precision": one_of(linear.PRECISIONS),
@@ -160,13 +160,14 @@ def _remedy(key: str, default: Any) -> str:
     return f"for example, set --config.{key}={shown}"
 
 
-# What the networks of a family do not have, beside the numbers of a size of its own.
+# What the networks of a family do not have, beside the numbers of a size of its own. A Swin and a
+# ResNet always average their tokens.
 NOT_OF = {
     "vit": ("window", "stage_depths", "stage_heads"),
-    "swin": ("patch", "depth", "heads", "registers", "layer_scale", "positions"),
+    "swin": ("patch", "depth", "heads", "registers", "layer_scale", "pool", "positions"),
     "resnet": (
         *("patch", "window", "depth", "heads", "stage_heads", "registers", "layer_scale"),
-        *("positions", "position_std", "norm_eps"),
+        *("pool", "positions", "position_std", "norm_eps"),
     ),
 }
 NUMBERS = ("width", "depth", "heads", "stage_depths", "stage_heads")  # of model.size=custom

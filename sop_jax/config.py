@@ -29,6 +29,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     },
     "0.3.0": {
         "augment.global_crops": 2,
+        "model.pool": "cls",
     },
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
@@ -142,6 +143,7 @@ def paper() -> ml_collections.ConfigDict:
             window=7,  # swin: patches a side within which it attends
             registers=0,  # vit: tokens that stand for nothing
             layer_scale=0.0,  # vit: what branches are scaled by at the start; 0 for no scales
+            pool="cls",  # vit: cls | mean of the patches (table C.2); what stands for an image
             positions="ibot",  # vit: ibot | size | antialiased, how positions are resized
             norm_eps=1e-6,  # of LayerNorm, added to the variance; a ResNet has none
             drop_path=0.1,

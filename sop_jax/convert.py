@@ -98,7 +98,7 @@ def convert(
             words.append(f"left out: {', '.join(left)}")
         words += [
             f"this network has model.{name}={config.model[name]}, and {project}'s own is {value}"
-            for name, value in exported.settings.items()
+            for name, value in {"pool": "cls", **exported.settings}.items()
             if config.model[name] != value
         ]
         return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]

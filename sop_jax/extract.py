@@ -4,7 +4,8 @@ r"""Writes the features of images to a file.
     python -m sop_jax.extract --workdir=DIR --images=A.jpg --images=B.jpg --out=F.csv
     python -m sop_jax.extract --workdir=DIR --data.path=DATA --data.train_split=val --out=F.parquet
 
-F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm, `names` [n], paths
+F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm (the mean of the
+patches with model.pool=mean and of a Swin), `names` [n], paths
 below FOLDER in sorted order, and `step`; `labels` int32 [n] and `class_names` where the folders of
 FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. F.csv has the
 columns `name`, `label` (the name of the class) and `feature_0`, `feature_1` and so on, F.parquet

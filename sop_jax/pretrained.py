@@ -237,7 +237,7 @@ def _of_run(
     words += [
         f"it has model.{name}={theirs.model[name]}, this network {config.model[name]}: its "
         "features will differ a little"
-        for name in ("positions", "norm_eps")
+        for name in ("positions", "norm_eps", "pool")
         if theirs.model[name] != config.model[name]
     ]
     return InitialWeights(loaded.leaves, words)

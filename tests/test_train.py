@@ -31,8 +31,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sop_jax
 from sop_jax import config as config_lib
-from sop_jax import train
+from sop_jax import pretrained, train
 from sop_jax.compiled.device_memory import GIB, Fit
+from sop_jax.convert import convert
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
 from sop_jax.errors import Interrupted, UserError
@@ -354,6 +355,28 @@ def test_three_global_views_train_and_learn_from_one_another(
     assert run.batch["mask"].shape == (16, 3, 4, 4)
     assert run.objective.teacher_views == (0, 1, 2)
     assert run.objective.student_views == (0, 1, 2, 3, 4)
+
+
+def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = small_config(**{"model.pool": "mean", "eval_every": 2, "steps": 2})
+    summary = train.train(config, tmp_path / "run")
+    assert math.isfinite(summary["loss"]) and summary["knn_top1"] is not None
+    convert(tmp_path / "run", tmp_path / "net")
+    images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    for workdir in (tmp_path / "run", tmp_path / "net"):
+        loaded, model, params, _ = pretrained.load(workdir)
+        assert loaded.model.pool == "mean"
+        (tokens,) = jax.jit(model.features)(params, images)
+        expected = np.asarray(tokens, np.float64)[:, 1:].mean(1)
+        np.testing.assert_allclose(tokens[:, 0], expected, atol=1e-6)
+    words = convert(tmp_path / "run", tmp_path / "timm.safetensors", "timm")
+    assert "this network has model.pool=mean, and timm's own is cls" in words
+    with pytest.raises(UserError, match="model.pool: 'mean' made this workdir, 'cls' is asked for"):
+        train.train(
+            small_config(**{"model.pool": "cls", "eval_every": 2, "steps": 2}), tmp_path / "run"
+        )
 
 
 # Resume

@@ -23,7 +23,8 @@ class Features:
     """The features of the n images of a source that could be read, in the source's order.
 
     Attributes:
-        vectors: [CLS] after the final norm; for a Swin, the mean of its tokens.
+        vectors: [CLS] after the final norm; the mean of the patches for a Swin, and for a ViT with
+            `model.pool=mean`.
         patches: the L tokens of the patches, row by row; None unless requested.
         index: the record that each row belongs to.
         labels: the labels of these records, -1 where there are none.

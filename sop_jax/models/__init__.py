@@ -54,6 +54,9 @@ FAMILIES = {
 class Model(NamedTuple):
     """What the train step and the evaluations see of a network.
 
+    [CLS] is the token that stands for an image: that of a ViT, or, with `model.pool=mean` and in a
+    Swin, the mean of its patches.
+
     Attributes:
         init: key -> parameters.
         embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,

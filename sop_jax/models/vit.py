@@ -24,6 +24,9 @@ REMATS = {
 }
 
 
+POOLS = ("cls", "mean")  # what stands for an image: [CLS], or the mean of the patches
+
+
 class Size(NamedTuple):
     """Width D, depth and heads of a vision transformer."""
 
@@ -235,7 +238,7 @@ class ViT(nnx.Module):
         normal = nnx.initializers.normal(start.position_std)
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1 + side * side, width)))
-        self.registers = config.registers
+        self.registers, self.pool = config.registers, config.pool
         if config.registers:  # DINOv2's start
             tokens = 1e-6 * jax.random.normal(rngs.params(), (config.registers, width))
             self.register_tokens = nnx.Param(tokens)
@@ -286,7 +289,7 @@ class ViT(nnx.Module):
         last: int = 1,
         kept: Int[Array, "B S"] | None = None,
     ) -> list[Float[Array, "B T D"]]:
-        """Tokens ([CLS] first, then patches row by row) of the `last` layers, each normed.
+        """Returns the tokens of the `last` layers, each normed; see `tokens`.
 
         Args:
             images: normalised pixels; any size that the patch divides.
@@ -312,8 +315,15 @@ class ViT(nnx.Module):
         return [self.tokens(states[i]) for i in range(depth - last, depth)]
 
     def tokens(self, x: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
-        """[CLS] and patches after the final norm."""
+        """Returns, after the final norm, what stands for the image, and then its patches.
+
+        The first is [CLS], or with `pool="mean"` the mean of the patches that entered the encoder,
+        masked ones included (table C.2 of the paper). Registers are left out of both.
+        """
         x = self.norm(x)
+        if self.pool == "mean":
+            patches = x[:, 1 + self.registers :]
+            return jnp.concatenate([patches.mean(1, keepdims=True), patches], axis=1)
         if self.registers:
             x = jnp.concatenate([x[:, :1], x[:, 1 + self.registers :]], axis=1)
         return x

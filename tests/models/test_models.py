@@ -184,6 +184,42 @@ def test_registers_take_part_and_are_not_given_back(params: Params) -> None:
     assert cls.shape == (BATCH, DIM) and patches.shape == (BATCH, 4, DIM)
 
 
+@pytest.mark.parametrize("registers", [0, 3])
+def test_the_mean_of_the_patches_can_stand_for_an_image(registers: int) -> None:
+    cls, mean = (small_model(registers=registers, pool=pool) for pool in ("cls", "mean"))
+    params = jax.jit(cls.init)(jax.random.key(0))
+    chex.assert_trees_all_equal_shapes(params, jax.eval_shape(mean.init, jax.random.key(0)))
+    mask = jnp.asarray(np.random.default_rng(0).random((BATCH, 4, 4)) < 0.5)
+    for last in (1, 2):
+        ours, theirs = (
+            jax.jit(functools.partial(model.features, last=last))(params, images(), mask)
+            for model in (mean, cls)
+        )
+        for found, tokens in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(found[:, 1:], tokens[:, 1:])
+            expected = np.asarray(tokens, np.float64)[:, 1:].mean(1)
+            np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
+            assert np.abs(expected - tokens[:, 0]).max() > 1e-2
+    # In training it is what the head sees in place of [CLS], whatever patches the head sees.
+    (embedded, _, before_head, _), _ = jax.jit(mean.embed_training, static_argnames="patches")(
+        params, images(), mask, patches=False
+    )
+    np.testing.assert_allclose(before_head, theirs[-1][:, 1:].mean(1), atol=1e-5)
+    alone, _ = jax.jit(mean.embed, static_argnames="patches")(params, images(), mask)
+    np.testing.assert_allclose(embedded, alone, atol=1e-5)
+
+
+def test_the_mean_is_of_the_patches_that_enter_the_encoder() -> None:
+    model = small_model(pool="mean")
+    params = jax.jit(model.init)(jax.random.key(0))
+    kept = jnp.array([[0, 15, 3]] * (BATCH - 1) + [[7, 8, 1]])
+    (_, _, mean, patches), _ = jax.jit(
+        lambda params: model.embed_training(params, images(), kept=kept)
+    )(params)
+    assert patches.shape == (BATCH, 3, WIDTH)
+    np.testing.assert_allclose(mean, np.asarray(patches, np.float64).mean(1), atol=1e-6)
+
+
 def test_scales_multiply_the_branches_of_their_layer(params: Params) -> None:
     model = small_model(layer_scale=0.25)
     start = jax.jit(model.init)(jax.random.key(0))["backbone"]["blocks"]
