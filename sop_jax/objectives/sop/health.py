@@ -1,4 +1,4 @@
-"""Signs of health: they tell learning from collapse long before the k-NN accuracy does."""
+"""SOP's signs of health, and the verdict on whether a run is collapsing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,48 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sop_jax.objectives.health import agreement, effective_rank, embedding_std, entropy
 from sop_jax.objectives.sop.prototypes import SOPs
 
 PATIENCE = 3  # logged steps in a row that look collapsed before a run is called collapsing
-
-
-def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
-    """Returns the entropy of each distribution, in nats."""
-    return -jax.scipy.special.xlogy(p, p).sum(-1)
-
-
-def agreement(student: Float[Array, "B V d"], teacher: Float[Array, "B Q d"]) -> Float[Array, ""]:
-    """Returns the correlation over images of student views with the teacher's other views.
-
-    Embeddings are centred over the batch, and the mean is over all pairs of different views, in
-    [-1, 1]. A direction of the embedding grows only if its agreement exceeds the ratio of the
-    teacher's temperature to the student's, and shrinks otherwise: the linearised [CLS] loss moves
-    the deviation from the mean along teacher / tau_t - student / tau_s.
-
-    Args:
-        student: embeddings of all V views, the global ones first.
-        teacher: embeddings of the Q global views.
-    """
-    student = student - student.mean(0)
-    teacher = teacher - teacher.mean(0)
-    products = jnp.einsum("bvd,bqd->vq", student, teacher, precision=jax.lax.Precision.HIGHEST)
-    norms = jnp.sqrt((student**2).sum((0, 2))[:, None] * (teacher**2).sum((0, 2)))
-    pairs = 1.0 - jnp.eye(student.shape[1], teacher.shape[1])
-    return (pairs * products / jnp.maximum(norms, 1e-12)).sum() / pairs.sum()
-
-
-def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
-    """Returns the effective rank of the centred rows, from 1 to d (Roy & Vetterli, 2007).
-
-    This is the exponential of the entropy of the singular values, normalised to sum to 1.
-    """
-    x = x - x.mean(0)
-    sums = "bi,bj->ij" if len(x) > x.shape[1] else "ij,kj->ik"  # the smaller of the two products
-    gram = jnp.einsum(sums, x, x, precision=jax.lax.Precision.HIGHEST)
-    squares = jnp.linalg.eigvalsh(gram)
-    # Singular values that are only rounding error do not count.
-    values = jnp.sqrt(jnp.where(squares > 1e-6 * squares.max(), squares, 0))
-    return jnp.exp(entropy(values / jnp.maximum(values.sum(), 1e-12)))
 
 
 def measure(
@@ -75,8 +37,7 @@ def measure(
         winning_sops: the share of the K SOPs that are the first choice of some view, in [0, 1]; a
             batch of B images reaches at most QB / K.
         support_cosine: the mean cosine of supports to their anchor; 1 if there are no supports.
-        embedding_std: the standard deviation of the teacher's embeddings over the batch, times
-            sqrt(d): 1 if they fill the sphere, 0 if all are the same point.
+        embedding_std: `embedding_std` of the teacher's embeddings.
         effective_rank: `effective_rank` of the teacher's embeddings.
         agreement: `agreement` of student and teacher.
         memory_filled: as given.
@@ -93,7 +54,7 @@ def measure(
         "entropy_of_mean": entropy(targets.mean((1, 2))).mean(),
         "winning_sops": winners.mean(),
         "support_cosine": cosine,
-        "embedding_std": jnp.sqrt(rows.var(0).mean() * rows.shape[1]),
+        "embedding_std": embedding_std(rows),
         "effective_rank": effective_rank(rows),
         "agreement": agreement(student_cls, teacher_cls),
         "memory_filled": memory_filled,
