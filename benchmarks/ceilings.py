@@ -1,4 +1,4 @@
-"""What a device can do at best, and how long a call takes: what the benchmarks measure against."""
+"""The peak rates of a device, which the benchmarks compare with, and the time of a call."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def seconds(function: Callable[[], Any], warmup: int, times: int) -> list[float]:
-    """Of each call, until its results are there."""
+    """Returns the seconds of each of `times` calls until its results are ready, after a warm-up."""
     taken = []
     for call in range(warmup + times):
         began = time.perf_counter()
@@ -21,7 +21,7 @@ def seconds(function: Callable[[], Any], warmup: int, times: int) -> list[float]
 
 
 def matrix_rate(dtype: Any, precision: jax.lax.Precision = jax.lax.Precision.DEFAULT) -> float:
-    """Operations a second of large square products of random matrices on the first device."""
+    """Returns the operations per second of large square matrix products on the first device."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
     product = jax.jit(
@@ -31,7 +31,7 @@ def matrix_rate(dtype: Any, precision: jax.lax.Precision = jax.lax.Precision.DEF
 
 
 def bandwidth() -> float:
-    """Bytes a second, read and written together, of a large copy on the first device."""
+    """Returns the bytes per second, read and written, of a large copy on the first device."""
     count = 2**26 if jax.default_backend() == "cpu" else 2**30
     x = jnp.arange(count, dtype=jnp.float32)
     copy = jax.jit(lambda x: x + 1)

@@ -1,9 +1,9 @@
-"""Learning and collapse at small scale, side by side, on scikit-learn's digits.
+"""Compares runs that learn with runs that collapse, at small scale, on scikit-learn's digits.
 
     python benchmarks/collapse.py --out=runs/collapse --steps=1000 --plot=docs/collapse.png
 
-Trains configs/digits.py and variants of it that differ in one thing each, and draws their curves.
-A run that is there already is not trained again. Needs matplotlib (pip install matplotlib).
+Trains configs/digits.py and variants of it, and draws their curves. Runs that are finished are not
+trained again. Needs matplotlib (pip install matplotlib).
 """
 
 import argparse
@@ -42,7 +42,7 @@ PANELS = ("knn_top1", "entropy", "entropy_of_mean", "embedding_std", "agreement"
 
 
 def variant(changes: dict, steps: int) -> ml_collections.ConfigDict:
-    """The digits config with settings changed, for so many steps."""
+    """Returns the digits config with some settings changed, for the given number of steps."""
     config = digits.get_config()
     config.update_from_flattened_dict(changes)
     config.update(dict(steps=steps, log_every=20, eval_every=100, checkpoint_every=steps))
@@ -50,7 +50,7 @@ def variant(changes: dict, steps: int) -> ml_collections.ConfigDict:
 
 
 def run_all(out: Path, steps: int) -> dict[str, list[dict]]:
-    """Trains every variant; the rows of each."""
+    """Trains every variant, and returns the logged rows of each by its name."""
     rows = {}
     for name, changes in VARIANTS.items():
         print(f"== {name}", file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def run_all(out: Path, steps: int) -> dict[str, list[dict]]:
 
 
 def plot(rows: dict[str, list[dict]], path: Path) -> None:
-    """A panel a quantity, a line a run."""
+    """Draws a panel per quantity with a line per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,7 +84,7 @@ def plot(rows: dict[str, list[dict]], path: Path) -> None:
 
 
 def table(rows: dict[str, list[dict]], early: int) -> str:
-    """Signs of health at an early step and the end, a Markdown line a run."""
+    """Returns a Markdown table of the signs of health early and at the end, with a row per run."""
     lines = [
         f"| run | agreement at {early} | std there | entropy | of mean | std | rank | k-NN % |",
         "|---|---|---|---|---|---|---|---|",
@@ -102,7 +102,7 @@ def table(rows: dict[str, list[dict]], early: int) -> str:
 
 
 def main() -> None:
-    """Trains, draws, prints the table."""
+    """Trains all variants, draws their curves and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--steps", type=int, default=1000)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything there is to measure on one GPU, in under 9 minutes:
+# Runs all measurements of one GPU in under 9 minutes:
 #
 #   benchmarks/gpu.sh [--out=DIR] [--peer=torch_sop.py] [--images=FOLDER] [--wheels=DIR]
 #
-# precision of the step, its speed for ViT-S, B and L beside the PyTorch yardstick where --peer names
-# it, its parts, its start from the cache, the search, the input, and a training on the photos of
-# FOLDER to compare with the step. What time is left for is measured, the first of these first. DIR
-# gets a log and the JSON lines of each. --wheels names packages to install first, out of the way, on
-# a machine that has JAX and no network.
+# These are the precision of the step, the search, the parts of the step, its start from the cache,
+# a training on the photos of FOLDER to compare with the step, the speed of the step for ViT-B, L
+# and S (compared with the PyTorch yardstick if --peer names it), and the input. Measurements for
+# which no time is left are skipped. DIR receives a log and the output of each. --wheels is a folder
+# of wheels to install into DIR first, on a machine that has JAX but no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,13 +25,14 @@ for argument in "$@"; do
   esac
 done
 if ! command -v nvidia-smi > /dev/null; then
-  echo "error: there is no nvidia-smi, hence no driver of an NVIDIA GPU on this machine" >&2
+  echo "error: there is no nvidia-smi on this machine: an NVIDIA GPU and its driver are needed;" \
+    "run this on a machine that has them" >&2
   exit 1
 fi
 mkdir -p "$out"
 out="$(realpath "$out")"
 began=$SECONDS
-limit=530 # seconds for all of it
+limit=530 # seconds for all measurements
 
 if [[ -n "$wheels" ]]; then
   python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
@@ -42,13 +43,13 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR="$out/compiled"
 nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm --format=csv,noheader
 
-# measure NAME SECONDS COMMAND...: runs it, if there is time for it, and keeps what it prints. One
-# that fails or takes too long is told of and does not end the rest.
+# measure NAME SECONDS COMMAND...: runs the command if there is time, and stores its output. A
+# command that fails or takes too long is reported, and the others still run.
 measure() {
   local name="$1" most="$2" left=$((limit - SECONDS + began))
   shift 2
   if ((left < most / 2)); then
-    echo "$name: left out, $left s are left"
+    echo "$name: skipped, because only $left s are left"
     return
   fi
   echo "== $name"
@@ -58,7 +59,7 @@ measure() {
   tail -n 1 "$out/$name.txt"
 }
 
-# step NAME SECONDS ARGUMENTS...: beside the yardstick where there is one.
+# step NAME SECONDS ARGUMENTS...: times the step, alternating with the yardstick if there is one.
 step() {
   local name="$1" most="$2"
   shift 2

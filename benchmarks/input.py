@@ -1,22 +1,23 @@
-"""Images a second of the input pipeline on one core and on two, beside the recipe in Pillow.
+"""Measures images per second of the input pipeline on one and two cores, and of Pillow's.
 
     python benchmarks/input.py [--images=FOLDER] [--rounds=7]
 
-An image is a JPEG of 500 x 375 pixels and becomes 2 x 224 + 10 x 96 views with all augmentations,
-and two masks. *Ours* is `train_batches` of the default settings, whole batches of 32, in one
-process on one core. *Pillow* makes the same batches, masks by the same function, from what
-torchvision does to Pillow images: antialiased bicubic crops, ImageEnhance, hue in HSV,
-GaussianBlur, solarize. They take turns on the same core (A B A B); ratios are of neighbours, and
-both spreads are printed. Peers also turn views to normalized float32 on the host, which is timed
-by itself and not counted: here the device does that.
+Each image is a JPEG of 500 x 375 pixels, from which 2 views of 224 and 10 of 96 pixels with all
+augmentations and two masks are made. *Ours* is `train_batches` with the default settings, in whole
+batches of 32, in one process on one core. *Pillow* makes the same batches, with the same function
+for masks, by the operations that torchvision applies to Pillow images: antialiased bicubic crops,
+ImageEnhance, hue in HSV, GaussianBlur, solarize. Both alternate on the same core (A B A B); ratios
+are of neighbours, and their spreads are printed. Other projects also convert views to normalized
+float32 on the host. That is timed separately and not counted, because here the device does it.
 
-Then the worker processes on two cores, in turns: one worker, two workers. Parallel efficiency is
-the throughput of two over twice that of one worker, and over twice that of the one core. Last,
-what each part of an image costs.
+Then one and two worker processes alternate on two cores. The parallel efficiency is the throughput
+of two workers over twice that of one worker, and over twice that of the single core. Finally the
+cost of each part of the work on an image is measured.
 
-Images are photos of --images (any folder tree; enlarged or reduced to 500 x 375 and encoded anew
-at quality 92), or else are drawn: noise whose amplitude falls with frequency, as that of photos
-does, of 37 to 70 KB. Linux alone, because it binds processes to cores. One JSON line, last.
+Images are photos from --images (any folder tree; resized to 500 x 375 pixels and encoded again with
+quality 92), or else they are drawn: noise whose amplitude falls with frequency as that of photos
+does, in files of 37 to 70 KB. Runs on Linux only, because it binds processes to cores. The last
+line is JSON.
 """
 
 import argparse
@@ -58,7 +59,7 @@ Batch = dict[str, np.ndarray]
 
 
 def pillow_views(record: bytes, c: Any) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Decodes and draws the views of one image as torchvision does on Pillow images."""
+    """Decodes an image and draws its views as torchvision does from Pillow images."""
     image = Image.open(io.BytesIO(record)).convert("RGB")
     first, others, local = c.blur
     chances = [(first, 0.0)] + [(others, c.solarize)] * (c.global_crops - 1)
@@ -115,7 +116,7 @@ def _pillow_jitter(view: Image.Image, name: str, c: Any) -> Image.Image:
 
 
 def pillow_batches(source: Any, config: Any) -> Iterator[Batch]:
-    """The batches of `train_batches` from the recipe in Pillow, one after another."""
+    """Yields batches like those of `train_batches`, made with Pillow."""
     side = config.augment.global_size // PATCH
     c, mask = (SimpleNamespace(**part.to_dict()) for part in (config.augment, config.mask))
     rng = np.random.default_rng(0)
@@ -135,7 +136,7 @@ def pillow_batches(source: Any, config: Any) -> Iterator[Batch]:
 
 
 def normalized(views: np.ndarray) -> np.ndarray:
-    """What peers do on the host: float32, channels first."""
+    """Returns normalized views in float32, channels first, as other projects do on the host."""
     return ((views.astype(np.float32) / 255 - MEAN) / STD).swapaxes(-1, -3)
 
 
@@ -143,7 +144,7 @@ def normalized(views: np.ndarray) -> np.ndarray:
 
 
 def write_images(folder: Path, count: int, photos: str) -> list[int]:
-    """Fills the folder with JPEGs of 500 x 375; their sizes in bytes."""
+    """Fills a folder with JPEGs of 500 x 375 pixels, and returns their sizes in bytes."""
     files = list_images(photos).files if photos else []
     chosen = files[:: max(1, len(files) // count)][:count]
     sizes = []
@@ -161,7 +162,7 @@ def write_images(folder: Path, count: int, photos: str) -> list[int]:
 
 
 def drawn_image(seed: int) -> np.ndarray:
-    """Colourful noise whose amplitude falls with frequency; uint8 [375, 500, 3]."""
+    """Returns colourful noise whose amplitude falls with frequency, uint8 [375, 500, 3]."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(WIDTH), np.fft.fftfreq(HEIGHT)))
     shape = np.maximum(frequency, 1 / WIDTH)[..., None] ** -FALL
@@ -176,14 +177,14 @@ def drawn_image(seed: int) -> np.ndarray:
 
 
 def timed(batches: Iterator[Batch], count: int) -> float:
-    """Images a second over `count` batches."""
+    """Returns the images per second over `count` batches."""
     start = time.perf_counter()
     images = sum(len(next(batches)["mask"]) for _ in range(count))
     return images / (time.perf_counter() - start)
 
 
 def on_one_core(source: Any, config: Any, rounds: int, count: int) -> dict[str, list[float]]:
-    """Images a second of both sides in turns, on one core."""
+    """Returns the images per second of ours and of Pillow's, alternating on one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     rates: dict[str, list[float]] = {"ours": [], "pillow": []}
@@ -198,23 +199,23 @@ def on_one_core(source: Any, config: Any, rounds: int, count: int) -> dict[str, 
 
 
 def on_two_cores(source: Any, config: Any, rounds: int, count: int) -> dict[str, list[float]]:
-    """Images a second of one and of two workers in turns, on the first two cores."""
+    """Returns the images per second of one and two workers, alternating on the first two cores."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, set(sorted(cores)[:2]))
     rates: dict[str, list[float]] = {"one worker": [], "two workers": []}
     for _, (workers, name) in itertools.product(range(rounds), enumerate(rates, 1)):
         config.data.workers, config.data.threads = workers, 1
         with contextlib.closing(pipeline.train_batches(source, config, PATCH)) as batches:
-            timed(batches, 6 * workers)  # start-up, and what was made ahead
+            timed(batches, 6 * workers)  # the start, and batches that were made ahead
             rates[name].append(timed(batches, count * workers))
     os.sched_setaffinity(0, cores)
     return rates
 
 
 def parts(source: Any, config: Any) -> dict[str, float]:
-    """Milliseconds an image of each part by itself, on one core, with the recipe's probabilities.
+    """Returns the milliseconds per image of each part on one core, at the recipe's probabilities.
 
-    `python` is what the whole takes beyond the sum: draws, calls, Grain, and the batch.
+    `python` is the time of the whole beyond that sum: random draws, calls, Grain and batching.
     """
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
@@ -235,7 +236,7 @@ def parts(source: Any, config: Any) -> dict[str, float]:
     side = config.augment.global_size // PATCH
 
     def cost(work: Callable[[int], Any]) -> float:
-        """Milliseconds of one call, the median of five passes."""
+        """Returns the milliseconds per call, as the median of five passes."""
         passes = []
         for _ in range(6):
             start = time.perf_counter()
@@ -293,16 +294,16 @@ def parts(source: Any, config: Any) -> dict[str, float]:
 
 
 def spread(values: list[float]) -> str:
-    """Median, smallest and largest."""
+    """Returns the median and the range of some values as text."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def main() -> None:
-    """Prints the tables and the JSON line."""
+    """Prints the tables and a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", default="", help="folder of photos; drawn ones without it")
-    parser.add_argument("--count", type=int, default=128, help="images")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", default="", help="folder of photos; by default they are drawn")
+    parser.add_argument("--count", type=int, default=128, help="number of different images")
+    parser.add_argument("--rounds", type=int, default=7, help="alternations of both sides")
     parser.add_argument("--resample", choices=("opencv", "pillow"), default="opencv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -311,7 +312,8 @@ def main() -> None:
         config.batch_size = 32
         config.augment.resample = args.resample
         config.data.update(workers=0, threads=0)
-        # As long as real data sets are: Grain takes 0.2 ms to shuffle one index of a hundred.
+        # Repeated to the length of a real data set: with only a hundred images, Grain takes 0.2 ms
+        # to shuffle each index.
         source = FolderSource(folder, list_images(folder).files * (8192 // len(sizes)), None, None)
         print(
             f"{len(sizes)} {'photos' if args.images else 'drawn images'} of {WIDTH} x {HEIGHT}, "
@@ -336,8 +338,8 @@ def main() -> None:
     print(f"ours over pillow, one core: {spread(ratios)}")
     print(f"two workers over twice one worker: {spread(efficiency)}")
     print(f"two workers over twice one core: {spread(per_core)}")
-    print(f"not counted, peers' conversion to float32: {conversion:.2f} ms an image")
-    print("\n| part | ms an image | share |\n|---|---|---|")
+    print(f"not counted, conversion to float32 in other projects: {conversion:.2f} ms per image")
+    print("\n| part | ms per image | share |\n|---|---|---|")
     for name, cost in table.items():
         print(f"| {name} | {cost:.3f} | {100 * cost / table['whole']:.0f} % |")
     medians = {name.replace(" ", "_"): statistics.median(v) for name, v in rates.items()}

@@ -1,8 +1,8 @@
-"""The k-NN accuracy of raw pixels, under the protocol that networks are judged by.
+"""Measures the k-NN accuracy of raw pixels with the protocol that is used for networks.
 
     python benchmarks/pixels.py --config=configs/cifar10_cpu.py --data=cifar10.npz
 
-Pixels are those of the evaluation crop, less the mean image of the train split.
+The features are the pixels of the evaluation crop minus the mean image of the train split.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from sop_jax.parallel.mesh import make_mesh  # noqa: E402
 
 
 def pixels(source: Source, resize: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """The evaluation crops as rows, float32 [n, 3 * crop * crop], and their labels."""
+    """Returns the evaluation crops as rows, float32 [n, 3 * crop * crop], and their labels."""
     rows, labels = [], []
     for batch in eval_batches(source, resize, crop, 500):
         rows.append(batch["image"][batch["valid"]])
@@ -32,7 +32,7 @@ def pixels(source: Source, resize: int, crop: int) -> tuple[np.ndarray, np.ndarr
 
 
 def main() -> None:
-    """Prints one JSON line: top-1 of each k."""
+    """Prints a JSON line with the top-1 accuracy for each k."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--data", default="")

@@ -1,11 +1,11 @@
-"""Holds the train step of a device and dtype to float32 on the processor.
+"""Compares the train step of a device and dtype with that in float32 on the CPU.
 
     python benchmarks/precision.py [--dtype=bfloat16] [--config.KEY=VALUE ...]
 
-One step from the same state on the same batch, once with full float32 products on the processor
-and once on the first device as training runs it. Prints, for losses, gradients and what memories
-took, the distance of both over the norm of the first; the last line is JSON, and the exit code is 1
-where a distance is not finite or above `--limit`.
+Takes one step from the same state on the same batch twice: with full float32 products on the CPU,
+and on the first device as in training. Prints the relative distances of the losses, the gradients
+and the new rows of the memories: the norm of the difference over the norm on the CPU. The last line
+is JSON. The exit code is 1 if a distance is not finite or above `--limit`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from sop_jax.training.assemble import assemble  # noqa: E402
 
 
 def keep_gradients(*_: Any) -> optax.GradientTransformation:
-    """Leaves parameters as they are, and gradients in its state."""
+    """Returns an optimizer that leaves parameters unchanged and stores gradients in its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
@@ -39,7 +39,10 @@ def keep_gradients(*_: Any) -> optax.GradientTransformation:
 
 
 def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> dict[str, Any]:
-    """What one step gives on a device, from the start of another device, or a new one for None."""
+    """Returns the results of one step on a device.
+
+    `start` is the state of another device to start from; None for a new state.
+    """
     run = assemble(config, make_mesh(1, 1, [device]), config.batch_size)
     state = run.init(jax.random.key(0))
     names = ("student", "teacher", "carried")
@@ -58,7 +61,7 @@ def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> d
 
 
 def distance(one: Any, other: Any) -> float:
-    """Of two trees of arrays, over the norm of the first."""
+    """Returns the norm of the difference of two trees of arrays over the norm of the first."""
     a, b = (
         np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]).astype(np.float64)
         for tree in (one, other)
@@ -67,7 +70,7 @@ def distance(one: Any, other: Any) -> float:
 
 
 def main() -> None:
-    """Prints distances, last as a JSON line."""
+    """Prints the distances as a JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="vit_tiny", choices=ARCHS)
     parser.add_argument("--batch", type=int, default=4)
@@ -90,7 +93,7 @@ def main() -> None:
 
 
 def in_float32(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The same config with float32 everywhere."""
+    """Returns the same config with float32 everywhere."""
     plain = config.copy_and_resolve_references()
     plain.model.dtype, plain.model.attention = "float32", "xla"
     plain.sop.search_precision = "float32"

@@ -1,9 +1,9 @@
-"""Recall of the support search's faster score precisions against full float32.
+"""Measures the recall of the support search with faster precisions, relative to full float32.
 
     python benchmarks/recall.py [--workdir=DIR]
 
-Over random unit rows, over clustered ones, and over the [CLS] memory of a trained run. What
-`high` means depends on the device: TF32 on GPUs, three bfloat16 passes on TPUs, float32 on CPUs.
+Searches random unit rows, clustered ones, and the [CLS] memory of a trained run. The meaning of
+`high` depends on the device: TF32 on GPUs, three bfloat16 passes on TPUs, float32 on CPUs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MESH = make_mesh(1)
 
 
 def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
-    """Share of the float32 neighbours that each precision finds."""
+    """Returns the share of the float32 neighbours that each precision finds."""
     own = jnp.arange(anchors)
     found = {
         name: np.asarray(nearest(rows[:anchors], rows, k, MESH, own=own, precision=name)[1])
@@ -44,7 +44,7 @@ def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
 
 
 def trained_memory(workdir: Path) -> jax.Array:
-    """Rows of the [CLS] memory in a run's newest checkpoint."""
+    """Returns the rows of the [CLS] memory in a run's newest checkpoint."""
     config = config_lib.read_config(workdir)
     abstract = assemble(config, MESH, images=config.batch_size).abstract.carried
     memory = checkpoint.restore_part(workdir, abstract, "carried")["cls"]

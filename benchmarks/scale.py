@@ -1,10 +1,10 @@
-"""What a train step takes on TPU slices: memory, operations and collectives, from 8 to 1024 chips.
+"""Reports the memory, operations and collectives of a train step on TPU slices of 8 to 1024 chips.
 
     python benchmarks/scale.py [--table=models|growth|remat] [--out=FILE]
 
-Compiles the step of each recipe for each slice, on a machine that has no TPU, and prints Markdown
-tables. That takes a minute or more a compilation; FILE keeps what is done, and the same command
-goes on from there.
+Compiles the step of each recipe for each slice, on a machine that need not have a TPU, and prints
+Markdown tables. Each compilation takes a minute or more. FILE stores the results so far, and the
+same command continues from there.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.plan import GIB, MIB, described_devices, largest_batch, plan, record  # noqa: E402
 
 MODELS = ("s", "b", "l")
-# Google counts two cores a chip in the names of v5p slices: v5p-128 has 64 chips.
+# The names of v5p slices count two cores per chip, so that v5p-128 has 64 chips.
 SLICES = {"v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16", "v5p-128": "v5p:4x4x4"}
-SHARED = (("l", "v5e-64", 8), ("l", "v5e-256", 16))  # with parameters over so many chips
+SHARED = (("l", "v5e-64", 8), ("l", "v5e-256", 16))  # the last is the chips that share parameters
 GROWTH = ("v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x8", "v5p:8x8x8", "v5p:8x8x16")
 GROWTH_BATCH = 1024
 
@@ -37,14 +37,14 @@ Row = dict[str, Any]
 
 
 def recipe(model: str, fsdp: int = 1) -> ml_collections.ConfigDict:
-    """The paper's recipe of a model, its parameters shared by `fsdp` chips."""
+    """Returns the paper's recipe of a model, with its parameters split over `fsdp` chips."""
     config = runpy.run_path(str(ROOT / f"configs/imagenet_vit{model}16.py"))["get_config"]()
     config.mesh.fsdp = fsdp
     return config
 
 
 class Store:
-    """Rows by a key, in a file of one a line."""
+    """Rows by key, stored in a file with one row per line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class Store:
         self.rows: dict[str, Row] = dict(json.loads(line) for line in lines)
 
     def get(self, key: str, make: Callable[[], Row]) -> Row:
-        """The row of a key, made and kept where it is not there yet."""
+        """Returns the row of a key, which is made and stored if it is missing."""
         if key not in self.rows:
             print(f"{key} ...", file=sys.stderr, flush=True)
             self.rows[key] = make()
@@ -62,12 +62,12 @@ class Store:
 
 
 def planned(config: ml_collections.ConfigDict, topology: str) -> Row:
-    """The plan of a config in numbers."""
+    """Returns the plan of a config as numbers."""
     return record(plan(config, described_devices(topology)))
 
 
 def largest(config: ml_collections.ConfigDict, topology: str) -> Row:
-    """The largest batch a chip, and whether it is the memories that bound it."""
+    """Returns the largest batch per chip, and whether the sizes of the memories limit it."""
     found = largest_batch(config, described_devices(topology))
     if found is None:
         return {"images": 0, "bound": False}
@@ -79,7 +79,10 @@ def largest(config: ml_collections.ConfigDict, topology: str) -> Row:
 
 
 def sent(row: Row, kinds: Iterable[str] = (), where: Iterable[str] = ()) -> float:
-    """MiB of collectives a step and chip, of some kinds or places; the signs of health apart."""
+    """Returns the MiB of collectives per step and chip, except those of the signs of health.
+
+    `kinds` and `where` select kinds of collectives and scopes; by default all count.
+    """
     kinds, where = tuple(kinds), tuple(where)
     return sum(
         (math.nan if c["bytes"] is None else c["bytes"]) / MIB
@@ -91,16 +94,16 @@ def sent(row: Row, kinds: Iterable[str] = (), where: Iterable[str] = ()) -> floa
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """Returns a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def models(store: Store) -> None:
-    """Prints the recipes on some slices: memory, then operations and collectives."""
+    """Prints the memory, and then the operations and collectives, of recipes on some slices."""
     cases = [(model, name, 1) for name in SLICES for model in MODELS] + list(SHARED)
     found = []
-    for find in (planned, largest):  # what is quick first
+    for find in (planned, largest):  # the quicker one first
         rows = []
         for model, name, fsdp in cases:
             topology = SLICES[name]
@@ -129,16 +132,16 @@ def models(store: Store) -> None:
             + [f"{sent(row, [kind]):.1f}" for kind in kinds]
             + [f"{row['compile_s']:.0f}"]
         )
-    print("Memory a chip in MiB, in all and the chip's in GiB\n")
-    heads = ["model", "slice", "images a chip", "parameters", "optimizer", "memories", "batch"]
-    print(markdown([*heads, "activations", "in all", "of", "fits", "largest"], memory))
-    print("Operations in TFLOP, collectives in MiB a chip, of one step\n")
+    print("Memory per chip in MiB; its sum and the chip's limit in GiB\n")
+    heads = ["model", "slice", "images per chip", "parameters", "optimizer", "memories", "batch"]
+    print(markdown([*heads, "activations", "total", "limit", "fits", "largest"], memory))
+    print("Operations in TFLOP and collectives in MiB per chip, of one step\n")
     heads = ["model", "slice", "batch", "operations", "at least, ms", "all-reduce", "all-gather"]
     print(markdown([*heads, "reduce-scatter", "all-to-all", "compiled in s"], cost))
 
 
 def growth(store: Store) -> None:
-    """Prints how the cost of one batch of ViT-S/16 goes with the number of chips."""
+    """Prints how the cost of one batch of ViT-S/16 depends on the number of chips."""
     rows = []
     for topology in GROWTH:
         config = recipe("s")
@@ -155,14 +158,14 @@ def growth(store: Store) -> None:
             + [f"{row['memory']['activations'] / MIB:.0f}", f"{row['wanted'] / GIB:.2f}"]
             + [f"{row['compile_s']:.0f}"]
         )
-    print(f"ViT-S/16, a batch of {GROWTH_BATCH}, one chip and step\n")
+    print(f"ViT-S/16, a batch of {GROWTH_BATCH}, per chip and step\n")
     heads = ["chips", "slice", "images", "search, GFLOP", "sent by prototypes, MiB"]
-    heads += ["by memories", "by student", "in all", "memories, MiB", "activations, MiB"]
-    print(markdown([*heads, "in all, GiB", "compiled in s"], rows))
+    heads += ["by memories", "by student", "total", "memories, MiB", "activations, MiB"]
+    print(markdown([*heads, "total, GiB", "compiled in s"], rows))
 
 
 def remat(store: Store) -> None:
-    """Prints what it saves and costs to compute parts of a layer again."""
+    """Prints the memory and the operations of each kind of rematerialisation."""
     rows = []
     for kind in ("none", "products", "dots", "full"):
         config = recipe("b")
@@ -174,8 +177,8 @@ def remat(store: Store) -> None:
             [kind, f"{row['memory'].get('activations', math.nan) / MIB:.0f}"]
             + [f"{row['wanted'] / GIB:.2f}", f"{operations / 1e12:.1f}"]
         )
-    print("ViT-B/16 on v5e-64, 8 images a chip\n")
-    print(markdown(["model.remat", "activations, MiB", "in all, GiB", "TFLOP a step"], rows))
+    print("ViT-B/16 on v5e-64, 8 images per chip\n")
+    print(markdown(["model.remat", "activations, MiB", "total, GiB", "TFLOP per step"], rows))
 
 
 TABLES = {"models": models, "growth": growth, "remat": remat}
@@ -197,7 +200,7 @@ def main() -> None:
 
 
 def libtpu_version() -> str:
-    """Of the compiler."""
+    """Returns the version of the compiler."""
     from importlib import metadata
 
     return metadata.version("libtpu")

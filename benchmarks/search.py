@@ -1,11 +1,11 @@
-"""Times the support search alone, over memory size, anchors and k, against its limit.
+"""Times the support search by itself, over memory size, anchors and k, and compares with its limit.
 
     python benchmarks/search.py [--rows=65536 --anchors=4096 --supports=8] [--quick]
 
-The limit is the larger of two times: that of the inner products at the rate of a large product of
-the same precision, and that of reading the rows and writing the found ones at the bandwidth of a
-large copy; scores that never leave the chip would cost no more. Recall is the share of the
-float32 neighbours that are found. Prints a Markdown table and, last, a JSON line.
+The limit is the larger of two times: the time of the inner products at the rate of a large product
+of the same precision, and the time to read the rows and write the found ones at the bandwidth of a
+large copy. A search whose scores never leave the chip could reach it. Recall is the share of the
+float32 neighbours that are found. Prints a Markdown table and then a JSON line.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SWEEPS = {
 
 
 def measure(rows: int, anchors: int, supports: int, precision: str, steps: int) -> dict[str, Any]:
-    """Milliseconds of one search, its limit, and its recall."""
+    """Returns the milliseconds and the recall of one search."""
     mesh = make_mesh(1)
     memory = unit(jax.random.normal(jax.random.key(0), (rows, DIM)))
     own = jnp.arange(anchors)
@@ -64,7 +64,7 @@ def measure(rows: int, anchors: int, supports: int, precision: str, steps: int) 
 
 
 def limit(row: dict[str, Any], rates: dict[str, float], bytes_per_s: float) -> float:
-    """Milliseconds that no search of these sizes can beat, see above."""
+    """Returns the least milliseconds of any search of these sizes, see the top of this file."""
     products = 2.0 * row["rows"] * row["anchors"] * DIM / rates[row["precision"]]
     moved = 4.0 * (row["rows"] * DIM + row["anchors"] * (DIM + 2 * row["supports"]))
     return 1e3 * max(products, moved / bytes_per_s)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--anchors", type=int, default=4096)
     parser.add_argument("--supports", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the given size alone")
+    parser.add_argument("--quick", action="store_true", help="measure the given size only")
     args = parser.parse_args()
     paper = {"rows": args.rows, "anchors": args.anchors, "supports": args.supports}
     cases = [paper | {"precision": precision} for precision in PRECISIONS]

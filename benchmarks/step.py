@@ -1,18 +1,18 @@
-"""Times the train step of a run, part by part, and beside a PyTorch step of the same method.
+"""Times the train step of a run, its parts, and a PyTorch step of the same method for comparison.
 
     python benchmarks/step.py --arch=vit_tiny --batch=4 --dtype=float32
     python benchmarks/step.py --arch=vit_base --batch=64 --method=paper --config.model.remat=dots
     python benchmarks/step.py --arch=vit_tiny --batch=4 --dtype=float32 --peer=PATH/torch_sop.py
 
-The step is the one that training compiles, with its state donated, on random pixels and drawn masks
-that are on the devices already. With `--peer` both run in turn, `--rounds` times, each time in a
-process of its own, so that peak memories are their own. The last line is JSON.
+The step is the one that training compiles, with its state donated, on random pixels and masks that
+are already on the devices. With `--peer` both steps alternate, `--rounds` times, each time in a new
+process, so that each has a peak memory of its own. The last line is JSON.
 
 Parts are the functions that the step itself calls, each compiled and timed on its own: the
 teacher's forward pass, the targets (the search of prototypes and the push of the memories), the
-losses with their backward pass, and the update. The student is the rest of the step. What a part
-is given stays as it is, so that the targets count a copy of the memories which the step, with its
-state donated, does not make.
+losses with their backward pass, and the update. The student is the rest of the step. Parts do not
+donate their inputs, so that the time of the targets includes a copy of the memories, which the step
+does not make.
 """
 
 import argparse
@@ -52,24 +52,24 @@ from sop_jax.training.step import embed_views  # noqa: E402
 
 ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
 
-# The yardstick's method is the pseudo-code's with one task a level: the same votes for all nine
-# rows of an SOP, supports from the whole memory. It has no drop path.
+# The yardstick is the paper's pseudo-code with one task per level: all nine rows of an SOP have the
+# same votes, and supports come from the whole memory. It has no drop path.
 METHODS: dict[str, dict[str, Any]] = {
     "yardstick": {
         "sop.cls.tasks": 1,
         "sop.cls.votes": "smoothed",
         "sop.pool": "all",
-        "sop.search_precision": "high",  # as the peer tells PyTorch
+        "sop.search_precision": "high",  # as in the peer
         "model.drop_path": 0.0,
     },
     "paper": {},
 }
 
-IMAGES = 1_281_167  # of ImageNet, which schedules follow
+IMAGES = 1_281_167  # of ImageNet's train split, which determine the schedules
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
-    """The command line, and settings given as --config.KEY=VALUE."""
+    """Parses the command line; returns the arguments and the settings --config.KEY=VALUE."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,14 +80,14 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--local-crops", type=int, default=10)
     parser.add_argument("--method", default="yardstick", choices=METHODS)
-    parser.add_argument("--parts", action="store_true", help="time the parts too")
-    parser.add_argument("--cache", help="folder of compiled programs; a run's own by default")
-    parser.add_argument("--peer", help="torch_sop.py, to run in turn with this step")
-    parser.add_argument("--peer-python", default=sys.executable)
-    parser.add_argument("--closed-form", action="store_true", help="of the peer")
-    parser.add_argument("--compile", action="store_true", help="the peer, with torch.compile")
-    parser.add_argument("--device", default=None, help="of the peer: cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=2, help="of both in turn")
+    parser.add_argument("--parts", action="store_true", help="also time the parts of the step")
+    parser.add_argument("--cache", help="folder of compiled programs; by default that of training")
+    parser.add_argument("--peer", help="path of torch_sop.py, to alternate with this step")
+    parser.add_argument("--peer-python", default=sys.executable, help="Python to run the peer with")
+    parser.add_argument("--closed-form", action="store_true", help="passed to the peer")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile in the peer")
+    parser.add_argument("--device", default=None, help="device of the peer: cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=2, help="alternations of both steps")
     args, changes = parser.parse_known_args()
     if min(args.steps, args.rounds) < 1 or args.warmup < 0:
         parser.error("--steps and --rounds must be 1 or more, --warmup 0 or more")
@@ -95,7 +95,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 
 def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.ConfigDict:
-    """The config that the arguments ask for."""
+    """Returns the config of the arguments and settings.
+
+    Raises:
+        SystemExit: a setting is unknown or invalid.
+    """
     config = config_lib.paper()
     config.batch_size = args.batch
     config.model.size, config.model.dtype = ARCHS[args.arch], args.dtype
@@ -112,7 +116,7 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
 
 
 def parsed(change: str) -> tuple[str, Any]:
-    """The key and the value of --config.KEY=VALUE; a word that is no number is text."""
+    """Returns the key and the value of --config.KEY=VALUE, a Python literal or else a string."""
     if not (match := re.fullmatch(r"--config\.([^=]+)=(.*)", change)):
         raise SystemExit(f"error: unknown argument {change}")
     try:
@@ -122,7 +126,7 @@ def parsed(change: str) -> tuple[str, Any]:
 
 
 def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.ndarray]:
-    """Random pixels and drawn masks."""
+    """Returns a global batch of random pixels, with masks drawn as in training."""
     rng = np.random.default_rng(0)
     arrays = {
         name: rng.integers(256, size=leaf.shape, dtype=np.uint8)
@@ -140,7 +144,7 @@ def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.nd
 def parts_of(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
-    """Median seconds and compiled temporary bytes of each part of the step, on its own."""
+    """Returns the median seconds and the compiled temporary bytes of each part of the step."""
     objective, key = run.objective, jax.random.key(1)
     tx = optim.optimizer(config.optim, run.schedules, objective.optimizers)
     now = {name: jnp.float32(schedule(0)) for name, schedule in objective.schedules.items()}
@@ -191,7 +195,7 @@ def parts_of(
 
 
 def peak_bytes() -> int:
-    """Of the first device's memory, or of this process where the device keeps no count."""
+    """Returns the peak bytes of the first device, or of this process if the device has no count."""
     stats = jax.devices()[0].memory_stats() or {}
     return (
         stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -199,7 +203,7 @@ def peak_bytes() -> int:
 
 
 def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Runs the step and tells how fast it is."""
+    """Runs the step, and returns its speed, memory and operations."""
     folder = keep_compiled(args.cache)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     run = assemble(config, mesh, IMAGES)
@@ -216,7 +220,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
         return metrics["loss"]
 
     taken = seconds(once, args.warmup, args.steps)
-    peak = peak_bytes()  # before the parts, which hold more at once
+    peak = peak_bytes()  # before the parts are timed, which need more memory
     step_s = statistics.median(taken)
     device = jax.devices()[0]
     operations = flops(run.train_step, run.abstract, run.batch, off)
@@ -252,7 +256,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
 
 
 def commands(args: argparse.Namespace, changes: list[str]) -> dict[str, list[str]]:
-    """What runs this step once, and what runs the peer's."""
+    """Returns the commands that run this step once, and the peer's."""
     shared = [f"--arch={args.arch}", f"--batch={args.batch}", f"--dtype={args.dtype}"]
     shared += [f"--steps={args.steps}", f"--warmup={args.warmup}"]
     shared += [f"--local-crops={args.local_crops}"]
@@ -265,7 +269,7 @@ def commands(args: argparse.Namespace, changes: list[str]) -> dict[str, list[str
 
 
 def alternate(args: argparse.Namespace, changes: list[str]) -> dict[str, Any]:
-    """Both sides in turn, each time in a process of its own; medians, and their ratio."""
+    """Alternates both steps in new processes; returns medians and the ratios of neighbours."""
     found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(args.rounds):
         for name, command in commands(args, changes).items():
@@ -295,7 +299,7 @@ def alternate(args: argparse.Namespace, changes: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints one JSON line last."""
+    """Prints the results, with a JSON line last."""
     args, changes = parse()
     config = settings(args, changes)
     result = alternate(args, changes) if args.peer else measure(args, config)
