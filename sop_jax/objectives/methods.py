@@ -9,6 +9,6 @@ METHODS: dict[str, Method] = {"sop": SOP}
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:
-    """The method that a run of this config trains by."""
+    """Returns the method of a run's config."""
     del config  # there is only one so far
     return METHODS["sop"]

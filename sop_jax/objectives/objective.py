@@ -208,7 +208,7 @@ class Objective(NamedTuple):
 
 @runtime_checkable
 class Build(Protocol):
-    """Makes the objective of a run."""
+    """Builds the objective of a run."""
 
     def __call__(
         self,
@@ -218,35 +218,38 @@ class Build(Protocol):
         length: Length,
         grid: tuple[int, int],
     ) -> Objective:
-        """The objective as the settings describe it.
+        """Returns the objective that the settings describe.
 
         Args:
-            config: of the whole run.
-            dim: numbers of an embedding.
+            config: the config of the run.
+            dim: d, the numbers in an embedding.
             mesh: the devices of the run.
-            length: of the run.
-            grid: patches of a global view, high and wide.
+            length: the length of the run.
+            grid: the rows and columns of patches of a global view.
         """
 
 
 class Method(NamedTuple):
     """A method of training: its objective, and what its settings mean to the rest of a run.
 
-    Settings are named by their dotted names.
+    Settings are given by their dotted names.
 
     Attributes:
         build: see `Build`.
-        rules: which values each of its settings can have.
-        check: (config) -> None. Raises UserError where its settings do not work together, or not
-            with those of the run; each of them alone has a value that `rules` allow.
-        without_use: (config) -> those of its settings that have no effect beside the others, and
-            why.
-        batch_limit: (config) -> the images of the largest batch that its state can take, and the
-            setting that says so; None where there is no limit.
-        any_batch: settings by which it can take any batch up to that limit.
-        cls_only: settings by which it learns from [CLS] only, for networks without patches.
-        warmups: settings without their `_steps` or `_epochs`, and what happens within these.
-        scopes: names of `jax.named_scope` that `build`'s functions open, to count operations by.
+        rules: the values that each of its settings can have.
+        check: a function of the config that raises UserError if the settings do not fit each other
+            or those of the run. Each setting by itself already has a value that `rules` allow.
+        without_use: a function of the config that returns the settings which have no effect
+            because of others, and the reason for each.
+        batch_limit: a function of the config that returns the number of images in the largest
+            batch that the objective's state can hold, and the setting that limits it; None if
+            there is no limit.
+        any_batch: the settings with which any batch up to that limit is valid.
+        cls_only: the settings with which it learns from [CLS] only, for networks without patches.
+        warmups: the settings that are durations, without `_steps` or `_epochs`, and what happens
+            during each.
+        scopes: the names of `jax.named_scope` in the objective's functions, by which operations
+            are counted.
     """
 
     build: Build

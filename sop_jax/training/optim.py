@@ -45,21 +45,21 @@ def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> li
         epoch: the number of steps per epoch.
     """
     found = []
-    own = {"optim.warmup": "the learning rate rises to its peak"}
+    own = {"optim.warmup": "the learning rate reaches its peak"}
     for key, happens in {**own, **method_of(config).warmups}.items():
         section, name = key.split(".")
         asked = duration(config[section], f"{name}_", epoch)
         if asked > steps:
             found.append(
-                f"warning: {key} is {asked} steps, and the run has {steps}: {happens} "
-                f"within these, {asked / steps:.3g} times as steeply. "
-                f"--config.{key}_steps=N sets fewer"
+                f"warning: {key} is {asked} steps, but the run has only {steps}: {happens} within "
+                f"these, {asked / steps:.3g} times as fast. Set a shorter one with "
+                f"--config.{key}_steps=N"
             )
     start = duration(config.mask, "start_", epoch)
     if start >= steps and config.mask.none < 1:
         found.append(
-            f"warning: masks start at step {start}, and the run has {steps} steps: nothing is ever "
-            "masked. --config.mask.start_steps=N starts them earlier"
+            f"warning: masks start at step {start}, but the run has only {steps} steps: nothing is "
+            "ever masked. Start them earlier with --config.mask.start_steps=N"
         )
     return found
 

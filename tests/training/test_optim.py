@@ -110,18 +110,21 @@ def test_any_warm_up_gives_finite_rates(config: ml_collections.ConfigDict, warmu
     [
         (
             {"optim.warmup_steps": 1000},
-            "optim.warmup is 1000 steps, and the run has 50: the learning rate rises to its peak "
-            "within these, 20 times as steeply",
+            "optim.warmup is 1000 steps, but the run has only 50: the learning rate reaches its "
+            "peak within these, 20 times as fast",
         ),
         (
             {"optim.warmup_epochs": 10.0, "optim.warmup_steps": None},
-            "optim.warmup is 100 steps, and the run has 50",
+            "optim.warmup is 100 steps, but the run has only 50",
         ),
         (
             {"sop.temperature_warmup_steps": 51},
-            "sop.temperature_warmup is 51 steps, and the run has 50",
+            "sop.temperature_warmup is 51 steps, but the run has only 50",
         ),
-        ({"mask.start_steps": 50}, "masks start at step 50, and the run has 50 steps: nothing"),
+        (
+            {"mask.start_steps": 50},
+            "masks start at step 50, but the run has only 50 steps: nothing",
+        ),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""SOP's settings: which values make sense, together and for a batch, and which have no effect."""
+"""SOP's settings: their valid values and combinations, and which of them have no effect."""
 
 import ml_collections
 from jax.sharding import Mesh
@@ -54,7 +54,7 @@ def build(
     length: Length,
     grid: tuple[int, int],
 ) -> Objective:
-    """The objective of a run, see `objective.Build`."""
+    """Returns the objective of a run, see `objective.Build`."""
     most = most_masked(grid, config.mask) if config.sop.patch.tasks else 0
     return sop(config, dim, mesh, length, most)
 
@@ -79,38 +79,43 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
-    """Checks the memory of one level, `cls` or `patch`."""
+    """Checks the memory of one level, `cls` or `patch`.
+
+    Raises:
+        UserError: it cannot hold a batch, the anchors of a draw, or their supports.
+    """
     level, batch = config.sop[name], config.batch_size
     if level.memory == 0 and level.tasks == 0:
         return
     if batch > level.memory:
         raise UserError(
-            f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image stores "
-            f"a row; use a batch of at most {level.memory} or a larger memory"
+            f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image of a "
+            f"batch stores a row; use a batch of at most {level.memory} or a larger memory"
         )
     if config.sop.anchors == "fixed_slots" and level.memory % batch:
         raise UserError(
-            f"sop.anchors=fixed_slots needs slots that stay in the memory, and batch_size {batch} "
-            f"does not divide sop.{name}.memory {level.memory}; choose sizes that do"
+            f"batch_size {batch} does not divide sop.{name}.memory {level.memory}, which "
+            "sop.anchors=fixed_slots requires, so that the slots of the memory stay the same; "
+            "change one of the sizes"
         )
     if level.tasks == 0:
         return
     if not 2 <= level.anchors <= level.memory:
         raise UserError(
             f"sop.{name}.anchors {level.anchors} cannot be drawn from sop.{name}.memory "
-            f"{level.memory}; expected 2 to {level.memory}"
+            f"{level.memory}; expected 2 to {level.memory}; change one of them"
         )
     others = level.memory - (level.anchors if config.sop.pool == "non_anchors" else 1)
     if not 0 <= level.supports <= others:
         raise UserError(
             f"sop.{name}.supports {level.supports} cannot be found among the {others} rows that "
-            f"sop.pool={config.sop.pool} leaves of sop.{name}.memory {level.memory} beside "
+            f"sop.pool={config.sop.pool} leaves in sop.{name}.memory {level.memory} next to "
             f"{level.anchors} anchors; use fewer supports or anchors, or a larger memory"
         )
 
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """SOP's settings that have no effect beside the others, and why."""
+    """Returns SOP's settings that have no effect because of others, and the reason for each."""
     if config.sop.patch.tasks:
         return {}
     names = ("anchors", "supports", "votes", "weight")
@@ -118,7 +123,7 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def batch_limit(config: ml_collections.ConfigDict) -> tuple[int, str]:
-    """The rows of the smaller memory, since every image stores one, and the setting of it."""
+    """Returns the rows of the smaller memory, since every image stores one, and its setting."""
     rows = [(config.sop[name].memory, f"sop.{name}.memory") for name in ("cls", "patch")]
     return min(row for row in rows if row[0])
 
@@ -129,8 +134,8 @@ SOP = Method(
     check=check,
     without_use=without_use,
     batch_limit=batch_limit,
-    any_batch={"sop.anchors": "random"},  # slots stay fixed only for a batch that divides them
+    any_batch={"sop.anchors": "random"},  # fixed slots need a batch that divides the memory
     cls_only={"sop.patch.tasks": 0, "sop.patch.memory": 0},
-    warmups={"sop.temperature_warmup": "the teacher's temperature goes to its end"},
+    warmups={"sop.temperature_warmup": "the teacher's temperature reaches its final value"},
     scopes=("prototypes", "memories"),
 )
