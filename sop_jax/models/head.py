@@ -1,4 +1,4 @@
-"""The projection head that [CLS] and patches share."""
+"""The projection head, which [CLS] and patches share."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,10 @@ from sop_jax.models.vit import Start, dense
 
 
 class Head(nnx.Module):
-    """MLP of three layers with GELU and no norm, its output L2-normalised in float32.
+    """An MLP of three layers with GELU and no norm, whose output is L2-normalised in float32.
 
-    Source: the authors' head (iBOT's without its prototypes): hidden 2048, output 256.
+    This is the head of the authors' code, which is iBOT's without prototypes, with 2048 hidden
+    units and 256 outputs.
     """
 
     def __init__(self, width: int, hidden: int, outputs: int, start: Start, rngs: nnx.Rngs):
@@ -20,14 +21,14 @@ class Head(nnx.Module):
         self.fc3 = dense(hidden, outputs, start, rngs)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B d"]:
-        """Unit embeddings of tokens."""
+        """Returns the unit embeddings of tokens, in float32."""
         x = jax.nn.gelu(self.fc1(x), approximate=False)
         x = jax.nn.gelu(self.fc2(x), approximate=False)
         return unit(self.fc3(x))
 
 
 def unit(x: Float[Array, "*B d"]) -> Float[Array, "*B d"]:
-    """Rows of length 1 in float32; a row of zeros stays one, with a finite gradient."""
+    """Returns rows scaled to unit norm in float32; zeros remain zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

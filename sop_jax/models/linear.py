@@ -1,4 +1,4 @@
-"""A linear layer whose products may be bfloat16 and whose parameters' gradients never are."""
+"""A linear layer whose products may be in bfloat16, but the gradients of its parameters never."""
 
 import functools
 
@@ -8,10 +8,10 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Float
 
-Precision = jax.lax.Precision | None  # None: whatever is fastest on the device
+Precision = jax.lax.Precision | None  # None for the fastest one of the device
 
-# Of products of float32 numbers, by `config.model.precision`. JAX's own default rounds their
-# factors to TF32 on GPUs and to bfloat16 on TPUs.
+# The precision of products of float32 numbers, by `config.model.precision`. By default, JAX rounds
+# their factors to TF32 on GPUs and to bfloat16 on TPUs.
 PRECISIONS: dict[str, Precision] = {
     "float32": jax.lax.Precision.HIGHEST,
     "high": jax.lax.Precision.HIGH,  # TF32 on GPUs, three bfloat16 passes on TPUs
@@ -20,19 +20,19 @@ PRECISIONS: dict[str, Precision] = {
 
 
 def precision_of(config: ml_collections.ConfigDict) -> Precision:
-    """The precision of a network's products; `config.precision` is about float32 numbers only."""
+    """Returns the precision of a network's products; `config.precision` affects float32 only."""
     return PRECISIONS[config.precision] if config.dtype == "float32" else None
 
 
 class Linear(nnx.Linear):
-    """Products in the layer's dtype and precision, with gradients of W and b summed in float32.
+    """A linear layer that multiplies in its dtype and sums the gradients of W and b in float32.
 
-    Flax's own layer rounds a device's gradient to the dtype of the computation before the devices
-    add theirs up in that dtype, so that the error grows with their number.
+    Flax's own layer rounds the gradient of each device to the dtype of the computation, and the
+    devices add theirs up in that dtype, so that the error grows with the number of devices.
     """
 
     def __call__(self, inputs: Float[Array, "*B I"], out_sharding: None = None) -> Array:
-        """The layer's outputs [*B, O]."""
+        """Returns the outputs [*B, O], in the dtype of the layer."""
         bias = None if self.bias is None else self.bias[...]
         return linear(inputs.astype(self.dtype), self.kernel[...], bias, self.precision)
 
@@ -44,7 +44,7 @@ def linear(
     bias: Float[Array, " O"] | None,
     precision: Precision = None,
 ) -> Float[Array, "*B O"]:
-    """The product in the dtype of x, plus the bias where there is one."""
+    """Returns the product of x and the kernel in the dtype of x, plus any bias."""
     return _linear(x, kernel, bias, precision)
 
 
@@ -56,14 +56,14 @@ def _linear(x: Array, kernel: Array, bias: Array | None, precision: Precision) -
 def _forward(
     x: Array, kernel: Array, bias: Array | None, precision: Precision
 ) -> tuple[Array, tuple]:
-    # Not by way of `linear`, inside which rematerialisation sees no product that it could store.
+    # Not `linear` itself, inside which rematerialisation would see no product that it can store.
     return _linear(x, kernel, bias, precision), (x, kernel, None if bias is None else ())
 
 
 def _backward(
     precision: Precision, saved: tuple[Array, Array, tuple | None], gradient: Array
 ) -> tuple:
-    x, kernel, biased = saved  # the last of them is no array, and () where there is a bias
+    x, kernel, biased = saved  # `biased` is () if there is a bias and None otherwise
     batch = tuple(range(x.ndim - 1))
     return (
         jnp.matmul(gradient, kernel.astype(gradient.dtype).T, precision=precision),

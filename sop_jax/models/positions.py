@@ -1,12 +1,12 @@
-"""Resize of learnt positional embeddings to other grids.
+"""Resizes learnt positional embeddings to other grids.
 
-There are three rules, and features of trained weights agree only under the one that they were
-trained with:
+There are three rules. The features of trained weights are only right with the rule of their
+training:
 
-- `ibot`: cubic samples a scale of size / (new_size + 0.1) apart, not size / new_size (iBOT, DINO);
-- `size`: cubic samples size / new_size apart (Hugging Face);
-- `antialiased`: the same places, but averaged over all that a sample stands for, by a kernel that
-  is a little softer and ends at the border (timm, and DINOv2 with registers).
+- `ibot`: cubic samples at a distance of size / (new_size + 0.1) from each other (iBOT, DINO);
+- `size`: cubic samples at a distance of size / new_size (Hugging Face);
+- `antialiased`: samples at the same positions as `size`, each averaged over the area that it
+  represents, with a slightly softer kernel that ends at the border (timm, DINOv2 with registers).
 """
 
 import jax
@@ -19,7 +19,7 @@ RULES = (*OFFSETS, "antialiased")
 
 
 def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
-    """Keys' cubic convolution kernel; PyTorch's bicubic uses a = -0.75."""
+    """Returns Keys' cubic convolution kernel at x; PyTorch's bicubic uses a = -0.75."""
     x = np.abs(x)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
@@ -27,14 +27,15 @@ def cubic(x: np.ndarray, a: float = -0.75) -> np.ndarray:
 
 
 def resize_matrix(size: int, new_size: int, rule: str) -> np.ndarray:
-    """Interpolation weights [new_size, size] of a rule.
+    """Returns the interpolation weights [new_size, size] of a rule along one axis.
 
-    Positions outside the grid repeat its border, but for `antialiased`, where they do not count.
+    Positions outside the grid repeat its border, except with `antialiased`, where they do not
+    count.
     """
     if rule == "antialiased":
         scale = size / new_size
         centre = (np.arange(new_size)[:, None] + 0.5) * scale - 0.5
-        # PyTorch and Pillow take this kernel where they antialias.
+        # The kernel that PyTorch and Pillow use for antialiasing.
         matrix = cubic((np.arange(size) - centre) / max(scale, 1.0), a=-0.5)
         return matrix / matrix.sum(1, keepdims=True)
     centre = (np.arange(new_size) + 0.5) * size / (new_size + OFFSETS[rule]) - 0.5
@@ -49,7 +50,7 @@ def resize_matrix(size: int, new_size: int, rule: str) -> np.ndarray:
 def resize_positions(
     positions: Float[Array, "h w D"], grid: tuple[int, int], rule: str
 ) -> Float[Array, "new_h new_w D"]:
-    """The positional embeddings of another grid, by one of RULES."""
+    """Returns the positional embeddings resized to `grid`, in rows and columns, by one of RULES."""
     if positions.shape[:2] == grid:
         return positions
     down = resize_matrix(positions.shape[0], grid[0], rule).astype(np.float32)

@@ -1,4 +1,7 @@
-"""ResNet-50 with its batch norm's running statistics among the parameters, which training moves."""
+"""ResNet-50, with the running statistics of its batch norms among the parameters.
+
+The paper has no ResNet; this is DINO's, which is torchvision's.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,19 +18,24 @@ from sop_jax.models.linear import Precision
 from sop_jax.models.vit import REMATS as VIT_REMATS
 from sop_jax.models.vit import Start
 
-EPS = 1e-5  # of every batch norm
-MOMENTUM = 0.1  # the share of a batch in the running statistics after it
-STRIDE = 32  # pixels that a spatial feature stands for
-GROWTH = 4  # channels that leave a block for one inside it
+EPS = 1e-5  # added to the variance in every batch norm
+MOMENTUM = 0.1  # the weight of a batch in the running statistics
+STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
+GROWTH = 4  # output channels of a block per channel inside it
 
-# As those of a ViT; the products that `dots` stores are convolutions here.
+# As in a ViT, but the products that `dots` stores are convolutions.
 REMATS = VIT_REMATS | {"dots": lambda operation, *_, **__: operation.name == "conv_general_dilated"}
 
-Statistics = dict[str, Any]  # of the layers below, nested as their parameters: {"mean", "var"}
+Statistics = dict[str, Any]  # nested as the parameters, with {"mean", "var"} for each batch norm
 
 
 class Size(NamedTuple):
-    """Channels of the stem, and blocks of each stage."""
+    """The size of a ResNet.
+
+    Attributes:
+        width: the channels of the stem.
+        depths: the number of blocks of each stage.
+    """
 
     width: int
     depths: tuple[int, ...]
@@ -37,26 +45,26 @@ SIZES = {"50": Size(64, (3, 4, 6, 3))}
 
 
 def custom(config: ml_collections.ConfigDict) -> Size:
-    """The size that `config.model` describes."""
+    """Returns the size that `config.model` describes."""
     return Size(config.width, tuple(config.stage_depths))
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
-    """Pixels a side that a token of `config.model` stands for."""
+    """Returns the pixels on each side of the square that a token stands for."""
     return STRIDE
 
 
 class Convolution(nnx.Module):
-    """A convolution without bias, padded as PyTorch does: by half the kernel on every side."""
+    """A convolution without bias, padded by half the kernel on every side, as in PyTorch."""
 
     def __init__(self, inputs: int, outputs: int, side: int, stride: int, start: Start, key: Array):
         self.stride, self.dtype, self.precision = stride, start.dtype, start.precision
-        # torchvision's start: He's normal for ReLU, by the fan of the outputs.
+        # torchvision's initialization: He's normal one for ReLU, by the fan-out.
         std = (2 / (side * side * outputs)) ** 0.5
         self.kernel = nnx.Param(std * jax.random.normal(key, (side, side, inputs, outputs)))
 
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
-        """The convolution in the layer's dtype."""
+        """Returns the convolution in the layer's dtype."""
         return convolve(x.astype(self.dtype), self.kernel[...], self.stride, self.precision)
 
 
@@ -67,10 +75,10 @@ def convolve(
     stride: int,
     precision: Precision = None,
 ) -> Float[Array, "B h w O"]:
-    """A convolution in the dtype of x, whose kernel's gradient is summed in float32.
+    """Returns a convolution in the dtype of x; the gradient of the kernel is summed in float32.
 
-    As in `linear`, that gradient is never rounded before the devices add theirs up. Its factors
-    are widened first, which changes none of the products.
+    As in `linear`, this gradient is not rounded before the devices add theirs up. To sum in
+    float32, its factors are converted to float32 first, which does not change their products.
     """
     return _convolve(x, kernel, stride, precision)
 
@@ -90,7 +98,7 @@ def _convolve(x: Array, kernel: Array, stride: int, precision: Precision) -> Arr
 def _forward(
     x: Array, kernel: Array, stride: int, precision: Precision
 ) -> tuple[Array, tuple[Array, Array]]:
-    # In the open, for rematerialisation.
+    # Not `convolve` itself, inside which rematerialisation would see no product it can store.
     return _convolve(x, kernel, stride, precision), (x, kernel)
 
 
@@ -110,7 +118,7 @@ convolve.defvjp(_forward, _backward)
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm in float32, over all images of the batch on whatever devices they lie."""
+    """Batch norm in float32, over all images of the batch on all devices."""
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
@@ -121,11 +129,11 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], training: bool
     ) -> tuple[Float[Array, "B H W C"], Statistics]:
-        """Normed by the batch in training and by the running statistics otherwise.
+        """Normalizes by the batch in training, and by the running statistics otherwise.
 
         Returns:
-            What is normed, in the dtype of x, and the running statistics after it: in training a
-            tenth of the way to the batch's mean and unbiased variance, as PyTorch moves them.
+            The normalized x in its dtype, and the new running statistics. In training these move
+            by MOMENTUM towards the batch's mean and unbiased variance, as in PyTorch.
         """
         wide = x.astype(jnp.float32)
         mean, var = self.mean[...], self.var[...]
@@ -140,7 +148,7 @@ class BatchNorm(nnx.Module):
 
 
 class Stem(nnx.Module):
-    """The first convolution, its batch norm, and the maximum of every other 3 x 3 pixels."""
+    """The first convolution and its batch norm, followed by 3 x 3 max pooling of stride 2."""
 
     def __init__(self, width: int, start: Start, key: Array):
         self.conv = Convolution(3, width, 7, 2, start, key)
@@ -149,14 +157,14 @@ class Stem(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W 3"], training: bool
     ) -> tuple[Float[Array, "B h w C"], Statistics]:
-        """A quarter of the pixels a side, rounded up."""
+        """Returns features of a quarter of the height and width, rounded up, and statistics."""
         x, moved = self.bn(self.conv(x), training)
         x = nnx.max_pool(jax.nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
         return x, {"bn": moved}
 
 
 class Shortcut(nnx.Module):
-    """The input of a block, brought to the shape of its output."""
+    """The projection of a block's input to the shape of its output."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, start: Start, key: Array):
         self.conv = Convolution(inputs, outputs, 1, stride, start, key)
@@ -165,13 +173,13 @@ class Shortcut(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W I"], training: bool
     ) -> tuple[Float[Array, "B h w O"], Statistics]:
-        """A convolution by 1 x 1 and its batch norm."""
+        """Returns the result of a 1 x 1 convolution and its batch norm, and statistics."""
         x, moved = self.bn(self.conv(x), training)
         return x, {"bn": moved}
 
 
 class Bottleneck(nnx.Module):
-    """A residual block of 1 x 1, 3 x 3 and 1 x 1; the stride is the 3 x 3's (version 1.5)."""
+    """A residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions; the 3 x 3 has the stride (v1.5)."""
 
     def __init__(self, inputs: int, width: int, stride: int, start: Start, rngs: nnx.Rngs):
         outputs = GROWTH * width
@@ -187,7 +195,7 @@ class Bottleneck(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W I"], training: bool
     ) -> tuple[Float[Array, "B h w O"], Statistics]:
-        """The block's output, and the running statistics after it."""
+        """Returns the block's output and the new running statistics."""
         moved = {}
         y, moved["bn1"] = self.bn1(self.conv1(x), training)
         y, moved["bn2"] = self.bn2(self.conv2(jax.nn.relu(y)), training)
@@ -198,7 +206,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one resolution: the first, which makes it, and the equal rest, stacked."""
+    """The blocks of one resolution: the first, which changes it, and the others, stacked."""
 
     def __init__(
         self, inputs: int, width: int, depth: int, stride: int, start: Start, rngs: nnx.Rngs
@@ -215,23 +223,23 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """ResNet version 1.5 as torchvision has it, over NHWC images; its [CLS] is the mean feature.
+    """torchvision's ResNet version 1.5 for NHWC images; its [CLS] is the mean of the features.
 
-    In training every batch norm normalises by its batch, the teacher's too, as in DINO, whose
-    teacher is never in evaluation mode. Each network's own forward passes move its running
-    statistics, and nothing else does: as in DINO, the moving average that makes the teacher leaves
-    them out. A step passes the global views in one batch and then, for the student alone, the local
-    ones in another, and each pass moves them. Evaluations go by them.
+    In training every batch norm normalizes by its batch, in the teacher too, as in DINO, whose
+    teacher is never in evaluation mode. Running statistics are updated only by the forward passes
+    of their own network. As in DINO, the moving average that makes the teacher leaves them out. A
+    step passes the global views in one batch and then, for the student only, the local views in
+    another, and each pass updates the statistics. Evaluations normalize by them.
 
-    It starts as DINO's, which is torchvision's default: the last batch norm of a block has a scale
-    of one, not of zero.
+    The initialization is DINO's, which is torchvision's default: the last batch norm of a block
+    has a scale of one, not zero.
 
     Args:
-        size: channels and depths.
-        config: `config.model`; of it, `remat`.
-        image_size: does not matter to it.
-        gather: makes the parameters of a block whole where they lie split over devices.
-        start: dtype of the convolutions.
+        size: the channels and depths.
+        config: `config.model` of the run, of which only `remat` matters.
+        image_size: ignored; a ResNet takes images of any size.
+        gather: gathers the parameters of a block that are split over devices.
+        start: gives the dtype and precision of the convolutions.
     """
 
     def __init__(
@@ -257,15 +265,15 @@ class ResNet(nnx.Module):
     def forward(
         self, images: Float[Array, "B H W 3"], training: bool
     ) -> tuple[Float[Array, "B T D"], Statistics]:
-        """Tokens in float32, and the running statistics that the pass leaves behind.
+        """Returns tokens in float32, and the running statistics after the pass.
 
         Args:
-            images: normalised pixels of any size.
-            training: normalise by the batch.
+            images: normalised pixels, in images of any size.
+            training: whether to normalize by the batch.
 
         Returns:
-            The mean feature and then the features row by row, of which each stands for a square
-            of STRIDE pixels; the statistics, nested as the parameters are.
+            The tokens, which are the mean feature and then the features row by row, each for a
+            square of STRIDE pixels a side; and the statistics, nested as the parameters are.
         """
         remat = functools.partial(jax.checkpoint, policy=REMATS[self.remat])
         x, stem = self.stem(images, training)
@@ -280,7 +288,7 @@ class ResNet(nnx.Module):
             graph, blocks = nnx.split(stage.blocks)
             apply = remat(
                 lambda x, params, graph=graph: nnx.merge(graph, self.gather(params))(x, training),
-                prevent_cse=False,  # a scan does
+                prevent_cse=False,  # the scan prevents it already
             )
             x, moved["stages"][name]["blocks"] = jax.lax.scan(apply, x, blocks)
         features = x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1])
@@ -293,21 +301,22 @@ class ResNet(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         last: int = 1,
     ) -> list[Float[Array, "B T D"]]:
-        """The tokens of `forward` in evaluation, in a list of one.
+        """Returns the tokens of `forward` in evaluation, as a list of one array.
 
         Raises:
-            UserError: for masks, which no token takes the place of, and for layers before the
-                last, whose features have other sizes.
+            UserError: a mask is given, or more layers than the last are requested.
         """
         if mask is not None:
             raise UserError("a ResNet has no patches to mask; give it whole images")
         if last != 1:
             raise UserError(
-                f"{last} last layers of a ResNet are asked for, and those before the last have "
-                "features of other sizes; ask for 1"
+                f"the last {last} layers of a ResNet were requested, but only the last one can be "
+                "returned, because the others have features of other sizes; request 1"
             )
         return [self.forward(images, training=False)[0]]
 
     def attention(self, images: Float[Array, "B H W 3"]) -> Array:
-        """Raises UserError, as it has none."""
-        raise UserError("a ResNet has no attention maps; take a network of model.family vit")
+        """Raises UserError, because a ResNet has no attention."""
+        raise UserError(
+            "a ResNet has no attention maps; use a network of model.family vit or swin instead"
+        )

@@ -1,4 +1,4 @@
-"""The Swin transformer as iBOT trains it."""
+"""The Swin transformer, as in iBOT and in the paper."""
 
 import functools
 from collections.abc import Callable
@@ -25,14 +25,20 @@ from sop_jax.models.vit import (
     patch_embedding,
 )
 
-PATCH = 4  # pixels
+PATCH = 4  # pixels on each side of a patch
 STAGES = 4
 
 Grid = tuple[int, int]  # rows and columns of tokens
 
 
 class Size(NamedTuple):
-    """Width of the first stage, which doubles from stage to stage; layers and heads of each."""
+    """The size of a Swin.
+
+    Attributes:
+        width: the width of the first stage, which doubles from stage to stage.
+        depths: the number of layers of each stage.
+        heads: the number of heads of each stage.
+    """
 
     width: int
     depths: tuple[int, ...]
@@ -47,37 +53,45 @@ SIZES = {
 
 
 def custom(config: ml_collections.ConfigDict) -> Size:
-    """The size that `config.model` describes."""
+    """Returns the size that `config.model` describes."""
     return Size(config.width, tuple(config.stage_depths), tuple(config.stage_heads))
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
-    """Pixels a side that a token of the last stage stands for."""
+    """Returns the pixels on each side of the square that a token of the last stage stands for."""
     del config
     return PATCH * 2 ** (STAGES - 1)
 
 
 class Window(NamedTuple):
-    """Patches a side that attend to each other; how far every second layer's windows are moved."""
+    """The windows of a stage.
+
+    Attributes:
+        side: the tokens on each side of a window; these attend to each other.
+        shift: the tokens by which the windows of every second layer are shifted, in both axes.
+    """
 
     side: int
     shift: int
 
 
 def window_of(side: int, tokens: int) -> Window:
-    """The window of a stage that has so many tokens a side: no larger, and then never moved."""
+    """Returns the window of a stage with `tokens` tokens on each side.
+
+    If these are at most `side`, the stage is a single window, which is never shifted.
+    """
     return Window(tokens, 0) if tokens <= side else Window(side, side // 2)
 
 
 def split(x: Shaped[Any, "B H W *C"], side: int) -> Shaped[Any, "B N n *C"]:
-    """The N windows of grids that they divide, with their n = side * side tokens row by row."""
+    """Splits grids into N windows, which divide them, of n = side * side tokens row by row."""
     batch, high, wide, *rest = x.shape
     x = x.reshape(batch, high // side, side, wide // side, side, *rest)
     return x.swapaxes(2, 3).reshape(batch, -1, side * side, *rest)
 
 
 def join(windows: Float[Array, "B N n D"], grid: Grid) -> Float[Array, "B H W D"]:
-    """The grid that was split."""
+    """Joins the windows from `split` into the grid."""
     batch, _, tokens, width = windows.shape
     side = round(tokens**0.5)
     x = windows.reshape(batch, grid[0] // side, grid[1] // side, side, side, width)
@@ -85,28 +99,29 @@ def join(windows: Float[Array, "B N n D"], grid: Grid) -> Float[Array, "B H W D"
 
 
 def padded(grid: Grid, side: int) -> Grid:
-    """The smallest grid around another that windows, or pairs, divide."""
+    """Returns the smallest grid that contains another and that windows of `side` tokens divide."""
     high, wide = (-(-tokens // side) * side for tokens in grid)
     return high, wide
 
 
 def pad(x: Float[Array, "B H W D"], grid: Grid) -> Float[Array, "B h w D"]:
-    """Zeros below and to the right."""
+    """Pads to a larger grid with zeros, below and to the right."""
     _, high, wide, _ = x.shape
     return jnp.pad(x, ((0, 0), (0, grid[0] - high), (0, grid[1] - wide), (0, 0)))
 
 
 def relative_places(side: int) -> np.ndarray:
-    """For each query and key of a window [n, n], the row of the table of relative positions."""
+    """Returns, for each query and key of a window [n, n], their row in the table of biases."""
     row, column = np.divmod(np.arange(side * side), side)
     down, across = (x[:, None] - x[None, :] + side - 1 for x in (row, column))
     return down * (2 * side - 1) + across
 
 
 def apart(grid: Grid, window: Window) -> np.ndarray:
-    """-100 for each query and key [N, n, n] that only the moving of the windows brought together.
+    """Returns the mask of shifted windows [N, n, n], to be added to the products of attention.
 
-    Tokens that leave the moved grid on one side come back on the other.
+    It is -100 for each query and key that only the cyclic shift brought into the same window, and 0
+    for all others.
     """
     rows, columns = (
         (np.arange(n) >= n - window.side).astype(int) + (np.arange(n) >= n - window.shift)
@@ -117,7 +132,7 @@ def apart(grid: Grid, window: Window) -> np.ndarray:
 
 
 class Block(nnx.Module):
-    """One pre-norm layer that attends within windows."""
+    """A pre-norm transformer layer whose attention is within windows."""
 
     def __init__(self, width: int, heads: int, window: Window, start: Start, rngs: nnx.Rngs):
         self.heads, self.window, self.dtype = heads, window, start.dtype
@@ -135,7 +150,7 @@ class Block(nnx.Module):
     def windows(
         self, x: Float[Array, "B T D"], grid: Grid, shift: int
     ) -> tuple[Float[Array, "3 B N n h d"], Float[Array, "N h n n"]]:
-        """Queries, keys and values in windows, and what is added to the products of each.
+        """Returns the queries, keys and values of windows, and the bias of each window.
 
         Grids that the windows do not divide are padded with zeros, which are attended to as well.
         """
@@ -152,7 +167,7 @@ class Block(nnx.Module):
         return jnp.moveaxis(qkv, 3, 0), jnp.broadcast_to(bias, (count, *bias.shape[1:]))
 
     def attention(self, x: Float[Array, "B T D"], grid: Grid, shift: int) -> Float[Array, "B T D"]:
-        """Multi-head self-attention in each window; JAX's own, with its softmax in float32."""
+        """Returns the multi-head self-attention within windows, with its softmax in float32."""
         batch, _, width = x.shape
         (q, k, v), bias = self.windows(x, grid, shift)
         one_window = functools.partial(attend, implementation="xla", precision=self.precision)
@@ -164,9 +179,9 @@ class Block(nnx.Module):
     def attention_weights(
         self, x: Float[Array, "B T D"], grid: Grid, shift: int
     ) -> Float[Array, "B h T T"]:
-        """What each token of a head takes of each other, 0 in other windows.
+        """Returns the attention weights of each token in each head; 0 outside of its window.
 
-        Rows sum to less than 1 where zeros that a grid was padded with were attended to.
+        Rows sum to less than 1 if there was attention to the zeros that pad a grid.
         """
         (q, k, _), bias = self.windows(x, grid, shift)
         logits = jnp.einsum(
@@ -191,7 +206,7 @@ class Block(nnx.Module):
         rate: Float[Array, ""],
         draws: Float[Array, "B 2"] | None,
     ) -> Float[Array, "B T D"]:
-        """Both residual branches, each dropped per sample where its draw is below `rate`."""
+        """Adds both residual branches, each dropped for samples whose draw is below `rate`."""
         attention, mlp = (None, None) if draws is None else draws.T
         x = x + drop_path(self.attention(x, grid, shift), rate, attention)
         hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
@@ -199,10 +214,10 @@ class Block(nnx.Module):
 
 
 class Merging(nnx.Module):
-    """Four neighbours as one token of twice the width.
+    """Merges 2 x 2 neighbours into one token of twice the width.
 
-    Their channels follow each other by column, then by row, as in the first Swin: (0, 0), (1, 0),
-    (0, 1), (1, 1).
+    Their channels are concatenated column by column, as in the first Swin: (0, 0), (1, 0), (0, 1),
+    (1, 1), as (row, column).
     """
 
     def __init__(self, width: int, start: Start, rngs: nnx.Rngs):
@@ -218,7 +233,7 @@ class Merging(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T D"], grid: Grid) -> tuple[Float[Array, "B t E"], Grid]:
-        """The merged tokens and their grid; an odd one is padded with zeros first."""
+        """Returns the merged tokens and their grid; an odd grid is padded with zeros first."""
         batch, _, width = x.shape
         high, wide = padded(grid, 2)
         x = pad(x.reshape(batch, *grid, width), (high, wide))
@@ -228,15 +243,15 @@ class Merging(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Layers of one width, stacked and scanned; every second one moves its windows.
+    """The layers of one width, stacked and scanned; every second one shifts its windows.
 
     Args:
-        width: of its tokens.
-        depth: its layers, an even number.
-        heads: of each.
-        window: within which they attend.
+        width: the width of its tokens.
+        depth: the number of layers, which is even.
+        heads: the number of heads of each layer.
+        window: the windows of its attention.
         merges: whether it merges its tokens for a next stage.
-        start: dtype and start of the parameters.
+        start: the dtype and the initialization of the parameters.
     """
 
     def __init__(
@@ -269,9 +284,10 @@ class Stage(nnx.Module):
         gather: Callable[[Any], Any],
         keep: bool,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "layers B T D"] | None]:
-        """What the last layer gives, and where asked for what every layer gives."""
+        """Returns the output of the last layer and, if `keep`, the outputs of all layers."""
         graph, layers = nnx.split(self.blocks)
-        # Those of a pair are programs of their own, unless windows are never moved.
+        # The scan is over pairs of layers, of which the second shifts its windows; if no windows
+        # are shifted, it is over layers.
         shifts = (0, self.window.shift) if self.window.shift else (0,)
 
         def layer(shift: int, x: Array, inputs: tuple) -> Array:
@@ -296,17 +312,19 @@ class Stage(nnx.Module):
 
 
 class Swin(nnx.Module):
-    """Swin transformer over NHWC images, whose [CLS] is the mean of its tokens.
+    """A Swin transformer for NHWC images, whose [CLS] is the mean of its tokens.
 
-    Windows are those of images of `image_size`, whatever images are given: a stage that has no
-    more tokens than a window is one window, and does not move it. Other images are padded.
+    Windows are chosen for images of `image_size`, whatever the size of the given images: a stage
+    that has at most a window's tokens on each side is a single window, which is not shifted. Other
+    images are padded.
 
     Args:
-        size: widths, depths and heads.
-        config: of the model; `drop_path` is that of the last layer and grows from 0 at the first.
-        image_size: pixels a side of the square images that the windows are made for.
-        gather: makes the parameters of a layer whole where they lie split over devices.
-        start: dtype and start of the parameters.
+        size: the width, depths and heads.
+        config: `config.model` of the run; `drop_path` is the rate of the last layer, and the rates
+            grow linearly from 0 at the first.
+        image_size: the pixels on each side of the images for which windows are chosen.
+        gather: gathers the parameters of a layer that are split over devices.
+        start: the dtype and the initialization of the parameters.
     """
 
     def __init__(
@@ -323,9 +341,9 @@ class Swin(nnx.Module):
         self.depths, self.rates = size.depths, drop_rates(config.drop_path, sum(size.depths))
         self.patch_embed = patch_embedding(PATCH, size.width, start, rngs)
         self.patch_norm = layer_norm(size.width, start, rngs)
-        # iBOT starts from zero, and masks from epoch 50 on. Masked patches, which have no positions
-        # here, are zero then through all layers while biases are, and LayerNorm is 1000 times
-        # as steep: gradients of 1e11 at the start of a Swin-T.
+        # iBOT initializes this to zero, and masks only from epoch 50 on. Since a Swin adds no
+        # positions to patches, masked patches would stay zero in all layers while biases are zero.
+        # LayerNorm is 1000 times as steep there, which gives gradients of 1e11 in a new Swin-T.
         self.mask_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (size.width,)))
         stages = {}
         for i, (depth, heads) in enumerate(zip(size.depths, size.heads, strict=True)):
@@ -338,7 +356,7 @@ class Swin(nnx.Module):
     def embed(
         self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B h w"] | None
     ) -> tuple[Float[Array, "B T C"], Grid]:
-        """Normed patch embeddings, the mask token in place of all patches of masked tokens."""
+        """Returns normalized patch embeddings, with the mask token for patches of masked tokens."""
         _, height, width, _ = images.shape
         grid = height // PATCH, width // PATCH
         x = self.patch_norm(self.patch_embed(cut(images, PATCH)))
@@ -356,7 +374,7 @@ class Swin(nnx.Module):
         keys: Key[Array, " B"] | None,
         last: int,
     ) -> tuple[list[Float[Array, "B _ _"]], Grid]:
-        """What the `last` layers give, and the grid of the final ones."""
+        """Returns the outputs of the `last` layers, and the grid of the final tokens."""
         x, grid = self.embed(images, mask)
         rates = jnp.array(self.rates)
         draws = None if keys is None else drop_draws(keys, len(self.rates))
@@ -384,16 +402,17 @@ class Swin(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         last: int = 1,
     ) -> list[Float[Array, "B _ _"]]:
-        """Tokens of the `last` layers, their mean first, then row by row.
+        """Returns the tokens of the `last` layers: first their mean, then all row by row.
 
-        Those of the last stage are normed, and 32 pixels a side; those of the stages before are
-        not, and are smaller and narrower (iBOT, `get_intermediate_layers`).
+        Tokens of the last stage are normalized and stand for 32 x 32 pixels. Tokens of earlier
+        stages are not normalized, narrower, and stand for fewer pixels, as in iBOT's
+        `get_intermediate_layers`.
 
         Args:
-            images: normalised pixels; any size of whole patches of 4 pixels.
-            mask: tokens of 32 pixels to replace by the mask token.
-            keys: one for each image, turn on drop path (training of the student).
-            last: how many of the last layers to return, the final one last.
+            images: normalised pixels; PATCH divides the height and the width.
+            mask: the tokens of 32 x 32 pixels to replace by the mask token.
+            keys: a key per image, with which drop path is on (training of the student).
+            last: the number of last layers to return, the final one last.
         """
         found, _ = self.states(images, mask, keys, last)
         tokens = [
@@ -402,7 +421,7 @@ class Swin(nnx.Module):
         return [jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) for x in tokens]
 
     def attention(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h L L"]:
-        """Attention weights of the last layer among the tokens, row by row; there is no [CLS]."""
+        """Returns the attention weights of the last layer among its tokens, without a [CLS]."""
         (before, _), grid = self.states(images, None, None, last=2)
         stage = self.stages[str(STAGES - 1)]
         graph, layers = nnx.split(stage.blocks)

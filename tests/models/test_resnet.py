@@ -336,7 +336,7 @@ def test_training_depends_on_the_other_images_and_not_on_running_statistics(
 
 
 def test_what_a_resnet_has_not_is_said(model: Model, params: Params) -> None:
-    with pytest.raises(UserError, match="2 last layers of a ResNet.*ask for 1"):
+    with pytest.raises(UserError, match="the last 2 layers of a ResNet.*request 1"):
         model.features(params, images(), last=2)
     with pytest.raises(UserError, match="no patches to mask"):
         model.features(params, images(), mask=jnp.ones((BATCH, 2, 2), bool))
