@@ -340,13 +340,14 @@ def _find_recipe(value: str) -> str:
     name, *argument = value.split(":", 1)
     path = os.path.expanduser(name)
     if not os.path.isfile(path):
-        if name not in _recipe_names():
+        recipe = name.removesuffix(".py")
+        if recipe not in _recipe_names():
             folder = epath.Path(path).parent
             files = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
             like = nearest(path, files) if path.endswith(".py") else ""
             like = like or nearest(epath.Path(path).stem, _recipe_names())
             raise UserError(f"there is no config file {name!r}{like or '.'} {_known_recipes()}")
-        path = str(recipes() / f"{name}.py")
+        path = str(recipes() / f"{recipe}.py")
     return ":".join([path, *argument])
 
 

@@ -1,16 +1,16 @@
-"""Brings weights in from other projects, and takes them there.
+"""Converts weights of other projects to this one, and exports weights to them.
 
     python -m sop_jax.convert --from=FILE --to=DIR [--key=teacher|student] [--prefix=P] [--heads=N]
     python -m sop_jax.convert --from=FILE|DIR --export=timm|hf|hf4|ibot --to=FILE.safetensors
 
-FILE is a `.pth`, `.safetensors` or `.npz` by the names of iBOT, DINO, SOP, MaSSL, DINOv2, MAE, MSN,
-MoCo-v3, solo-learn, lightly, timm, torchvision or transformers, or the index of several such files
-(`model.safetensors.index.json`, or its folder); nothing in it is executed. DIR is what
-`sop_jax.evaluate`, `sop_jax.extract` and `--config.init_from` take: the workdir of a run (for
---from, --workdir says the same), or the folder that this command makes, with config.json, the
-network as step 0, and converted.json, which says what the file did not have.
-An export has the backbone alone and loads with `strict=True`; `hf` has the names of transformers 5,
-`hf4` those of the versions before.
+FILE is a `.pth`, `.safetensors` or `.npz` file with the names of iBOT, DINO, SOP, MaSSL, DINOv2,
+MAE, MSN, MoCo-v3, solo-learn, lightly, timm, torchvision or transformers, or the index of several
+such files (`model.safetensors.index.json`, or its folder); nothing in it is executed. DIR is a
+folder that `sop_jax.evaluate`, `sop_jax.extract` and `--config.init_from` accept: the workdir of a
+run (--workdir=DIR is the same as --from=DIR), or the folder that this command creates, which
+contains config.json, the network as step 0, and converted.json, which lists what the file lacked.
+An export contains only the backbone and loads with `strict=True`; `hf` has the names of
+transformers 5, `hf4` those of earlier versions.
 """
 
 import jax
@@ -41,37 +41,38 @@ def convert(
     positions: str | None = None,
     prefix: str | None = None,
 ) -> list[str]:
-    """Makes a folder of a network, or a file for another project.
+    """Creates a folder with a network, or with `project` a file for another project.
 
     Args:
-        source: a file of weights, the index of several or their folder, or the folder of a run or
-            of an earlier conversion.
-        to: the folder, which is new; with `project` the .safetensors.
-        project: one of PROJECTS, to export.
-        key: which network of several; the teacher by default.
-        step: of which checkpoint of a folder; the newest by default.
-        heads: of a ViT whose width and depth are of no known size: weights do not tell.
-        positions: the rule for positions of other grids, one of `RULES`; of the project that the
-            weights are from by default.
-        prefix: what the names of the network in a file begin with, if it is not found otherwise.
+        source: a file of weights, the index of several files or their folder, or the folder of a
+            run or of an earlier conversion.
+        to: the new folder, or with `project` the new .safetensors file.
+        project: the project to export to, one of PROJECTS.
+        key: which of several networks to take; the teacher by default.
+        step: the step of the checkpoint, if `source` is a folder; the newest by default.
+        heads: the number of attention heads of a ViT whose width and depth are not those of a named
+            size; it cannot be inferred from the weights.
+        positions: the rule for resizing positions, one of `RULES`; by default that of the project
+            that the weights are from.
+        prefix: the prefix of the network's names in a file, if it is not found otherwise.
 
     Returns:
-        What was done, a line each.
+        Lines for the user that describe what was done.
 
     Raises:
-        UserError: `source` cannot be read or `to` not written, or the weights are of no network
-            that is known here, or there.
+        UserError: `source` cannot be read, `to` cannot be written, or this project or the other
+            one has no such network.
     """
     source, to = epath.Path(source), epath.Path(to)
     if project:
         if project not in PROJECTS:
             raise UserError(f"unknown --export={project}; expected one of: {', '.join(PROJECTS)}")
         if to.suffix != ".safetensors":
-            raise UserError(f"an export is a file: --to={to} must end in .safetensors")
+            raise UserError(f"--to={to} must end in .safetensors for --export")
         if to.exists():
-            raise UserError(f"--to={to} is there already; name a new file")
+            raise UserError(f"--to={to} already exists; give a new file")
     elif to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to={to} is there already; name a new folder")
+        raise UserError(f"--to={to} already exists; give a new or empty folder")
     paths.check_writable(to.parent if project else to, "--to")
     if source.is_dir():
         source = files.index_of(source) or source
@@ -79,7 +80,8 @@ def convert(
         for flag, value in (("heads", heads), ("positions", positions), ("prefix", prefix)):
             if value is not None:
                 raise UserError(
-                    f"--{flag} is for a file of weights: config.json in {source} says it already"
+                    f"--{flag} is for files of weights, but {source} is a folder whose config.json "
+                    f"sets it; leave out --{flag}"
                 )
         config, _, params, step = pretrained.load_network(source, step, key or "teacher")
         earlier = pretrained.origin(source)
@@ -87,7 +89,10 @@ def convert(
         words = [f"the {key or 'teacher'} of {source}, step {step}"]
     else:
         if step is not None:
-            raise UserError(f"--step={step} is of the checkpoints of a folder; {source} is a file")
+            raise UserError(
+                f"--step={step} is for folders with checkpoints, but {source} is a file; leave out "
+                "--step"
+            )
         config, params, absent, words = read(source, key, prefix, heads, positions, bool(project))
         step = 0
     if project:
@@ -95,9 +100,9 @@ def convert(
         exported = mapping.export(project, config.model.family, leaves)
         files.write(to, exported.arrays)
         if left := [leaf for leaf in exported.left if leaf not in absent]:
-            words.append(f"left out: {', '.join(left)}")
+            words.append(f"not exported: {', '.join(left)}")
         words += [
-            f"this network has model.{name}={config.model[name]}, and {project}'s own is {value}"
+            f"this network has model.{name}={config.model[name]}, but {project} uses {value}"
             for name, value in {"pool": "cls", **exported.settings}.items()
             if config.model[name] != value
         ]
@@ -114,14 +119,14 @@ def read(
     positions: str | None,
     exports: bool,
 ) -> tuple[ml_collections.ConfigDict, Params, list[str], list[str]]:
-    """The network of a file; one that is only exported needs no heads.
+    """Reads the network of a file; `exports` says that it is only exported and needs no heads.
 
     Returns:
-        The settings that describe it, its parameters, the paths of those that the file does not
-        have, and what was done.
+        Its config, its parameters, the paths of the parameters that the file does not have, and
+        lines for the user that describe what was done.
 
     Raises:
-        UserError: as `convert`.
+        UserError: see `convert`.
     """
     file = pretrained.read_file(path, key, prefix)
     try:
@@ -134,14 +139,14 @@ def read(
 
 
 def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
-    """What to say of projects that have a file's names and resize positions by other rules."""
+    """Returns hints about projects that use the same names but resize positions differently."""
     projects: dict[str, list[str]] = {}
     for layout in alike:
         rule = layout.settings.get("positions", chosen)
         if rule != chosen:
             projects.setdefault(rule, []).append(layout.project)
     return [
-        f"the names of {' and '.join(names)} are the same: if these weights are from there, say "
+        f"{' and '.join(names)} uses the same names: if the weights are from there, give "
         f"--positions={rule}"
         for rule, names in projects.items()
     ]
@@ -150,13 +155,15 @@ def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
 def _network(
     file: recognition.Recognised, heads: int | None, positions: str | None, exports: bool
 ) -> tuple[ml_collections.ConfigDict, Params, pretrained.InitialWeights]:
-    """What describes the network of a file, how it starts, and what the file gives it."""
+    """Returns the config of a file's network, initial parameters, and what the file provides."""
     family = file.layout.family
     for flag, value in (("heads", heads), ("positions", positions)):
         if value is not None and family != "vit":
-            raise UserError(f"--{flag} is for a ViT, and these are the weights of a {family}")
+            raise UserError(
+                f"--{flag} is for a ViT, but these are the weights of a {family}; leave it out"
+            )
     if exports and heads is None and family == "vit":
-        heads = 1  # makes no difference there
+        heads = 1  # an export does not depend on it
     config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
         config.model.positions = positions
@@ -168,19 +175,19 @@ def _network(
 
 
 def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:
-    """The config of a network that is described by its numbers: its size by name if it has one.
+    """Returns the config of a network, with the name of its size if it has one.
 
     Args:
-        found: settings by their dotted names, as `weights.mapping.describe` gives them.
-        heads: of a ViT that has no name.
+        found: settings by their dotted names, from `weights.mapping.describe`.
+        heads: the number of heads of a ViT whose size has no name.
 
     Raises:
-        UserError: these are missing.
+        UserError: the number of heads is needed and not given.
     """
     config = config_lib.paper()
     config.update_from_flattened_dict(found)
     config.model.dtype = "float32"
-    config.data.source = "folder"  # for which evaluate's --data.path is all that it takes
+    config.data.source = "folder"  # with which evaluate needs only --data.path
     crop = min(224, config.augment.global_size)
     if crop % config.model.patch:
         crop = config.augment.global_size
@@ -199,8 +206,9 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
             return config
     if config.model.family == "vit" and heads is None:
         raise UserError(
-            f"a ViT of width {config.model.width} and depth {config.model.depth} has no name, and "
-            "weights do not tell its heads; give --heads=N"
+            f"no size is known for a ViT of width {config.model.width} and depth "
+            f"{config.model.depth}, and its number of heads cannot be inferred from the weights; "
+            "give --heads=N"
         )
     return config
 
@@ -212,12 +220,16 @@ def save(
     origin: pretrained.Origin,
     to: epath.PathLike,
 ) -> None:
-    """Writes a folder that `pretrained.load_network` reads, the config last."""
+    """Writes a folder that `pretrained.load_network` reads; the config is written last.
+
+    Raises:
+        UserError: the folder cannot be created.
+    """
     to = epath.Path(to)
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {to}: {error}; choose another --to") from error
+        raise UserError(f"cannot create {to}: {error}; choose another --to") from error
     checkpoints = checkpoint.Checkpoints(to)
     try:
         checkpoints.save(step, {"teacher": params})
@@ -228,12 +240,12 @@ def save(
 
 
 def main() -> None:
-    """Converts what the flags name."""
+    """Converts the weights that the flags name."""
     args = flags.FLAGS
     source = args["from"].value or args.workdir
     if not source or (args["from"].value and args.workdir):
-        raise UserError("say what to convert: either --from=FILE (or a folder) or --workdir=DIR")
-    told = convert(
+        raise UserError("give either --from=FILE (or a folder) or --workdir=DIR, and not both")
+    lines = convert(
         source,
         args.to,
         args.export,
@@ -243,25 +255,28 @@ def main() -> None:
         args.positions,
         args.prefix,
     )
-    print("\n".join(told))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
     from sop_jax import cli
 
-    cli.define_path("from", "The file of weights, or a folder as --workdir.")
+    cli.define_path("from", "The file of weights, or a folder as for --workdir.")
     cli.define_path("workdir", "The folder of a run, or of an earlier conversion.")
-    cli.define_path("to", "The folder to make; for --export the file.", required=True)
+    cli.define_path("to", "The folder to create, or with --export the file.", required=True)
     flags.DEFINE_string("export", None, f"The project to export to: {', '.join(PROJECTS)}.")
     flags.DEFINE_string(
-        "key", None, "The network to take: teacher (the default where there are both) or student."
+        "key", None, "The network to take: teacher (the default if there are both) or student."
     )
     flags.DEFINE_string(
-        "prefix", None, "What the names of the network begin with, if it is not found otherwise."
+        "prefix", None, "The prefix of the network's names, if it is not found otherwise."
     )
-    flags.DEFINE_integer("step", None, "The checkpoint of a folder to take; the newest by default.")
+    flags.DEFINE_integer("step", None, "The step of the checkpoint to take; the newest by default.")
     flags.DEFINE_integer(
-        "heads", None, "Attention heads of a ViT whose size has no name.", lower_bound=1
+        "heads",
+        None,
+        "The number of attention heads of a ViT whose size has no name.",
+        lower_bound=1,
     )
-    flags.DEFINE_enum("positions", None, list(RULES), "The rule by which positions are resized.")
+    flags.DEFINE_enum("positions", None, list(RULES), "The rule for resizing positions.")
     cli.run(main, devices=False)

@@ -4,17 +4,17 @@ r"""Writes the features of images to a file.
     python -m sop_jax.extract --workdir=DIR --images=A.jpg --images=B.jpg --out=F.csv
     python -m sop_jax.extract --workdir=DIR --data.path=DATA --data.train_split=val --out=F.parquet
 
-F.npz holds `features` float32 [n, D], the teacher's [CLS] after the final norm (the mean of the
-patches with model.pool=mean and of a Swin), `names` [n], paths
-below FOLDER in sorted order, and `step`; `labels` int32 [n] and `class_names` where the folders of
-FOLDER name classes; with --patches `patch_features` float16 [n, L, D], row by row. F.csv has the
-columns `name`, `label` (the name of the class) and `feature_0`, `feature_1` and so on, F.parquet
-`name`, `label` and `features`. Images that cannot be read have no row and are listed on stderr.
+F.npz contains `features` float32 [n, D], the teacher's [CLS] after the final norm (the mean of the
+patches with model.pool=mean and for a Swin); `names` [n], the paths below FOLDER in sorted order;
+and `step`. If the folders of FOLDER are classes, it also has `labels` int32 [n] and `class_names`;
+with --patches also `patch_features` float16 [n, L, D], in row-major order. F.csv has the columns
+`name`, `label` (the name of the class), `feature_0`, `feature_1` and so on; F.parquet has `name`,
+`label` and `features`. Images that cannot be read have no row and are listed on stderr.
 
-Folders called train, val, valid, validation or test are splits: names keep them, and labels come
-from the folders in them. With --nosplits they are classes. Names that are not UTF-8 have their
-bytes as surrogates in F.npz: os.fsencode(name) gives them back; F.csv has the bytes, and F.parquet
-has them in words, as caf\xe9.jpg.
+Folders called train, val, valid, validation or test are splits: they are part of the names, and
+labels come from the folders in them. With --nosplits they are classes. The bytes of names that are
+not UTF-8 are surrogates in F.npz, which os.fsencode(name) converts back; F.csv contains the bytes
+themselves, and F.parquet a printable form such as caf\xe9.jpg.
 """
 
 import csv
@@ -52,23 +52,23 @@ def export(
     overwrite: bool = False,
     batch_size: int | None = None,
 ) -> None:
-    """Writes the features of all images of a source.
+    """Writes the features of all images of a source; all processes call it.
 
     Args:
-        workdir: of the run.
+        workdir: the folder of the run.
         source: the images, from `open_images` or `open_data`.
-        out: the file to write, one of `WRITERS` by its ending; appears when it is complete.
-        step: of which checkpoint; the newest by default.
-        patches: also write the tokens of patches.
-        overwrite: whether `out` may be there already.
-        batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
+        out: the file to write, whose extension is one of `WRITERS`; it appears when it is complete.
+        step: the step of the checkpoint; the newest by default.
+        patches: whether to also write the patch tokens.
+        overwrite: whether to replace `out` if it exists.
+        batch_size: the number of images at a time; `eval.batch_size` of the run by default.
 
     Raises:
-        UserError: no run, no checkpoint, no readable image, or `out` cannot be written.
+        UserError: there is no run, no checkpoint or no readable image, or `out` cannot be written.
     """
     out = epath.Path(out)
     hosts.check_agreement({"images": len(source), "their names": source.digest})
-    chief = jax.process_index() == 0  # writes and speaks for all processes
+    chief = jax.process_index() == 0  # only the first process writes and prints
     if chief:
         check_out(out, patches, overwrite)
         for note in notes(source):
@@ -83,7 +83,10 @@ def export(
         return
     tell(source, features.corrupt, decoding(config.data, source))
     if not len(features.index):
-        raise UserError(f"none of the {len(source)} images can be read; the list above says why")
+        raise UserError(
+            f"none of the {len(source)} images can be read, for the reasons listed above; give "
+            "images in a format that Pillow can read"
+        )
     arrays = {
         "features": features.vectors,
         "names": names_of(source, features.index),
@@ -108,60 +111,69 @@ def export(
 
 
 def open_images(images: Sequence[str], splits: bool = True) -> FolderSource:
-    """The images below one folder, with labels, or those of several files and folders, without.
+    """Opens the images below one folder, with labels, or of several files and folders, without.
 
     Args:
         images: files and folders, local or remote (`gs://`).
-        splits: whether folders that are called as splits are no classes.
+        splits: whether folders that have the name of a split are splits rather than classes.
 
     Raises:
-        UserError: one of them is not there, or there is no image.
+        UserError: one of them does not exist, or there is no image.
     """
     for path in images:
         if not epath.Path(path).exists():
             raise UserError(
-                f"there is no file or folder {path}; give images with --images, once for each "
-                "file or folder"
+                f"there is no file or folder {path}; give --images once for each file or folder of "
+                "images"
             )
     if len(images) == 1 and epath.Path(images[0]).is_dir():
         return whole_tree(images[0], splits)
     if not splits:
-        raise UserError("--nosplits would have no effect: it is for a single folder of --images")
+        raise UserError(
+            "--nosplits would have no effect: it is for a single folder of --images; leave it out"
+        )
     files: set[str] = set()
-    told: list[str] = []
+    words: list[str] = []
     for path in images:
         if epath.Path(path).is_dir():
-            inside, words = list_images(path)
-            files |= {f"{path}/{name}" for name in inside}
-            told += words
+            listing = list_images(path)
+            files |= {f"{path}/{name}" for name in listing.files}
+            words += listing.notes
         else:
             files.add(path)
     root = _common_folder(sorted(files))
     names = [file.removeprefix(f"{root}/") if root != "." else file for file in sorted(files)]
-    return FolderSource(root, names, None, None, told)
+    return FolderSource(root, names, None, None, words)
 
 
 def _common_folder(files: Sequence[str]) -> str:
-    """The deepest folder that has all files; `.` where relative paths have none in common."""
+    """Returns the deepest folder that contains all files; `.` if relative paths share none."""
     parts = [file.split("/")[:-1] for file in files]
     shared = os.path.commonprefix(parts)
     if not shared and len({file.startswith("/") for file in files}) > 1:
-        raise UserError("give all of --images by relative paths, or all by absolute ones")
+        raise UserError(
+            "--images has both relative and absolute paths; give all as relative paths, or all as "
+            "absolute paths"
+        )
     return "/".join(shared) or "."
 
 
 def open_data(workdir: epath.PathLike, given: Mapping[str, str]) -> Source:
-    """The split `train_split` of the data that flags name, see `data.named.name_data`.
+    """Opens the split `train_split` of the data that flags name, see `data.named.name_data`.
+
+    Args:
+        workdir: the folder of the run, whose data is the default.
+        given: the flags that were given, by the names of settings.
 
     Raises:
         UserError: there is no such data.
     """
     data_config = settings_of(workdir).data
     try:
-        # Nothing is classified, so that no other split needs to be there.
+        # Nothing is classified, so no test split is needed.
         name_data(data_config, {**given, "test_split": ""})
         source = open_source(data_config, "train")
-    except UserError as error:  # whose flags are those of a training
+    except UserError as error:  # names the flags of training
         raise UserError(str(error).replace("--config.data.", "--data.")) from error
     assert source is not None  # only a test split may be missing
     if jax.process_index() == 0:
@@ -170,7 +182,7 @@ def open_data(workdir: epath.PathLike, given: Mapping[str, str]) -> Source:
 
 
 def names_of(source: Source, index: np.ndarray) -> np.ndarray:
-    """The names of records: of folders below the root, of other sources as these call them."""
+    """Returns the names of records: relative paths for folders, `Source.name` for other sources."""
     if isinstance(source, FolderSource):
         return np.array(source.files)[index]
     return np.array([source.name(int(i)) for i in index])
@@ -185,22 +197,26 @@ def check_out(out: epath.Path, patches: bool, overwrite: bool) -> None:
     """Checks that the file can be written.
 
     Raises:
-        UserError: the ending is not known or has no room for patches, or the file is there
-            already or cannot be written.
+        UserError: the extension is unknown or the format cannot store patches, or the file already
+            exists or cannot be written.
     """
     if out.suffix not in WRITERS:
-        raise UserError(f"--out={out} must end in {', '.join(WRITERS)}, which says what is written")
+        raise UserError(
+            f"--out={out} must end in {', '.join(WRITERS)}, which selects the format; rename it"
+        )
     if patches and out.suffix != ".npz":
-        raise UserError(f"--patches needs an --out that ends in .npz: {out.suffix} has no room")
+        raise UserError(
+            f"{out.suffix} files cannot store --patches; give an --out that ends in .npz"
+        )
     if out.is_dir():
-        raise UserError(f"--out={out} is a folder; name a file in it")
+        raise UserError(f"--out={out} is a folder; give a file in it")
     if out.exists() and not overwrite:
-        raise UserError(f"--out={out} is there already; name a new file, or give --overwrite")
+        raise UserError(f"--out={out} already exists; give a new file, or --overwrite")
     paths.check_writable(out.parent, "--out")
 
 
 def _write_npz(file: Any, arrays: Arrays) -> None:
-    named: Any = arrays  # which no argument of NumPy's is called
+    named: Any = arrays  # no name in it is that of a parameter of savez
     np.savez(file, **named)
 
 
@@ -213,7 +229,7 @@ def _write_csv(file: Any, arrays: Arrays) -> None:
     for i, vector in enumerate(arrays["features"]):
         own = [column[i] for column in labels.values()]
         table.writerow([arrays["names"][i], *own, *map(str, vector)])
-    text.detach()  # written, and the file left open
+    text.detach()  # flushes, and leaves the file open
 
 
 def _write_parquet(file: Any, arrays: Arrays) -> None:
@@ -247,14 +263,14 @@ WRITERS: dict[str, Callable[[Any, Arrays], None]] = {
 
 
 def main() -> None:
-    """Writes what the flags name."""
+    """Writes the features that the flags request."""
     args, given = flags.FLAGS, cli.given_data()
     if bool(args.images) == bool(given):
-        raise UserError("say which images: either --images=FOLDER (or files) or --data.path=DATA")
+        raise UserError("give either --images=FOLDER (or files) or --data.path=DATA, and not both")
     if given and not args.splits:
-        raise UserError("--nosplits would have no effect: it is for --images")
+        raise UserError("--nosplits would have no effect: it is for --images; leave it out")
     out = epath.Path(args.out)
-    if jax.process_index() == 0:  # before a long list is made
+    if jax.process_index() == 0:  # before listing images, which can take long
         check_out(out, args.patches, args.overwrite)
     source = open_data(args.workdir, given) if given else open_images(args.images, args.splits)
     export(
@@ -267,14 +283,17 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_path("workdir", "The folder of the run.", required=True)
-    cli.define_path("images", "A folder of images, or a file; may be given again.", several=True)
+    cli.define_path("images", "A folder of images, or a file; can be repeated.", several=True)
     cli.define_path("out", f"The file to write: {', '.join(WRITERS)}.", required=True)
-    flags.DEFINE_integer("step", None, "The checkpoint to use; the newest by default.")
-    flags.DEFINE_bool("patches", False, "Write the features of patches too.")
+    flags.DEFINE_integer("step", None, "The step of the checkpoint; the newest by default.")
+    flags.DEFINE_bool("patches", False, "Also write the features of patches.")
     flags.DEFINE_bool("splits", True, "Folders called train, val or test are splits, not classes.")
     flags.DEFINE_integer(
-        "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
+        "batch_size",
+        None,
+        "The number of images at a time; eval.batch_size of the run by default.",
+        lower_bound=1,
     )
-    flags.DEFINE_bool("overwrite", False, "Replace --out if it is there already.")
-    cli.define_data(train_split="The split to take the images of.")
+    flags.DEFINE_bool("overwrite", False, "Replace --out if it exists.")
+    cli.define_data(train_split="The split to take the images from.")
     cli.run(main)

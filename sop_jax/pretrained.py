@@ -1,4 +1,4 @@
-"""Trained networks, for whatever comes after a training: of a run, or of a file of weights."""
+"""Loads trained networks from the checkpoints of runs and from files of weights."""
 
 import contextlib
 import hashlib
@@ -37,11 +37,11 @@ class InitialWeights(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where the network of a folder that `sop_jax.convert` has made is from.
+    """The origin of a network in a folder that `sop_jax.convert` created.
 
     Attributes:
         source: the file, or the folder of a run.
-        absent: paths of leaves that it did not have; in the folder they are as a network starts.
+        absent: the paths of leaves that the source did not have; the folder has initial values.
     """
 
     source: str
@@ -62,7 +62,7 @@ def settings_of(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     weights = [x for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []
     if weights and not (folder / "checkpoints").exists():
         raise UserError(
-            f"{folder} is no folder of a run or of sop_jax.convert; give the file in it: "
+            f"{folder} is not a folder of a run or of sop_jax.convert; give the file in it: "
             f"{files.index_of(folder) or min(weights)}"
         )
     return config_lib.read_config(workdir)
@@ -71,23 +71,27 @@ def settings_of(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 def load_network(
     workdir: epath.PathLike, step: int | None = None, network: str = "teacher"
 ) -> tuple[ml_collections.ConfigDict, Model, Params, int]:
-    """Reads a network of a run, or the one of a folder that `sop_jax.convert` has made.
+    """Loads a network of a run, or of a folder that `sop_jax.convert` created.
 
     Args:
-        workdir: of the run, local or remote (`gs://`).
-        step: of which checkpoint; the newest by default.
-        network: `teacher` or `student`; a converted folder holds the teacher alone.
+        workdir: the folder, local or remote (`gs://`).
+        step: the step of the checkpoint; the newest by default.
+        network: `teacher` or `student`; a converted folder contains only the teacher.
 
     Returns:
-        The run's config, the network, its parameters on every device there is, and the step that
-        they are of.
+        The config of the run, the network, its parameters replicated over all devices, and the
+        step of the checkpoint.
 
     Raises:
-        UserError: the folder is not of a run, has no such checkpoint, or it cannot be read.
+        UserError: the folder is not that of a run, or it has no such checkpoint or an unreadable
+            one.
     """
     config = settings_of(workdir)
     if network != "teacher" and origin(workdir):
-        raise UserError(f"{workdir} has no {network}: it holds the teacher alone, as converted")
+        raise UserError(
+            f"{workdir} has no {network}: a converted folder contains only the teacher; leave out "
+            f"--key={network}"
+        )
     model = build(config, config.augment.global_size)
     everywhere = replicated(make_mesh())
     abstract = jax.tree.map(
@@ -95,23 +99,40 @@ def load_network(
         jax.eval_shape(model.init, jax.random.key(0)),
     )
     if step is None:
-        # Of all processes the first decides: to another a newer one may be there already.
+        # The first process decides, because another one may already see a newer checkpoint.
         newest = checkpoint.latest_step(workdir)
         agreed = hosts.agree(-1 if newest is None else newest)
         step = None if agreed < 0 else agreed
     params = checkpoint.restore_part(workdir, abstract, network, step)
-    assert step is not None  # without a checkpoint the line above has raised
+    assert step is not None  # restore_part raises if there is no checkpoint
     return config, model, params, step
 
 
 def origin(workdir: epath.PathLike) -> Origin | None:
-    """Of a converted folder; None of a run."""
+    """Returns the origin of a converted folder, or None for the folder of a run.
+
+    Raises:
+        UserError: the file that records it is damaged.
+    """
     file = epath.Path(workdir) / _ORIGIN
-    return Origin(**json.loads(file.read_text())) if file.exists() else None
+    if not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        source, absent = content["source"], content["absent"]
+        if isinstance(source, str) and all(isinstance(path, str) for path in absent):
+            return Origin(source, list(absent))
+        reason = f"it contains {content}"
+    except (ValueError, TypeError, KeyError) as error:  # of json.loads and of other content
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(
+        f"{file} is damaged ({reason}). Expected the source and the absent leaves of a converted "
+        "network. Convert it again to a new folder."
+    )
 
 
 def save_origin(origin: Origin, workdir: epath.PathLike) -> None:
-    """Writes what `origin` reads."""
+    """Writes the file that `origin` reads."""
     write_whole(epath.Path(workdir) / _ORIGIN, json.dumps(origin._asdict(), indent=2) + "\n")
 
 
@@ -119,12 +140,12 @@ def read_initial_weights(config: ml_collections.ConfigDict, model: Model) -> Ini
     """Reads `config.init_from` for the network of a run; all processes call it.
 
     Args:
-        config: of the run.
-        model: its network.
+        config: the config of the run.
+        model: the network of the run.
 
     Raises:
-        UserError: the file or folder cannot be read, or is not of this network; lists what
-            differs.
+        UserError: the file or folder cannot be read, or is not of this network; lists the
+            differences.
     """
     source = epath.Path(config.init_from)
     if source.is_dir():
@@ -151,17 +172,17 @@ def read_initial_weights(config: ml_collections.ConfigDict, model: Model) -> Ini
 def read_file(
     path: epath.PathLike, network: str | None = None, prefix: str | None = None
 ) -> recognition.Recognised:
-    """The weights of one network of a file, and by which project's names.
+    """Reads the weights of one network of a file, and recognizes the project's names.
 
     Args:
-        path: of the file, or of the index of several.
-        network: which of several, as `recognition.recognise` has it.
-        prefix: what its names begin with, likewise.
+        path: the file, or the index of several files.
+        network: which of several networks to take, see `recognition.recognise`.
+        prefix: the prefix of its names, see `recognition.recognise`.
 
     Raises:
-        UserError: it cannot be read, or its names are unknown.
+        UserError: the file cannot be read, or its names are unknown.
     """
-    # Of projects with the same names timm has its files so, and DINO in PyTorch's own format.
+    # Of the projects with the same names, timm publishes these formats, and DINO .pth files.
     of_timm = {".safetensors", ".npz"} & set(epath.Path(path).suffixes)
     likely = "timm" if of_timm else "ibot"
     with files.opened(path) as arrays:
@@ -176,36 +197,36 @@ def of_arrays(
     shapes: dict[str, tuple[int, ...]],
     settings: ml_collections.ConfigDict,
 ) -> InitialWeights:
-    """The leaves of a network from the arrays of a file.
+    """Converts the arrays of a file to the leaves of a network.
 
     Args:
-        file: from `read_file`.
-        shapes: of the network's leaves by their paths.
+        file: the arrays, from `read_file`.
+        shapes: the shapes of the network's leaves by path.
         settings: `config.model`.
 
     Raises:
-        UserError: they are not of this network; lists what differs.
+        UserError: the arrays are not of this network; lists the differences.
     """
     layout, who = file.layout, file.layout.project
     if layout.family != settings.family:
         raise UserError(
-            f"by its names it is a {layout.family} of {who}, and this network a {settings.family}; "
-            "choose the same model.family"
+            f"its names are those of a {layout.family} of {who}, but this network is a "
+            f"{settings.family}; set model.family={layout.family}"
         )
     try:
         loaded = mapping.load_leaves(layout, file.arrays, shapes, _resizer(settings.positions))
     except UserError as error:
-        told = f"{error}\nIts names are {who}'s"
-        with contextlib.suppress(UserError):  # arrays that would tell are among the differences
+        text = f"{error}\nIts names are {who}'s"
+        with contextlib.suppress(UserError):  # arrays that are needed are among the differences
             theirs = mapping.describe(layout, file.arrays)
-            told += ", its numbers: " + ", ".join(f"{name}={x}" for name, x in theirs.items())
-        raise UserError(told) from error
+            text += ", its settings: " + ", ".join(f"{name}={x}" for name, x in theirs.items())
+        raise UserError(f"{text}. Use the same settings, or another file") from error
     words = [*file.words, *_words(loaded, f"by the names of {who}")]
     for name, value in layout.settings.items():
         if settings[name] != value:
             words.append(
-                f"{who} has model.{name}={value}, this network {settings[name]}: its features "
-                f"will differ a little from {who}'s"
+                f"{who} uses model.{name}={value}, but this network has {settings[name]}, so its "
+                f"features will differ slightly from {who}'s"
             )
     return InitialWeights(loaded.leaves, words)
 
@@ -213,49 +234,49 @@ def of_arrays(
 def _of_run(
     workdir: epath.Path, config: ml_collections.ConfigDict, shapes: dict[str, tuple[int, ...]]
 ) -> InitialWeights:
-    """The leaves of a network from the teacher of another run, or of a converted folder."""
+    """Reads the leaves of a network from the teacher of another run, or of a converted folder."""
     theirs, _, params, step = load_network(workdir)
     converted = origin(workdir)
     absent = converted.absent if converted else []
     arrays = {
         path: np.asarray(leaf) for path, leaf in named_leaves(params).items() if path not in absent
     }
-    if size_of(theirs.model) != size_of(config.model):  # heads show in no shape
+    if size_of(theirs.model) != size_of(config.model):  # shapes do not show the number of heads
         names = [theirs.model.family, config.model.family]
         if names[0] != names[1]:
             raise UserError(
-                f"its network is a {names[0]}, and this one a {names[1]}; choose the same "
-                "model.family"
+                f"its network is a {names[0]}, but this one is a {names[1]}; set "
+                f"model.family={names[0]}"
             )
         raise UserError(
-            f"its network is {size_of(theirs.model)}, and this one {size_of(config.model)}; "
-            "choose the same model.size, or the same numbers"
+            f"its network is {size_of(theirs.model)}, but this one is {size_of(config.model)}; "
+            "set the same model.size, or the same numbers"
         )
     layout = mapping.own(theirs.model.family, {*shapes, *arrays})
     loaded = mapping.load_leaves(layout, arrays, shapes, _resizer(config.model.positions))
     words = _words(loaded, f"of the teacher of step {step}")
     words += [
-        f"it has model.{name}={theirs.model[name]}, this network {config.model[name]}: its "
-        "features will differ a little"
+        f"it has model.{name}={theirs.model[name]}, but this network has {config.model[name]}, so "
+        "its features will differ slightly"
         for name in ("positions", "norm_eps", "pool")
         if theirs.model[name] != config.model[name]
     ]
     return InitialWeights(loaded.leaves, words)
 
 
-def _words(loaded: mapping.Loaded, whence: str) -> list[str]:
+def _words(loaded: mapping.Loaded, origin: str) -> list[str]:
     count = sum(leaf.size for leaf in loaded.leaves.values())
-    words = [f"loaded: {count / 1e6:.3g} M parameters in {len(loaded.leaves)} leaves, {whence}"]
+    words = [f"loaded: {count / 1e6:.3g} M parameters in {len(loaded.leaves)} leaves, {origin}"]
     words += [f"resized: {what}" for what in loaded.resized]
     if loaded.lacking:
-        words.append(f"not there, so left at their start: {', '.join(loaded.lacking)}")
+        words.append(f"missing, so kept at their initial values: {', '.join(loaded.lacking)}")
     if loaded.ignored:
-        words.append(f"there and not needed: {', '.join(mapping.shortened(loaded.ignored))}")
+        words.append(f"not needed: {', '.join(mapping.shortened(loaded.ignored))}")
     return words
 
 
 def _resizer(rule: str) -> Any:
-    """A function of positions [1+n, D], [CLS] first, and the rows to have."""
+    """Returns a function that resizes positions [1 + n, D], [CLS] first, to a number of rows."""
 
     def resize(table: np.ndarray, rows: int) -> np.ndarray:
         old, new = (round((count - 1) ** 0.5) for count in (len(table), rows))
@@ -267,7 +288,7 @@ def _resizer(rule: str) -> Any:
 
 
 def replace(params: Params, leaves: Arrays) -> Params:
-    """Parameters with other values for some, which lie where those did."""
+    """Returns parameters with the given leaves replaced, each with the sharding of the old one."""
 
     def value(path: tuple, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -256,7 +256,7 @@ def test_a_setting_that_may_be_empty_can_be_made_so(command: pathlib.Path) -> No
 
 def test_a_recipe_is_found_by_its_name_from_any_folder(command: pathlib.Path) -> None:
     (command.parent / "configs" / "digits.py").unlink()
-    for flags in (["--config=digits"], ["--config", "digits"]):
+    for flags in (["--config=digits"], ["--config", "digits"], ["--config=digits.py"]):
         result = run(command, *flags, WORKDIR, "--config.batch_size=8")
         assert result.returncode == 0, result.stderr
         assert "'batch_size': 8" in result.stdout and "'source': 'digits'" in result.stdout

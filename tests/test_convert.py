@@ -57,8 +57,8 @@ def test_command_converts_and_exports(tmp_path: pathlib.Path) -> None:
     assert "by the names of ibot" in done.stdout and str(folder) in done.stdout
     done = run_command(f"--workdir={folder}", "--export=timm", f"--to={out}")
     assert done.returncode == 0, done.stderr
-    assert "left out: backbone/mask_token, head/fc1/bias" in done.stdout
-    assert "model.positions=ibot, and timm's own is antialiased" in done.stdout
+    assert "not exported: backbone/mask_token, head/fc1/bias" in done.stdout
+    assert "model.positions=ibot, but timm uses antialiased" in done.stdout
     arrays = load_file(out)
     expected = checkpoints.vit()
     assert arrays.keys() == expected.keys()
@@ -68,7 +68,8 @@ def test_command_converts_and_exports(tmp_path: pathlib.Path) -> None:
 def test_command_fails_with_one_line(tmp_path: pathlib.Path) -> None:
     done = run_command(f"--from={tmp_path / 'absent.pth'}", f"--to={tmp_path / 'net'}")
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr == f"error: there is no file of weights {tmp_path / 'absent.pth'}\n"
+    assert done.stderr.startswith(f"error: there is no file {tmp_path / 'absent.pth'}; give")
+    assert done.stderr.count("\n") == 1
     done = run_command(f"--from={tmp_path}/f.pth")
     assert done.returncode == 2 and "--to is required" in done.stderr
 
@@ -123,8 +124,8 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
     file = save_pth(tmp_path / "f.pth", checkpoints.ibot())
     net = tmp_path / "net"
     for arguments, words in (
-        ({"to": net}, "width 32 and depth 2 has no name, .* give --heads=N"),
-        ({"to": tmp_path, "heads": 2}, "is there already; name a new folder"),
+        ({"to": net}, "no size is known for a ViT of width 32 and depth 2, .* give --heads=N"),
+        ({"to": tmp_path, "heads": 2}, "already exists; give a new or empty folder"),
         ({"to": net, "project": "timm"}, "must end in .safetensors"),
         ({"to": net, "project": "keras"}, "unknown --export=keras; expected one of: timm"),
         ({"to": net, "key": "teacher", "heads": 2}, "has no network 'teacher'"),
@@ -153,23 +154,32 @@ def test_flags_without_use_are_refused(tmp_path: pathlib.Path) -> None:
     net = tmp_path / "net"
     convert(file, net, heads=2)
     for source, arguments, words in (
-        (net, {"heads": 2}, "--heads is for a file of weights"),
-        (net, {"positions": "size"}, "--positions is for a file of weights"),
-        (file, {"step": 77, "heads": 2}, "--step=77 is of the checkpoints of a folder"),
+        (net, {"heads": 2}, "--heads is for files of weights"),
+        (net, {"positions": "size"}, "--positions is for files of weights"),
+        (file, {"step": 77, "heads": 2}, "--step=77 is for folders with checkpoints"),
         (swin, {"heads": 2}, "swin.pth: --heads is for a ViT, .* of a swin"),
         (swin, {"positions": "size"}, "swin.pth: --positions is for a ViT"),
-        (net, {"key": "student"}, "it holds the teacher alone"),
+        (net, {"key": "student"}, "contains only the teacher"),
     ):
         with pytest.raises(UserError, match=words):
             convert(source, tmp_path / "other", **arguments)
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"source": "f.pth", "absent": [3]}'])
+def test_a_damaged_record_of_a_conversion_is_named(tmp_path: pathlib.Path, text: str) -> None:
+    net = tmp_path / "net"
+    convert(save_pth(tmp_path / "f.pth", checkpoints.vit()), net, heads=2)
+    (net / "converted.json").write_text(text)
+    with pytest.raises(UserError, match=r"net/converted.json is damaged .*Convert it again"):
+        convert(net, tmp_path / "again")
+
+
 def test_export_overwrites_nothing(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "f.safetensors"
     save_file(checkpoints.vit(), file)
     before = file.read_bytes()
-    with pytest.raises(UserError, match="f.safetensors is there already; name a new file"):
+    with pytest.raises(UserError, match="f.safetensors already exists; give a new file"):
         convert(file, file, "timm")
     assert file.read_bytes() == before
 

@@ -62,8 +62,8 @@ def test_student_and_teacher_start_from_the_teacher_of_a_file(tmp_path: pathlib.
     assert words[0] == f"starts from {tmp_path / 'f.pth'}"
     told = "\n".join(words)
     assert "loaded: 0.0176 M parameters in 25 leaves, by the names of ibot" in told
-    assert "there and not needed: head.last_layer.weight_g, head.last_layer.weight_v" in told
-    assert "resized" not in told and "left at their start" not in told
+    assert "not needed: head.last_layer.weight_g, head.last_layer.weight_v" in told
+    assert "resized" not in told and "initial values" not in told
 
 
 def test_positions_of_another_grid_are_resized_and_missing_parts_start_by_themselves(
@@ -80,7 +80,7 @@ def test_positions_of_another_grid_are_resized_and_missing_parts_start_by_themse
     np.testing.assert_allclose(found[1:], expected, atol=1e-6)
     told = "\n".join(words)
     assert "resized: pos_embed from 7x7 to 4x4" in told
-    assert "left at their start: backbone/mask_token, head/fc1/bias, head/fc1/kernel" in told
+    assert "initial values: backbone/mask_token, head/fc1/bias, head/fc1/kernel" in told
     fresh = run.init(jax.random.key(0)).student
     np.testing.assert_array_equal(leaves["teacher/head/fc1/kernel"], fresh["head"]["fc1"]["kernel"])
 
@@ -91,14 +91,19 @@ def test_a_converted_folder_gives_what_its_file_does(tmp_path: pathlib.Path) -> 
     convert(tmp_path / "net", tmp_path / "again")
     settings = {"head.hidden": 40, "model.positions": "size"}
     _, expected, words = start_of(file, **settings)
-    assert "not there, so left at their start: backbone/mask_token, head/fc1/bias" in words[2]
+    assert (
+        "missing, so kept at their initial values: backbone/mask_token, head/fc1/bias" in words[2]
+    )
     for folder in (tmp_path / "net", tmp_path / "again"):
         _, found, told = start_of(folder, **settings)
         for path, leaf in expected.items():
             np.testing.assert_array_equal(found[path], leaf)
         assert told[1].split(", ")[0] == words[1].split(", ")[0]  # how many parameters
         assert told[2] == words[2]
-        assert "it has model.positions=ibot, this network size: its features will" in told[3]
+        assert (
+            "it has model.positions=ibot, but this network has size, so its features will"
+            in told[3]
+        )
     assert len(told) == len(words)
 
 
@@ -133,10 +138,10 @@ def test_training_from_a_file_resumes_without_it(
     assert (student != teacher["backbone/cls_token"]).any()
 
     other = small_config(**SHORT, init_from=str(whole), **{"model.heads": 4})
-    with pytest.raises(UserError, match="init_from=.*heads=2.*, and this one .*heads=4"):
+    with pytest.raises(UserError, match="init_from=.*heads=2.*, but this one .*heads=4"):
         train.train(other, tmp_path / "other")
     wide = small_config(**SHORT, init_from=str(whole), **{"model.width": 64})
-    with pytest.raises(UserError, match="width=32.*, and this one .*width=64"):
+    with pytest.raises(UserError, match="width=32.*, but this one .*width=64"):
         train.train(wide, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -166,7 +171,7 @@ def test_another_family_is_named(tmp_path: pathlib.Path) -> None:
     file = pretrained.read_file(save_pth(tmp_path / "f.pth", checkpoints.vit(depth=1)))
     settings = small_config(**SHORT, **{"model.family": "swin"}).model
     with pytest.raises(
-        UserError, match="by its names it is a vit of ibot, and this network a swin"
+        UserError, match="its names are those of a vit of ibot, but this network is a swin"
     ):
         pretrained.of_arrays(file, {}, settings)
 

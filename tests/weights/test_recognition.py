@@ -192,7 +192,7 @@ TRAINERS: dict[str, tuple[Any, str, str, str]] = {
         "state_dict.student_backbone.vit",
         "",
     ),
-    "MAE with its decoder": (mae, "mae", "", "there and not needed: decoder_blocks.0"),
+    "MAE with its decoder": (mae, "mae", "", "not needed: decoder_blocks.0"),
     "a compiled network": (compiled, "ibot", "", ""),
 }
 
@@ -313,7 +313,7 @@ def test_prefix_without_a_network_is_told(tmp_path: pathlib.Path, prefix: str, w
 
 
 def test_prefix_is_for_files(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="--prefix is for a file of weights"):
+    with pytest.raises(UserError, match="--prefix is for files of weights"):
         convert(tmp_path, tmp_path / "net", prefix="backbone")
 
 
