@@ -10,6 +10,7 @@ from sop_jax.data import named
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
+from sop_jax.models.layers import REMATS
 from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.rules import (
     COUNT,
@@ -102,7 +103,7 @@ RULES: dict[str, Rule] = {
     "model.drop_path": less_than(1),
     "model.init_std": NOT_NEGATIVE,
     "model.position_std": NOT_NEGATIVE,
-    "model.remat": one_of(vit.REMATS),
+    "model.remat": one_of(REMATS),
     "model.attention": one_of(IMPLEMENTATIONS),
     "model.dtype": one_of(("float32", "bfloat16")),
     "model.precision": one_of(linear.PRECISIONS),

@@ -17,8 +17,8 @@ from sop_jax.errors import UserError
 from sop_jax.models import resnet, swin, vit
 from sop_jax.models.attention import Implementation
 from sop_jax.models.head import Head
+from sop_jax.models.layers import Start
 from sop_jax.models.linear import precision_of
-from sop_jax.models.vit import Start
 
 Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
 

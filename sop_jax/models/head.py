@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sop_jax.models.vit import Start, dense
+from sop_jax.models.layers import Start, dense
 
 
 class Head(nnx.Module):

@@ -14,17 +14,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
+from sop_jax.models import layers
+from sop_jax.models.layers import Start
 from sop_jax.models.linear import Precision
-from sop_jax.models.vit import REMATS as VIT_REMATS
-from sop_jax.models.vit import Start
 
 EPS = 1e-5  # added to the variance in every batch norm
 MOMENTUM = 0.1  # the weight of a batch in the running statistics
 STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
 GROWTH = 4  # output channels of a block per channel inside it
 
-# As in a ViT, but the products that `dots` stores are convolutions.
-REMATS = VIT_REMATS | {"dots": lambda operation, *_, **__: operation.name == "conv_general_dilated"}
+# As for the transformers, but the products that `dots` stores are convolutions here.
+REMATS = layers.REMATS | {
+    "dots": lambda operation, *_, **__: operation.name == "conv_general_dilated",
+}
 
 Statistics = dict[str, Any]  # nested as the parameters, with {"mean", "var"} for each batch norm
 

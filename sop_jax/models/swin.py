@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from sop_jax.models.attention import attend
-from sop_jax.models.linear import Linear
-from sop_jax.models.vit import (
+from sop_jax.models.layers import (
     REMATS,
     Start,
     cut,
@@ -24,6 +23,7 @@ from sop_jax.models.vit import (
     layer_norm,
     patch_embedding,
 )
+from sop_jax.models.linear import Linear
 
 PATCH = 4  # pixels on each side of a patch
 STAGES = 4

@@ -16,8 +16,8 @@ from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
 from sop_jax.models import Model, Params, build
 from sop_jax.models.head import unit
+from sop_jax.models.layers import drop_path
 from sop_jax.models.positions import RULES
-from sop_jax.models.vit import drop_path
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training.assemble import assemble
 

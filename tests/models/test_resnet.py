@@ -20,8 +20,8 @@ from sop_jax import pretrained, train
 from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
 from sop_jax.models import MEAN, STD, Model, Params, build
+from sop_jax.models.layers import Start
 from sop_jax.models.resnet import REMATS, BatchNorm, ResNet, convolve, custom
-from sop_jax.models.vit import Start
 from sop_jax.objectives.sop.settings import SOP
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training import checkpoint

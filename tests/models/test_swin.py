@@ -13,8 +13,8 @@ from flax import nnx
 
 from sop_jax import config as config_lib
 from sop_jax.models import Model, Params, build
+from sop_jax.models.layers import Start
 from sop_jax.models.swin import Block, Window, window_of
-from sop_jax.models.vit import Start
 
 BATCH, SIDE, WIDTH, DIM = 3, 128, 8, 8
 DEPTHS = (2, 2, 4, 2)

@@ -18,7 +18,7 @@ from sop_jax.compiled.collectives import Collective, collectives
 from sop_jax.config import paper
 from sop_jax.models import build
 from sop_jax.models.head import unit
-from sop_jax.models.vit import REMATS
+from sop_jax.models.layers import REMATS
 from sop_jax.objectives.objective import Outputs
 from sop_jax.objectives.sop.memory import by_age, flat_rows, init_memory, push
 from sop_jax.objectives.sop.objective import sop
