@@ -29,7 +29,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.features import Extract, make_extractor
 from sop_jax.evaluation.knn import knn_top1
 from sop_jax.models import Params
-from sop_jax.monitor.corrupt import tell
+from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.paths import write_whole
@@ -139,7 +139,7 @@ def knn(
 
     def unreadable(source: Source, corrupt: list[int]) -> None:
         if jax.process_index() == 0:
-            tell(source, corrupt, decoding(config.data, source))
+            print_corrupt(source, corrupt, decoding(config.data, source))
 
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
     kept = {name: config.data[name] for name in ("source", *LOOKED_AT[config.data.source])}

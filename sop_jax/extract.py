@@ -37,7 +37,7 @@ from sop_jax.data.named import describe, name_data
 from sop_jax.data.sources import Source, notes, open_source
 from sop_jax.errors import UserError
 from sop_jax.evaluation.features import make_extractor
-from sop_jax.monitor.corrupt import tell
+from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load_network, settings_of
@@ -81,7 +81,7 @@ def export(
         features = extract(teacher, source, bar.update)
     if not chief:
         return
-    tell(source, features.corrupt, decoding(config.data, source))
+    print_corrupt(source, features.corrupt, decoding(config.data, source))
     if not len(features.index):
         raise UserError(
             f"none of the {len(source)} images can be read, for the reasons listed above; give "

@@ -158,7 +158,7 @@ class Parts(NamedTuple):
         return [
             describe(self.config, self.run, self.train, self.test, start),
             *doubts(self.config, len(self.train), start),
-            *optim.cut_short(self.config, self.run.steps, self.run.epoch),
+            *optim.beyond_end(self.config, self.run.steps, self.run.epoch),
         ]
 
 

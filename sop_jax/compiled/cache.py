@@ -97,14 +97,14 @@ def remove_halves(folder: Path) -> None:
 
 
 def _show(
-    others: Callable[..., Any], told: list[str], message: Warning | str, *where: Any, **file: Any
+    others: Callable[..., Any], shown: list[str], message: Warning | str, *where: Any, **file: Any
 ) -> None:
     """Shows a warning as usual, but only the first one of JAX's cache, in plain words."""
     text = str(message)
     if "persistent compilation cache entry" not in text:
         others(message, *where, **file)
-    elif not told:
-        told.append(text)
+    elif not shown:
+        shown.append(text)
         doing = "reading" if "Error reading" in text else "writing"
         _warn(
             f"{doing} the cache of compiled programs failed ({text.partition(': ')[2]}), so some "

@@ -110,14 +110,14 @@ def pad(x: Float[Array, "B H W D"], grid: Grid) -> Float[Array, "B h w D"]:
     return jnp.pad(x, ((0, 0), (0, grid[0] - high), (0, grid[1] - wide), (0, 0)))
 
 
-def relative_places(side: int) -> np.ndarray:
+def relative_positions(side: int) -> np.ndarray:
     """Returns, for each query and key of a window [n, n], their row in the table of biases."""
     row, column = np.divmod(np.arange(side * side), side)
     down, across = (x[:, None] - x[None, :] + side - 1 for x in (row, column))
     return down * (2 * side - 1) + across
 
 
-def apart(grid: Grid, window: Window) -> np.ndarray:
+def shift_mask(grid: Grid, window: Window) -> np.ndarray:
     """Returns the mask of shifted windows [N, n, n], to be added to the products of attention.
 
     It is -100 for each query and key that only the cyclic shift brought into the same window, and 0
@@ -157,10 +157,10 @@ class Block(nnx.Module):
         batch, _, width = x.shape
         side, whole = self.window.side, padded(grid, self.window.side)
         x = pad(self.norm1(x).astype(self.dtype).reshape(batch, *grid, width), whole)
-        bias = jnp.moveaxis(self.relative_bias[...][relative_places(side)], -1, 0)[None]
+        bias = jnp.moveaxis(self.relative_bias[...][relative_positions(side)], -1, 0)[None]
         if shift:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
-            bias = bias + apart(whole, self.window)[:, None]
+            bias = bias + shift_mask(whole, self.window)[:, None]
         qkv = self.qkv(split(x, side))
         qkv = qkv.reshape(*qkv.shape[:3], 3, self.heads, width // self.heads)
         count = qkv.shape[1]

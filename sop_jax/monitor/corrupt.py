@@ -66,7 +66,7 @@ def lines_of(source: Source, corrupt: Sequence[int], how: Decoding) -> list[str]
     return cut_short([line_of(source, index, how) for index in corrupt[:SHOWN]], len(corrupt))
 
 
-def tell(source: Source, corrupt: Sequence[int], how: Decoding) -> None:
+def print_corrupt(source: Source, corrupt: Sequence[int], how: Decoding) -> None:
     """Lists on stderr the records that an evaluation or an export leaves out, if any."""
     if corrupt:
         lines = [f"{len(corrupt)} images cannot be read:", *lines_of(source, corrupt, how)]

@@ -183,10 +183,10 @@ def is_first() -> bool:
 
 def agree(value: int) -> int:
     """Returns process 0's value on all processes, which call this at the same points."""
-    return int(tell(str(value)))
+    return int(broadcast(str(value)))
 
 
-def tell(text: str) -> str:
+def broadcast(text: str) -> str:
     """Returns process 0's text on all processes, which call this at the same points."""
     return _gather(text)[0]
 

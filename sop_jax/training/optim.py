@@ -36,7 +36,7 @@ def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Sc
     }
 
 
-def cut_short(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
+def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
     """Returns a warning for each setting that reaches beyond the end of the run.
 
     Args:

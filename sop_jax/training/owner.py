@@ -238,10 +238,10 @@ def owned(workdir: epath.Path, wait: float) -> Iterator[Owner]:
             found, trouble = search.advance() if search else (None, "")
             if found:
                 owner = Owner(workdir, store, found)
-            told = json.loads(hosts.tell(json.dumps([bool(found), trouble])))
-            if told[1]:
-                raise UserError(told[1])
-            if told[0]:
+            answer = json.loads(hosts.broadcast(json.dumps([bool(found), trouble])))
+            if answer[1]:
+                raise UserError(answer[1])
+            if answer[0]:
                 break
         yield owner
     finally:

@@ -164,10 +164,10 @@ def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Pat
     began = recorded(workdir)
     if began is None:
         images = {split: found["images"] for split, found in data.items() if found}
-        told = " and ".join(f"{count} {split} images" for split, count in images.items())
+        counts = " and ".join(f"{count} {split} images" for split, count in images.items())
         return [
             f"{workdir} has no record of the data that the run began with. The present data is "
-            f"recorded instead: {told}."
+            f"recorded instead: {counts}."
         ]
     if different := differences(began, data):
         path = f" in {config.data.path}" if config.data.path else ""
@@ -197,11 +197,11 @@ def data_of(train: Any, test: Any) -> Data:
 
 def facts(data: Data) -> dict[str, Any]:
     """Returns the facts that all processes must agree on, for `hosts.check_agreement`."""
-    told: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     for split, found in data.items():
-        told[f"{split} images"] = None if found is None else found["images"]
-        told[f"the names of the {split} images"] = None if found is None else found["names"]
-    return told
+        known[f"{split} images"] = None if found is None else found["images"]
+        known[f"the names of the {split} images"] = None if found is None else found["names"]
+    return known
 
 
 def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> None:

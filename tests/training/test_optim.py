@@ -133,9 +133,9 @@ def test_what_lies_beyond_the_end_of_a_run_is_told_with_both_numbers(
 ) -> None:
     config.steps = 50
     config.optim.warmup_steps = config.sop.temperature_warmup_steps = 50
-    assert optim.cut_short(config, 50, epoch=10.0) == []
+    assert optim.beyond_end(config, 50, epoch=10.0) == []
     config.update_from_flattened_dict(settings)
-    (told,) = optim.cut_short(config, 50, epoch=10.0)
+    (told,) = optim.beyond_end(config, 50, epoch=10.0)
     assert words in told
 
 
