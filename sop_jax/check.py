@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = {
     "eval.batch_size": COUNT,
     "eval.knn_k": some(COUNT),
     "eval.knn_temperature": POSITIVE,
+    "checkpoint.minutes": NOT_NEGATIVE,
     "checkpoint.keep_last": COUNT,
     "checkpoint.keep_every": COUNT_OR_ZERO,
     "mesh.data": COUNT_OR_ZERO,

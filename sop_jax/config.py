@@ -30,6 +30,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "0.3.0": {
         "augment.global_crops": 2,
         "model.pool": "cls",
+        "checkpoint.minutes": 15.0,  # which changes no numbers
     },
 }
 _FIRST = "0.1.0"  # which wrote no version into config.json
@@ -43,6 +44,7 @@ RESUMABLE = (
     "eval_every",
     "checkpoint_every",
     "profile_steps",
+    "checkpoint.minutes",
     "checkpoint.keep_every",
     "eval.batch_size",
     "data.workers",
@@ -188,7 +190,13 @@ def paper() -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict(
         dict(resize=256, crop=224, batch_size=256, knn_k=(10, 20, 100, 200), knn_temperature=0.07)
     )
-    config.checkpoint = ml_collections.ConfigDict(dict(keep_last=2, keep_every=0))
+    config.checkpoint = ml_collections.ConfigDict(
+        dict(
+            minutes=15.0,  # saved too when so many have passed since the last save began; 0: never
+            keep_last=2,
+            keep_every=0,
+        )
+    )
     config.mesh = ml_collections.ConfigDict(
         dict(
             data=0,  # groups of devices that each hold all parameters; 0 for as many as there are

@@ -229,6 +229,8 @@ class Saver:
         owner: the right to write.
         saved: the newest step that is saved; 0 for none.
         steps: of the run.
+        minutes: a save is overdue when this many have passed since the last one began; 0 for never.
+        clock: gives seconds.
     """
 
     def __init__(
@@ -238,14 +240,23 @@ class Saver:
         owner: Owner,
         saved: int,
         steps: int,
+        minutes: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.checkpoints, self.journal, self.owner = checkpoints, journal, owner
-        self.saved, self.steps = saved, steps
+        self.saved, self.steps, self.minutes, self.clock = saved, steps, minutes, clock
+        self.began = clock()
+
+    def overdue(self) -> bool:
+        """Whether this is the process that decides when to save, and it is time to."""
+        waited = self.clock() - self.began
+        return hosts.is_first() and 0 < 60 * self.minutes <= waited
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts to save the state after `step`, unless it is saved already."""
         if step > self.saved:
             self.owner.check()
+            self.began = self.clock()
             self.journal.flush()  # a checkpoint's rows are there before it is
             self.checkpoints.save(step, state)
             self.saved = step
@@ -335,7 +346,7 @@ def open_tools(
     return Tools(
         batches=batches,
         journal=journal,
-        saver=Saver(checkpoints, journal, owner, resumed.step, run.steps),
+        saver=Saver(checkpoints, journal, owner, resumed.step, run.steps, keep.minutes),
         pace=pace,
         trace=trace,
         corrupt=CorruptImages(parts.train, config.data.max_corrupt_share, how),
@@ -378,14 +389,15 @@ def take_steps(
             state, metrics = train_step(state, batch, measure[log])
             pace.step(arrived, metrics["loss"])
             pending.append((step, metrics))
-            stop = tools.interruption.poll() and not last
+            asked = tools.interruption.poll(save=saver.overdue())
+            stop = asked.stop and not last
         wait_for(pending, first=step <= resumed.step + 2)
         journal.progress.advance()
         if words := tools.trace.after(step, metrics["loss"]):
             journal.note(words)
             pace.pause()
 
-        save = last or stop or due(step, config.checkpoint_every)
+        save = last or stop or asked.save or due(step, config.checkpoint_every)
         judge = judged(config, step, steps)
         if not (log or save or judge or len(pending) == UNSEEN):
             continue
@@ -410,6 +422,7 @@ def take_steps(
             journal.record(step, row, recent)
         if save:
             saver.save(step, state)
+            tools.interruption.saved()
         if stop:
             saver.stop(step, state)
         clock, timed = time.monotonic(), step

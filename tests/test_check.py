@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "eval.batch_size": (*WHOLE, 0),
     "eval.knn_k": ((), (0,), (0, -5), (10, 1.5), (True,), 10),
     "eval.knn_temperature": (*REAL, 0.0),
+    "checkpoint.minutes": REAL,
     "checkpoint.keep_last": (*WHOLE, 0),
     "checkpoint.keep_every": WHOLE,
     "mesh.data": WHOLE,

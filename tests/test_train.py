@@ -1,8 +1,10 @@
 """Runs from their start to their end, by way of everything that may go wrong in between."""
 
 import errno
+import functools
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1107,6 +1109,26 @@ def patch_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Metrics],
 @pytest.fixture
 def fake_step(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_step(monkeypatch, lambda state, given: (state, given))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "every", "saved"),
+    [(4.0, 0, [4, 8, 12, 16]), (4.0, 6, [4, 6, 10, 12, 16]), (0.0, 0, [16])],
+)
+def test_a_checkpoint_is_saved_when_its_minutes_have_passed(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fake_step: None,
+    minutes: float,
+    every: int,
+    saved: list[int],
+) -> None:
+    """By a clock that runs a minute per step, and counts anew from every save."""
+    ticks = itertools.count(0, 60)
+    monkeypatch.setattr(train, "Saver", functools.partial(train.Saver, clock=ticks.__next__))
+    never = {"eval_every": 0, "checkpoint_every": every, "checkpoint.keep_last": 9}
+    train.train(small_config(**never | {"checkpoint.minutes": minutes}), tmp_path)
+    assert checkpoint.steps(tmp_path) == saved
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

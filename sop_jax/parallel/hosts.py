@@ -34,6 +34,7 @@ from etils import epath
 from jax._src.distributed import global_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool
 
 from sop_jax import __version__
 from sop_jax.errors import LOST, UserError
@@ -271,16 +272,17 @@ def check_shared(folder: epath.PathLike) -> None:
         )
 
 
-def anywhere(flag: bool) -> jax.Array:
-    """Returns whether `flag` is set on any process, as a replicated bool, without waiting for it.
+def anywhere(*flags: bool) -> Bool[jax.Array, " flags"]:
+    """Returns which flags are set on any process, as replicated bools, without waiting for them.
 
     The result is ready when the devices have finished the work that they were given before. All
     processes call this at the same points. They must read each answer, with `jax.device_get`, a
     few calls later, because CPUs deadlock when dozens of answers are pending.
     """
     split, reduce = _reduction()
-    mine = [jax.device_put(np.array([flag]), device) for device in split.mesh.local_devices]
-    return reduce(jax.make_array_from_single_device_arrays((split.num_devices,), split, mine))
+    mine = [jax.device_put(np.array([flags]), device) for device in split.mesh.local_devices]
+    shape = (split.num_devices, len(flags))
+    return reduce(jax.make_array_from_single_device_arrays(shape, split, mine))
 
 
 def stop() -> None:
@@ -449,7 +451,8 @@ def _gather(value: str) -> list[str]:
 def _reduction() -> tuple[NamedSharding, Any]:
     devices = jax.devices()
     mesh = jax.make_mesh((len(devices),), ("all",), axis_types=(AxisType.Auto,), devices=devices)
-    return NamedSharding(mesh, P("all")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    reduce = functools.partial(jnp.any, axis=0)
+    return NamedSharding(mesh, P("all")), jax.jit(reduce, out_shardings=NamedSharding(mesh, P()))
 
 
 def _write(file: epath.Path, traces: contextlib.ExitStack) -> None:

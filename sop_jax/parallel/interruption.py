@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: they stop a run at once while it starts, and between batches afterwards."""
+"""Ctrl-C and SIGTERM: they stop a run at once while it starts, and between batches afterwards.
+
+Several processes also agree here, by the same message, on when to save between two batches.
+"""
 
 import collections
 import contextlib
@@ -6,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +19,18 @@ from sop_jax.parallel import hosts
 # All in seconds.
 GRACE = 2  # for the main thread to run the handler of a signal, which waits while XLA compiles
 UNWIND = 10  # for the main thread to leave the context after that
+
+
+class Answer(NamedTuple):
+    """What the processes of a run agree on at a poll.
+
+    Attributes:
+        stop: whether any of them has received a signal to stop.
+        save: whether any of them asks for a checkpoint.
+    """
+
+    stop: bool
+    save: bool
 
 
 class Interruption:
@@ -47,6 +62,7 @@ class Interruption:
         self._heard = threading.Event()  # set when the main thread has run the handler
         self._left = threading.Event()  # set when the main thread has left the context
         self._polls: collections.deque[jax.Array] = collections.deque()
+        self._granted = 0  # the number of the oldest polls whose request to save is granted
         self._before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -58,22 +74,35 @@ class Interruption:
         threading.Thread(target=self._insist, args=[wakeup], daemon=True).start()
         return self
 
-    def poll(self) -> bool:
-        """Whether any process has received a signal to stop; the answer is the same on all.
+    def poll(self, save: bool = False) -> Answer:
+        """Returns what any process asks for; the answer is the same on all.
 
         All processes call this at the same points. With several processes, each answer is that of
         `ahead` calls earlier, so that the devices have work to do while it is fetched.
+
+        Args:
+            save: whether this process asks for a checkpoint.
         """
         if not hosts.several():
-            return self.asked
-        self._polls.append(hosts.anywhere(self.asked))
+            return Answer(self.asked, save)
+        self._polls.append(hosts.anywhere(self.asked, save))
         if len(self._polls) <= self._ahead:
-            return False
-        return bool(jax.device_get(self._polls.popleft()))
+            return Answer(False, False)
+        stop, save = jax.device_get(self._polls.popleft()).tolist()
+        granted, self._granted = self._granted > 0, max(0, self._granted - 1)
+        return Answer(stop, save and not granted)
+
+    def saved(self) -> None:
+        """Takes all requests for a checkpoint that were made up to now as granted.
+
+        All processes call this at the same points. Without it, the polls whose answers are still
+        to come would each ask for one more.
+        """
+        self._granted = len(self._polls)
 
     def check(self) -> None:
         """Polls, and raises Interrupted on all processes at the same call if the answer is yes."""
-        if self.poll():
+        if self.poll().stop:
             raise Interrupted(self.starting or "interrupted")
 
     @contextlib.contextmanager

@@ -134,9 +134,9 @@ def test_alone_all_agree() -> None:
 @pytest.mark.parametrize("flag", [True, False])
 def test_alone_anywhere_is_here(flag: bool) -> None:
     with jax.transfer_guard("disallow"):
-        answer = hosts.anywhere(flag)
+        answer = hosts.anywhere(flag, True)
         assert answer.sharding.device_set == set(jax.devices())
-        assert jax.device_get(answer) == flag
+        assert jax.device_get(answer).tolist() == [flag, True]
 
 
 def test_versions_are_of_what_computes() -> None:
@@ -207,7 +207,14 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         said["unwritable"] = refusal(hosts.check_shared, "/proc/runs" if me == 0 else here)
         with jax.transfer_guard("disallow"):
             answers = [hosts.anywhere(me == who) for who in (0, 1, 2)] + [hosts.anywhere(True)]
-            said["anywhere"] = [bool(answer) for answer in jax.device_get(answers)]
+            said["anywhere"] = [answer.tolist() for answer in jax.device_get(answers)]
+        with Interruption(ahead=1) as interruption:
+            said["saves"], began = [], 0
+            for step in range(8):
+                if interruption.poll(save=me == 0 and step - began >= 2).save:
+                    said["saves"].append(step)
+                    began = step
+                    interruption.saved()
         print(json.dumps(said))
         """,
     )
@@ -258,7 +265,12 @@ def test_a_folder_that_nobody_can_write(talk: list[Any]) -> None:
 
 def test_one_flag_anywhere_is_known_to_all(talk: list[Any]) -> None:
     for each in talk:
-        assert each["anywhere"] == [True, True, False, True]
+        assert each["anywhere"] == [[True], [True], [False], [True]]
+
+
+def test_all_save_at_the_steps_that_process_0_decides(talk: list[Any]) -> None:
+    for each in talk:
+        assert each["saves"] == [3, 6]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +335,7 @@ STEPS = """
             together()
             if step == 3:
                 print("under way", flush=True)
-            if interruption.poll():
+            if interruption.poll().stop:
                 print(json.dumps(step))
                 raise Interrupted("saved")
             time.sleep(0.01)

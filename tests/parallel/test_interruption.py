@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sop_jax.errors import Interrupted
+from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -72,13 +73,29 @@ def test_an_error_inside_restores_them_too() -> None:
 
 def test_a_process_alone_knows_at_once() -> None:
     with Interruption(ahead=2) as interruption:
-        assert not interruption.poll()
+        assert interruption.poll() == (False, False)
+        assert interruption.poll(save=True) == (False, True)
         interruption.check()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.poll() and interruption.poll()
+        assert interruption.poll().stop and interruption.poll().stop
         for _ in range(2):
             with pytest.raises(Interrupted, match="interrupted"):
                 interruption.check()
+
+
+def test_a_checkpoint_that_several_processes_ask_for_is_saved_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests whose answers come late are granted by the first save, and later ones count anew."""
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    with Interruption(ahead=2) as interruption:
+        saves, began = [], 0
+        for step in range(14):
+            if interruption.poll(save=step - began >= 4).save:
+                saves.append(step)
+                began = step
+                interruption.saved()
+    assert saves == [6, 12]
 
 
 def test_each_run_is_asked_anew() -> None:
