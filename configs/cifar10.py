@@ -1,16 +1,16 @@
-"""A small ViT on CIFAR-10 at its own 32 pixels, for one GPU.
+"""A small ViT on CIFAR-10 at its native 32 pixels, for one GPU.
 
     python -m sop_jax.train --config=configs/cifar10.py --workdir=runs/cifar10 \
         --config.data.path=cifar10.npz
 
-The file holds {train,test}_{blob,offsets,labels}: encoded images end to end, their borders and
-classes. A folder with train/ and test/ works too, with --config.data.source=folder, and so does
-a prepared TFDS cifar10, with --config.data.source=tfds --config.data.name=cifar10.
+The file contains {train,test}_{blob,offsets,labels}: the concatenated encoded images, their offsets
+and their classes. A folder with train/ and test/ also works, with --config.data.source=folder, and
+so does a prepared TFDS cifar10, with --config.data.source=tfds --config.data.name=cifar10.
 
-The paper has no CIFAR-10 pretraining, and this config's full length was not measured;
-configs/cifar10_cpu.py is what was, see docs/results.md.
-Cost, an estimate from operation counts, not a measurement: 300 epochs are about 2e17
-floating-point operations, an hour of an H200 at 60 TFLOP/s.
+The paper has no CIFAR-10 pretraining, and this config was not measured at its full length;
+configs/cifar10_cpu.py was, see docs/results.md.
+Cost, estimated from operation counts and not measured: 300 epochs are about 2e17 floating-point
+operations, an hour on an H200 at 60 TFLOP/s.
 """
 
 import ml_collections
@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     a = config.augment
     a.global_size, a.local_size, a.local_crops = 32, 16, 6
     a.global_scale, a.local_scale = (0.3, 1.0), (0.1, 0.3)
-    a.blur = (0.0, 0.0, 0.0)  # of 32 pixels little would be left
+    a.blur = (0.0, 0.0, 0.0)  # it would leave little of 32 pixels
     m = config.model
     m.size, m.width, m.depth, m.heads, m.patch = "custom", 256, 8, 4, 4
     m.init_std = 0.05

@@ -1,9 +1,10 @@
-"""CIFAR-10 in an hour, more or less, of two CPU cores.
+"""A small ViT on CIFAR-10, for about an hour on two CPU cores.
 
     python -m sop_jax.train --config=configs/cifar10_cpu.py --workdir=runs/cifar10_cpu \
         --config.data.path=cifar10.npz
 
-The file is as for configs/cifar10.py. Expected: docs/results.md has the measured accuracy and time.
+The file is that of configs/cifar10.py. Expected: docs/results.md has the measured accuracy and
+time.
 """
 
 import ml_collections
@@ -26,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     a.global_size, a.local_size, a.local_crops = 32, 16, 4
     a.global_scale, a.local_scale = (0.4, 1.0), (0.1, 0.4)
     a.solarize = 0.0
-    a.blur = (0.0, 0.0, 0.0)  # of 32 pixels little would be left
+    a.blur = (0.0, 0.0, 0.0)  # it would leave little of 32 pixels
     m = config.model
     m.size, m.width, m.depth, m.heads, m.patch = "custom", 128, 4, 4, 8
     m.drop_path, m.dtype = 0.0, "float32"

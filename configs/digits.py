@@ -4,8 +4,8 @@
 
 Expected: docs/results.md has the measured accuracy and time on two CPU cores.
 
-At this scale the choices below decide between learning and collapse (docs/results.md shows both
-sides): a low teacher temperature, mild crops, and a start that tells images and places apart.
+At this scale the choices below decide between learning and collapse (docs/results.md shows both): a
+low teacher temperature, mild crops, and an initialization that distinguishes images and positions.
 """
 
 import ml_collections

@@ -1,17 +1,17 @@
-"""ResNet-50 on ImageNet-1k, with [CLS] alone: it has no patches to mask.
+"""ResNet-50 on ImageNet-1k, with [CLS] only, because it has no patches to mask.
 
     python -m sop_jax.train --config=configs/imagenet_resnet50.py --workdir=runs/resnet50 \
         --config.data.path=DATA_DIR
 
 The data is prepared as for configs/imagenet_vits16.py. The paper has no ResNet: epochs and crops
-are those of DINO's command for one (its README), all else is the paper's. So are AdamW and the
-weight decay, where DINO takes SGD or LARS; which of them SOP would want was not tried.
-A batch is normed as a whole, on however many devices it lies. Microbatches would be normed each
-by itself: leave `accumulate` at 1.
+are those of DINO's command for one (in its README), and everything else is the paper's. This
+includes AdamW and the weight decay, for which DINO uses SGD or LARS; which works best with SOP was
+not tried. Batch norm normalizes over the whole batch, on any number of devices, but over each
+microbatch separately: leave `accumulate` at 1.
 
-Expected after 100 epochs: unknown, for no run of SOP is published. For scale, DINO-vMF has a k-NN
-accuracy of 59.1 % and a linear probe of 69.6 % then (table 11 of KoLeo-proto's paper), and DINO's
-released ResNet-50, whose epochs its README does not name, 67.5 % and 75.3 %.
+Expected after 100 epochs: unknown, because no run of SOP is published. For comparison, DINO-vMF
+then has a k-NN accuracy of 59.1 % and a linear probe of 69.6 % (table 11 of KoLeo-proto's paper),
+and DINO's released ResNet-50, whose README does not give the number of epochs, 67.5 % and 75.3 %.
 Cost, an estimate from operation counts, not a measurement: about 1.7e19 floating-point
 operations, which is 12 hours of an H200 at 400 TFLOP/s; batch norm, which is bound by memory
 and not counted, takes more than it seems.

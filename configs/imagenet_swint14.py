@@ -1,14 +1,15 @@
-"""Swin-T with windows of 14 on ImageNet-1k with the paper's recipe (iBOT's Swin-T where silent).
+"""Swin-T with windows of 14 on ImageNet-1k with the paper's recipe.
 
     python -m sop_jax.train --config=configs/imagenet_swint14.py --workdir=runs/swint14 \
         --config.data.path=DATA_DIR
 
-The data is prepared as for configs/imagenet_vits16.py. [CLS] is the mean of the tokens, and masks
-are drawn for tokens of 32 pixels, from epoch 50 on, as in iBOT.
+Settings that the paper does not specify are those of iBOT's Swin-T. The data is prepared as for
+configs/imagenet_vits16.py. [CLS] is the mean of the tokens, and masks are drawn for tokens of 32
+pixels, from epoch 50 on, as in iBOT.
 
 Expected after 300 epochs (the paper's table 1): k-NN 77.2 %, linear probe 79.4 %.
-Cost, an estimate from operation counts, not a measurement: about 7.6e19 floating-point
-operations, which is 53 hours of an H200 at 400 TFLOP/s; its small products reach less of it.
+Cost, estimated from operation counts and not measured: about 7.6e19 floating-point operations,
+which is 53 hours on an H200 at 400 TFLOP/s; small matrix products reach less.
 """
 
 import ml_collections

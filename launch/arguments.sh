@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: how they show their help, take arguments, fail and run dry.
+# Sourced by the other scripts in this folder: help, arguments, errors and dry runs.
 #
-# `parse SCRIPT "OPTION ..." "FLAG ..." "$@"` sets variables of the names of a script's options
-# (which have a value) and flags (which have none), and `action` to the one given of `actions`; what
-# is the training's goes to `train`.
+# `parse SCRIPT "OPTION ..." "FLAG ..." "$@"` sets variables with the names of a script's options
+# (which take a value) and flags (which do not), and `action` to the one of `actions` that is given;
+# arguments of the training are collected in `train`.
 
-# shellcheck disable=SC2034  # these are for the script that sources this
+# shellcheck disable=SC2034  # used by the scripts that source this file
 script="" dry="" config="" workdir="" train=() actions="" action=""
 
 die() { # MESSAGE [EXIT CODE]
-  echo "error: $1 (launch/$script --help says what there is)" >&2
+  echo "error: $1 (see launch/$script --help)" >&2
   exit "${2:-2}"
 }
 
-show_help() { # SCRIPT: the comment at its head
+show_help() { # SCRIPT: prints the comment at its beginning
   sed -n -e 1d -e '/^# /!{/^#$/!q;}' -e 's/^# \{0,1\}//p' "launch/$1"
 }
 
@@ -48,24 +48,24 @@ parse() {
 }
 
 die_empty() { # OPTION
-  die "--$1 is empty: give it a value; is a variable not set?"
+  die "--$1 is empty; give it a value (is a shell variable not set?)"
 }
 
-need() { # OPTION ...: each must have been given
+need() { # OPTION ...: dies unless each was given
   local option
   for option; do
     [[ -n "${!option}" ]] || die "--$option=... is missing"
   done
 }
 
-check_config() { # --config must be a recipe by its name, or a file of this machine
+check_config() { # dies unless --config is the name of a recipe or a file on this machine
   local name="${config%%:*}" recipes=(configs/*.py)
   [[ ! -f "configs/$name.py" && ! -f "${name/#\~/"${HOME:-}"}" ]] || return 0
   recipes=("${recipes[@]#configs/}")
-  die "there is no $name: --config must be a Python file or one of: ${recipes[*]%.py}"
+  die "there is no recipe $name; --config must be a Python file or one of: ${recipes[*]%.py}"
 }
 
-check_size() { # FLAG VALUE SIZE...: die unless the value is one of the sizes; names the nearest
+check_size() { # FLAG VALUE SIZE...: dies unless the value is one of the sizes; names the nearest
   local flag="$1" value="$2" wanted nearest="" size distance least=""
   wanted="$(chips "$2")"
   shift 2
@@ -77,19 +77,19 @@ check_size() { # FLAG VALUE SIZE...: die unless the value is one of the sizes; n
   die "there is no --$flag=$value; did you mean $nearest?"
 }
 
-chips() { # SIZE: how many a size such as 4x8 or v6e-32 stands for
+chips() { # SIZE: prints the number of chips of a size such as 4x8 or v6e-32
   local numbers="${1##*-}"
   echo $((${numbers//x/*}))
 }
 
-gpu_extras() { # prints which extras of setup.py this training needs on GPUs
+gpu_extras() { # prints the extras of setup.py that this training needs on GPUs
   case "${train[*]}" in
     *gs://*) echo cuda,gcs ;;
     *) echo cuda ;;
   esac
 }
 
-call() { # COMMAND ...: runs it, or prints it in a dry run as one could type it
+call() { # COMMAND ...: runs it, or in a dry run prints it with shell quotes
   local quote="'" escaped="'\\''" line="" word
   if [[ -z "$dry" ]]; then
     "$@"

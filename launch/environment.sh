@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: `use_environment WHAT [FOLDER]` makes a virtual environment in
-# FOLDER (.venv by default), installs WHAT in it (. or .[extra]) and puts it first in PATH. It
-# installs again only when setup.py has changed.
+# Sourced by the other scripts in this folder: `use_environment WHAT [FOLDER]` creates a virtual
+# environment in FOLDER (.venv by default), installs WHAT in it (. or .[extra]) and puts it first in
+# PATH. It installs again only if setup.py has changed.
 
 find_python() {
   local python
@@ -11,7 +11,7 @@ find_python() {
       return
     fi
   done
-  echo "error: sop_jax needs Python 3.11 or later, and none is in PATH. Install one from" >&2
+  echo "error: sop_jax needs Python 3.11 or later, and there is none in PATH. Install it from" >&2
   echo "https://www.python.org/downloads or with your system's package manager." >&2
   return 1
 }
@@ -21,17 +21,17 @@ use_environment() {
   stamp="$folder/installed-${1//[^a-z]/}"
   if [[ ! -x "$folder/bin/python" ]]; then
     python="$(find_python)"
-    echo "Making a virtual environment in $folder with $("$python" --version)."
+    echo "Creating a virtual environment in $folder with $("$python" --version)."
     if ! "$python" -m venv "$folder"; then
       rm -rf "$folder"
-      echo "error: $python cannot make virtual environments. On Debian and Ubuntu, install" >&2
-      echo "python3-venv; elsewhere a complete Python." >&2
+      echo "error: $python cannot create virtual environments. Install python3-venv on Debian" >&2
+      echo "and Ubuntu, or a complete Python on other systems." >&2
       return 1
     fi
   fi
   PATH="$PWD/$folder/bin:$PATH"
   if ! cmp -s setup.py "$stamp"; then
-    echo "Installing sop_jax and what it needs: about 1 GB, some minutes."
+    echo "Installing sop_jax and its dependencies: about 1 GB, a few minutes."
     python -m pip install --quiet --disable-pip-version-check -e "$1"
     cp setup.py "$stamp"
   fi

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Pretrains on all NVIDIA GPUs of this machine, in one process; makes its own environment in .venv.
+# Pretrains on all NVIDIA GPUs of this machine, in one process, with its own environment in .venv.
 #
 #   launch/gpu_local.sh --config=NAME|FILE --workdir=DIR [--config.KEY=VALUE ...]
 #
-#   --config=NAME|FILE  a recipe of configs/ by its name, or a file
-#   --workdir=DIR       where the run is kept; the same command again resumes it
+#   --config=NAME|FILE  the name of a recipe in configs/, or a file
+#   --workdir=DIR       the folder of the run; running the same command again resumes it
 #   --config.KEY=VALUE  changes a setting
-#   --dry-run           prints the commands and starts nothing
+#   --dry-run           prints the commands without starting anything
 #
 # For example: launch/gpu_local.sh --config=cifar10 --workdir=runs/a --config.data.path=DATA
 #
-# Ctrl-C saves and ends. Relative paths start at the root of the checkout. What follows a -- goes to
-# the training as it is.
+# Ctrl-C saves and ends. Paths are relative to the root of the checkout. Arguments after -- are
+# passed to the training unchanged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,7 +23,7 @@ parse gpu_local.sh "" "" "$@"
 need config workdir
 check_config
 [[ -n "$dry" ]] || command -v nvidia-smi > /dev/null ||
-  die "there is no nvidia-smi, hence no driver of an NVIDIA GPU on this machine" 1
+  die "there is no nvidia-smi, so no NVIDIA driver on this machine; install the driver" 1
 
 call nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
 call use_environment ".[$(gpu_extras)]"

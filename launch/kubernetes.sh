@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Pretrains on Kubernetes, one pod a host: fills in launch/kubernetes.yaml and applies it.
+# Pretrains on Kubernetes, with one pod per host: fills in launch/kubernetes.yaml and applies it.
 #
 #   launch/kubernetes.sh --image=IMAGE --hosts=4 --gpus=8 --config=NAME|FILE \
 #       --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   launch/kubernetes.sh --image=IMAGE --tpu=tpu-v6e-slice --topology=4x8 ...   on GKE
 #
-#   --image=IMAGE       holds this checkout, installed; docs/launch.md says how to make it
-#   --config=NAME|FILE  a recipe of configs/ by its name, or a file as the pods see it
-#   --hosts=1           how many hosts with GPUs
-#   --gpus=8            NVIDIA GPUs of a host
+#   --image=IMAGE       an image with this checkout installed; docs/launch.md says how to build it
+#   --config=NAME|FILE  the name of a recipe in configs/, or a file as the pods see it
+#   --hosts=1           the number of hosts with GPUs
+#   --gpus=8            the number of NVIDIA GPUs per host
 #   --tpu=KIND          tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice, ...
-#   --topology=AxB      of the slice, in chips; the number of hosts follows
-#   --chips=4           TPU chips of a host
-#   --spot              on GKE's spot nodes
+#   --topology=AxB      the topology of the slice in chips; it determines the number of hosts
+#   --chips=4           the number of TPU chips per host
+#   --spot              uses GKE's spot nodes
 #   --claim=NAME        a persistent volume claim, mounted at /data, for data and --workdir
-#   --name=sop-jax      of Job and Service
-#   --namespace=NAME    kubectl's own unless given
-#   --dry-run           prints the manifest and starts nothing
+#   --name=sop-jax      the name of the Job and the Service
+#   --namespace=NAME    the namespace; kubectl's default if it is not given
+#   --dry-run           prints the manifest without starting anything
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,45 +26,47 @@ image="" hosts="" gpus="" tpu="" topology="" chips="" spot="" claim="" name=sop-
 (($#)) || set -- --help
 parse kubernetes.sh "image hosts gpus tpu topology chips claim name namespace" "spot" "$@"
 need image config workdir
-[[ "$config" == /* ]] || check_config # other files are the image's or the volume's
+[[ "$config" == /* ]] || check_config # absolute paths are in the image or the volume
 [[ -n "$gpus" || -n "$tpu" ]] || die "--gpus=... or --tpu=... is missing"
-[[ -z "$gpus" || -z "$tpu" ]] || die "--gpus and --tpu exclude each other"
+[[ -z "$gpus" || -z "$tpu" ]] || die "--gpus and --tpu exclude each other; give one of them"
 if [[ -n "$tpu" ]]; then
   need topology
-  [[ -z "$hosts" ]] || die "--hosts is for GPUs: of a TPU slice it follows from --topology"
+  [[ -z "$hosts" ]] || die "--hosts is for GPUs; --topology determines the hosts of a TPU slice"
 else
-  [[ -z "$topology$chips" ]] || die "--topology and --chips are for TPUs, and --gpus is given"
+  [[ -z "$topology$chips" ]] || die "--topology and --chips are for TPUs, but --gpus is given"
 fi
 hosts="${hosts:-1}" chips="${chips:-4}"
-[[ "$name" =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] || die "--name=$name cannot name a Service"
+[[ "$name" =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] ||
+  die "--name=$name is not a valid name of a Service; use lower-case letters, digits and dashes"
 [[ "$workdir" == gs://?* || (-n "$claim" && "$workdir" == /data/?*) ]] ||
-  die "--workdir must be gs://... or, with --claim, /data/...: the pods share no other disk"
+  die "--workdir must be gs://... or, with --claim, /data/..., because the pods share no other disk"
 for number in "$hosts" "${gpus:-1}" "$chips"; do
-  [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "$number is no number of hosts, GPUs or chips"
+  [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "$number is not a number of hosts, GPUs or chips"
 done
 
-quoted() { # TEXT: as YAML writes it whatever is in it
+quoted() { # TEXT: prints it as a quoted YAML string
   local quote="'"
-  [[ "$1" != *$'\n'* ]] || die "an argument has more than one line"
+  [[ "$1" != *$'\n'* ]] || die "an argument has more than one line; write it on one line"
   echo "'${1//$quote/"$quote$quote"}'"
 }
 
-list() { # ITEM ...: of YAML
+list() { # ITEM ...: prints a YAML list
   local IFS=,
   echo "[$*]"
 }
 
 devices="{nvidia.com/gpu: '$gpus'}" nodes="" taints=(nvidia.com/gpu google.com/tpu)
 if [[ -n "$tpu" ]]; then
-  [[ "$topology" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] || die "--topology=$topology is not like 4x8"
+  [[ "$topology" =~ ^[1-9][0-9]*(x[1-9][0-9]*)+$ ]] ||
+    die "--topology=$topology must have the form 4x8"
   all=$((${topology//x/*}))
-  ((all % chips == 0)) || die "hosts of $chips chips make no slice of $topology"
+  ((all % chips == 0)) || die "hosts of $chips chips cannot form a slice of $topology; set --chips"
   case "$tpu" in
     tpu-v5-lite-* | tpu-v6e-*)
       check_size topology "$topology" 1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16
       ;;
     tpu-v4-* | tpu-v5p-* | tpu7x*)
-      [[ "$topology" == *x*x* ]] || die "--topology=$topology is not like 2x2x4, as $tpu has it"
+      [[ "$topology" == *x*x* ]] || die "--topology=$topology must have the form 2x2x4 for $tpu"
       ;;
   esac
   hosts=$((all / chips)) devices="{google.com/tpu: '$chips'}"
@@ -79,14 +81,14 @@ tolerations=()
 for taint in "${taints[@]}"; do
   tolerations+=("{key: $taint, operator: Exists, effect: NoSchedule}")
 done
-mounts=("{name: memory, mountPath: /dev/shm}") # where worker processes hand over images
+mounts=("{name: memory, mountPath: /dev/shm}") # through which input workers hand over images
 volumes=("{name: memory, emptyDir: {medium: Memory}}")
 if [[ -n "$claim" ]]; then
   mounts+=("{name: data, mountPath: /data}")
   volumes+=("{name: data, persistentVolumeClaim: {claimName: $(quoted "$claim")}}")
 fi
 
-# The index is Kubernetes' to fill in; any other dollar sign is doubled, which keeps it as it is.
+# Kubernetes substitutes the index; all other dollar signs are doubled, which escapes them.
 command=(python -m sop_jax.train)
 if ((hosts == 1)); then
   command+=("'--processes=1'")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets everything up in .venv and pretrains a small ViT on scikit-learn's digits: under 5 minutes
-# on 2 CPU cores after the install.
+# Installs everything in .venv and pretrains a small ViT on scikit-learn's digits, which takes less
+# than 5 minutes on 2 CPU cores after the installation.
 #
 #   bash launch/quickstart.sh [--config.KEY=VALUE ...]
 #
-# Arguments go to the training. For example: bash launch/quickstart.sh --config.steps=300
-# Run again, it resumes an interrupted run and leaves a finished one as it is.
+# Arguments are passed to the training. For example: bash launch/quickstart.sh --config.steps=300
+# Running it again resumes an interrupted run and leaves a finished one unchanged.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ The curves of this run are in runs/digits. To look at them:
   .venv/bin/pip install tensorboard
   .venv/bin/tensorboard --logdir runs/digits
 
-Next, a folder of your own images, with sub-folders or without (a GPU makes this hours faster):
+Next, train on a folder of your own images, with or without sub-folders (much faster on a GPU):
   .venv/bin/python -m sop_jax.train --config=configs/imagenette.py --workdir=runs/mine \
     --config.data.path=FOLDER
 END

@@ -222,10 +222,10 @@ def test_tests_have_an_environment_of_their_own(world: World) -> None:
     [
         (
             "--config=configs/digts.py",
-            "there is no configs/digts.py: --config must be .* one of: digits",
+            "there is no recipe configs/digts.py; --config must be .* one of: digits",
         ),
-        ("--config=digit", "there is no digit: --config must be a Python file or one of: digits"),
-        ("--workdir=", "--workdir is empty: give it a value; is a variable not set"),
+        ("--config=digit", "there is no recipe digit; --config must be .* one of: digits"),
+        ("--workdir=", "--workdir is empty; give it a value .is a shell variable not set"),
         ("--config=", "--config is empty"),
         ("--config.data.path=", "--config.data.path is empty"),
     ],
@@ -458,12 +458,12 @@ class TestKubernetes:
             (["--tpu=tpu-v6e-slice", "--topology=4*8"], "--topology=4*8"),
             (["--tpu=tpu-v6e-slice", "--topology=1x2"], "hosts of 4 chips"),
             (["--tpu=tpu-v6e-slice", "--topology=4x9"], "no --topology=4x9; did you mean 4x8"),
-            (["--tpu=tpu-v5p-slice", "--topology=4x8"], "--topology=4x8 is not like 2x2x4"),
+            (["--tpu=tpu-v5p-slice", "--topology=4x8"], "--topology=4x8 must have the form 2x2x4"),
             (["--tpu=tpu-v6e-slice", "--topology=4x8", "--hosts=3"], "--hosts is for GPUs"),
             (["--gpus=8", "--topology=4x8"], "--topology and --chips are for TPUs"),
             (["--gpus=8", "--chips=4"], "--topology and --chips are for TPUs"),
             (["--gpus=8", "--claim="], "--claim is empty"),
-            (["--gpus=eight"], "eight is no number"),
+            (["--gpus=eight"], "eight is not a number"),
             (["--gpus=8", "--name=A_b"], "--name=A_b"),
             (["--gpus=8", "--config.x=a\nb"], "more than one line"),
         ],
@@ -525,13 +525,13 @@ class TestTpu:
             ("--type=v6e-65", "there is no --type=v6e-65; did you mean v6e-64"),
             ("--type=v5litepod-3", "did you mean v5litepod-4"),
             ("--type=v5p-130", "did you mean v5p-128"),
-            ("--type=v7-8", "kinds are v2, v3, v4, v5litepod, v5p and v6e"),
-            ("--type=v6e", "--type=v6e has no size"),
-            ("--type=v6e-4x4", "--type=v6e-4x4 has no size"),
+            ("--type=v7-8", "give v2, v3, v4, v5litepod, v5p or v6e and a size"),
+            ("--type=v6e", "--type=v6e has no valid size"),
+            ("--type=v6e-4x4", "--type=v6e-4x4 has no valid size"),
             ("--type=", "--type is empty"),
             ("--zone=", "--zone is empty"),
-            ("--poll=soon", "--poll=soon is no number of seconds"),
-            ("--config=sop_jax/__init__.py", "must be a file of configs/"),
+            ("--poll=soon", "--poll=soon is not a number of seconds"),
+            ("--config=sop_jax/__init__.py", "must be a file in configs/"),
         ],
     )
     def test_what_cannot_be(self, world: World, option: str, words: str) -> None:
@@ -550,8 +550,8 @@ class TestTpu:
         [
             ("--workdir=runs/x", "--workdir must be gs://"),
             ("--workdir=gs://", "--workdir must be gs://"),
-            ("--config=configs/none.py", "there is no configs/none.py"),
-            ("--config=/etc/passwd", "--config must be a file of configs/"),
+            ("--config=configs/none.py", "there is no recipe configs/none.py"),
+            ("--config=/etc/passwd", "--config must be a file in configs/"),
         ],
     )
     def test_checked_before_anything_costs_money(
@@ -612,16 +612,16 @@ class TestTpu:
         world.cloud(*["134"] * 20)
         done = world.run("tpu_pod.sh", *UP, *TRAINING, code=1)
         assert world.verbs().count("start") == 10
-        assert "10 times on this slice" in done.stdout
+        assert "crashed 10 times on this slice" in done.stdout
 
     def test_a_training_that_runs_is_left_alone(self, world: World) -> None:
         world.cloud("later", state="READY")
         run = ["run", "--zone=z", *TRAINING]
         world.run("tpu_pod.sh", "install", "--zone=z")
         world.run("tpu_pod.sh", *run)
-        assert "it runs already" in world.run("tpu_pod.sh", *run).stdout
+        assert "it is already running" in world.run("tpu_pod.sh", *run).stdout
         refused = world.run("tpu_pod.sh", "install", "--zone=z", code=1)
-        assert "a training runs here" in refused.stdout
+        assert "a training is running here" in refused.stdout
         status = world.run("tpu_pod.sh", "status", "--zone=z").stdout.splitlines()
         assert (status[0], status[-1]) == ("READY", "running")
         before = world.verbs()
