@@ -12,9 +12,9 @@ microbatch separately: leave `accumulate` at 1.
 Expected after 100 epochs: unknown, because no run of SOP is published. For comparison, DINO-vMF
 then has a k-NN accuracy of 59.1 % and a linear probe of 69.6 % (table 11 of KoLeo-proto's paper),
 and DINO's released ResNet-50, whose README does not give the number of epochs, 67.5 % and 75.3 %.
-Cost, an estimate from operation counts, not a measurement: about 1.7e19 floating-point
-operations, which is 12 hours of an H200 at 400 TFLOP/s; batch norm, which is bound by memory
-and not counted, takes more than it seems.
+Cost, estimated from operation counts and not measured: about 1.7e19 floating-point operations,
+which is 12 hours on an H200 at 400 TFLOP/s. Batch norm is limited by memory bandwidth and not
+counted, so a run takes longer.
 """
 
 import ml_collections
