@@ -1,7 +1,7 @@
 """Backbones and heads, as pure functions of a parameter tree.
 
-Flax NNX stays in this package: a model is split once into its static graph and a plain nested
-dict of float32 parameters, and everything else sees the functions of `Model`.
+Only this package uses Flax NNX. A model is split once into its static graph and a plain nested dict
+of float32 parameters, and all other code uses the functions of `Model`.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,21 @@ from sop_jax.models.linear import precision_of
 
 Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
 
-# ImageNet's channel statistics, of pixels in [0, 1].
+# The channel statistics of ImageNet, for pixels in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 class Family(NamedTuple):
-    """A kind of backbone, as `config.model.family` names it.
+    """A kind of backbone, named by `config.model.family`.
 
     Attributes:
-        sizes: by `config.model.size`.
-        custom: config.model -> the size that its numbers describe.
-        token_side: config.model -> pixels a side that a token stands for.
-        backbone: (size, config.model, image size, gather, start, rngs) -> the network, which has a
-            `width` and maps images to tokens and attention weights as `vit.ViT` does.
+        sizes: the sizes by `config.model.size`.
+        custom: maps `config.model` to the size that its numbers describe.
+        token_side: maps `config.model` to the pixels on each side of the square that a token
+            stands for.
+        backbone: maps (size, config.model, image size, gather, start, rngs) to the network, which
+            has a `width` and maps images to tokens and attention weights as `vit.ViT` does.
     """
 
     sizes: dict[str, Any]
@@ -52,29 +53,30 @@ FAMILIES = {
 
 
 class Model(NamedTuple):
-    """What the train step and the evaluations see of a network.
+    """A network as the functions that the train step and the evaluations use.
 
-    [CLS] is the token that stands for an image: that of a ViT, or, with `model.pool=mean` and in a
-    Swin, the mean of its patches.
+    [CLS] is the token that represents an image: that of a ViT, or the mean of the patches in a Swin
+    and with `model.pool=mean`.
 
     Attributes:
-        init: key -> parameters.
-        embed: (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
-            patches=True) -> unit embeddings, float32: [CLS] [B,d], and of patches [B,M,d].
-            `patches` are True for all h*w, False for none, or indices [B,M] of some, row by row;
-            the head sees no others. A ResNet has none, whatever is asked for, and takes no notice
-            of masks and keys.
-        embed_training: (as embed, kept=None) -> four arrays: what embed gives, but by batch norm's
-            statistics of these images, and the same tokens before the head [B,D] and [B,M,D]; and
-            the running statistics that they leave behind, nested as the parameters are; {}
-            without batch norm. `kept` are indices [B,T] of the patches that enter the encoder;
-            `patches` are counted among those then.
-        features: (params, uint8 images, mask=None, last=1) -> tokens [B,1+h*w,D] of the last
-            layers, normed.
-        attention: (params, uint8 images) -> float32 weights [B,heads,T,T] of the last layer, of
-            queries to keys; see the backbone for which tokens those are.
-        patch: pixels a side that a token stands for.
-        dim: d, the size of an embedding.
+        init: maps a key to parameters.
+        embed: maps (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
+            patches=True) to unit embeddings in float32, of [CLS] [B,d] and of patches [B,M,d].
+            `patches` are True for all h*w patches, False for none, or the indices [B,M] of some,
+            counted row by row; only these enter the head. A ResNet has no patches, whatever is
+            requested, and ignores masks and keys.
+        embed_training: maps the same arguments and `kept=None` to a pair. The first is four
+            arrays: the results of `embed`, where batch norm uses the statistics of these images,
+            and the same tokens before the head [B,D] and [B,M,D]. The second is the running
+            statistics after the pass, nested as the parameters are; {} without batch norm. `kept`
+            are the indices [B,T] of the patches that enter the encoder, and `patches` then index
+            these.
+        features: maps (params, uint8 images, mask=None, last=1) to a list with the normalized
+            tokens [B,1+h*w,D] of each of the last layers.
+        attention: maps (params, uint8 images) to the float32 weights [B,heads,T,T] of the last
+            layer, from queries to keys. The backbone describes the T tokens.
+        patch: the pixels on each side of the square that a token stands for.
+        dim: d, the numbers in an embedding.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -102,7 +104,11 @@ class Network(nnx.Module):
         kept: Int[Array, "B T"] | None,
         training: bool,
     ) -> tuple[tuple[Array, Array, Array, Array], Params]:
-        """Unit embeddings and tokens of [CLS] and patches, see `Model`; running statistics."""
+        """Returns what `Model.embed_training` does.
+
+        Raises:
+            UserError: patches are to be dropped, and the backbone is not a ViT.
+        """
         statistics: Params = {}
         if kept is not None and not isinstance(self.backbone, vit.ViT):
             raise UserError("only a ViT can drop patches; choose model.family=vit")
@@ -123,10 +129,10 @@ class Network(nnx.Module):
 
 
 def size_of(config: ml_collections.ConfigDict) -> Any:
-    """The size of `config.model`, as its family describes sizes.
+    """Returns the size of `config.model`, of the type that its family uses.
 
     Raises:
-        UserError: the family, or its size, is not known.
+        UserError: the family or its size is unknown.
     """
     if config.family not in FAMILIES:
         raise UserError(f"model.family is {config.family!r}; expected one of {', '.join(FAMILIES)}")
@@ -136,13 +142,13 @@ def size_of(config: ml_collections.ConfigDict) -> Any:
     if config.size not in family.sizes:
         raise UserError(
             f"model.size is {config.size!r}; expected one of {', '.join(family.sizes)} for "
-            f"model.family={config.family}, or custom, whose numbers have settings of their own"
+            f"model.family={config.family}, or custom to set the numbers themselves"
         )
     return family.sizes[config.size]
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
-    """Pixels a side that a token of `config.model` stands for."""
+    """Returns the pixels on each side of the square that a token of `config.model` stands for."""
     return FAMILIES[config.family].token_side(config)
 
 
@@ -152,13 +158,16 @@ def build(
     gather: Callable[[Any], Any] = lambda params: params,
     implementation: Implementation = "xla",
 ) -> Model:
-    """The network of `config.model` and `config.head`.
+    """Returns the network of `config.model` and `config.head`.
 
     Args:
-        config: of the run.
-        image_size: square images of so many pixels a side are what its positions are made for.
-        gather: makes parameters whole that lie split over devices; called for one layer at a time.
-        implementation: of a ViT's attention, see `models.attention`.
+        config: the config of the run.
+        image_size: the pixels on each side of the images for which its positions are made.
+        gather: gathers parameters that are split over devices; called for one layer at a time.
+        implementation: the implementation of a ViT's attention, see `models.attention`.
+
+    Raises:
+        UserError: the family or its size is unknown.
     """
     size, patch, dim = size_of(config.model), token_side(config.model), config.head.dim
     family = FAMILIES[config.model.family]
@@ -184,7 +193,7 @@ def build(
 
     def network(params: Params) -> Network:
         state = jax.tree.map(lambda leaf: leaf, template)
-        own = {name: params[name] for name in ("backbone", "head")}  # an objective has its own
+        own = {name: params[name] for name in ("backbone", "head")}  # not the objective's
         nnx.replace_by_pure_dict(state, gather_outside_blocks(own, gather))
         return nnx.merge(graph, state)
 
@@ -206,9 +215,9 @@ def build(
 
 
 def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Params:
-    """All parameters whole but those of stacked layers, which wait for their turn.
+    """Gathers all parameters except those of stacked layers, which are gathered one at a time.
 
-    Stacked layers are what lies under the name `blocks`, wherever that is.
+    Stacked layers are the sub-trees named `blocks`, at any depth.
     """
 
     def whole(path: tuple, leaf: Array) -> Array:
@@ -218,6 +227,6 @@ def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Param
 
 
 def normalise(images: Array, dtype: jnp.dtype) -> Float[Array, "B H W 3"]:
-    """Pixels 0..255 with ImageNet's mean and standard deviation taken out."""
+    """Returns pixels from 0 to 255 normalized by ImageNet's mean and standard deviation."""
     pixels = images.astype(jnp.float32) / 255
     return ((pixels - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)

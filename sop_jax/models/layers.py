@@ -1,4 +1,4 @@
-"""What the layers of all backbones have in common: their options, drop path, norm and patches."""
+"""Layers that the backbones share, with their options, drop path and rematerialisation."""
 
 from typing import Any, NamedTuple
 
@@ -11,25 +11,32 @@ from sop_jax.models.attention import Implementation
 from sop_jax.models.linear import Linear, Precision
 from sop_jax.parallel.mesh import is_gathered
 
-# What a layer stores for the backward pass; the rest is computed again. Parameters that had to be
-# gathered from other devices are always gathered again: stored, all would be whole at once.
+# What a layer stores for the backward pass, which computes the rest again, by `model.remat`.
+# Parameters that were gathered from other devices are always gathered again: if they were stored,
+# all of them would be in memory at the same time.
 REMATS = {
     "none": lambda *operation, **details: not is_gathered(*operation, **details),
-    "products": jax.checkpoint_policies.dots_saveable,  # of matrices, attention's too
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of its linear layers
+    "products": jax.checkpoint_policies.dots_saveable,  # all matrix products, attention's too
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those of linear layers
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class Start(NamedTuple):
-    """How layers are made: dtype of the computation, and the start of their float32 parameters.
+    """The options of layers: how they compute, and how their float32 parameters are initialized.
 
-    Linear layers start from N(0, std), positions from N(0, position_std), biases from zero. iBOT
-    takes 0.02 for both. At widths far below 384 that leaves all images with nearly the same
-    embedding, which SOP leaves slowly or never, and positions that a patch embedding of about
-    unit size drowns until they have grown: small networks and short runs want more. `eps` is what
-    LayerNorm adds to the variance, `attention` xla or cudnn, see `models.attention`, `precision`
-    that of all products, see `models.linear`.
+    iBOT uses 0.02 for both standard deviations. At widths far below 384, all images then have
+    nearly the same embedding at first, from which SOP recovers slowly or never, and positions are
+    negligible next to a patch embedding of about unit size until they have grown. Small networks
+    and short runs need larger values.
+
+    Attributes:
+        dtype: the dtype of the computation.
+        std: the standard deviation of the initial weights of linear layers; biases are zero.
+        position_std: the standard deviation of the initial positional embeddings.
+        eps: added to the variance in every LayerNorm.
+        attention: the implementation of attention, see `models.attention`.
+        precision: the precision of all products, see `models.linear`.
     """
 
     dtype: jnp.dtype
@@ -41,12 +48,12 @@ class Start(NamedTuple):
 
 
 def drop_rates(last: float, depth: int) -> tuple[float, ...]:
-    """Drop path of each of so many layers, which grows linearly from 0 to that of the last."""
+    """Returns the drop path rate of each layer, which grows linearly from 0 to `last`."""
     return tuple(last * i / max(depth - 1, 1) for i in range(depth))
 
 
 def drop_draws(keys: Key[Array, " B"], depth: int) -> Float[Array, "{depth} B 2"]:
-    """What decides on both branches of each layer, from a key for each image."""
+    """Returns the uniform draws for both branches of each layer, from a key per image."""
     draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
     return jnp.moveaxis(draws, 1, 0)
 
@@ -54,9 +61,13 @@ def drop_draws(keys: Key[Array, " B"], depth: int) -> Float[Array, "{depth} B 2"
 def drop_path(
     x: Float[Array, "B T D"], rate: Float[Array, ""], draws: Float[Array, " B"] | None
 ) -> Float[Array, "B T D"]:
-    """Stochastic depth: a sample's branch is zero where its draw is below `rate`, else scaled up.
+    """Applies stochastic depth to a branch.
 
-    Draws are uniform in [0, 1).
+    Args:
+        x: the branch.
+        rate: the probability to drop it, in [0, 1).
+        draws: uniform in [0, 1). The branch of a sample is zero if its draw is below `rate`, and
+            scaled by 1 / (1 - rate) otherwise. None drops nothing.
     """
     if draws is None:
         return x
@@ -65,7 +76,7 @@ def drop_path(
 
 
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
-    """A linear layer."""
+    """Returns a linear layer."""
     init = nnx.initializers.normal(start.std)
     return Linear(
         inputs,
@@ -78,11 +89,11 @@ def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:
 
 
 def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Linear:
-    """A patch embedding by convolution, as the matrix product that it is."""
+    """Returns a patch embedding: the convolution of iBOT, computed as a matrix product."""
     inputs = 3 * patch * patch
 
     def uniform(key: Array, shape: tuple, dtype: Any) -> Array:
-        # PyTorch's default start of a convolution, which iBOT leaves as it is.
+        # PyTorch's default initialization of a convolution, which iBOT does not change.
         return jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
     return Linear(
@@ -97,7 +108,7 @@ def patch_embedding(patch: int, width: int, start: Start, rngs: nnx.Rngs) -> Lin
 
 
 def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
-    """Pixels of each patch in the order (row, column, channel), patches row by row."""
+    """Cuts images into patches, row by row, each with its pixels as (row, column, channel)."""
     batch, height, width, _ = images.shape
     h, w = height // patch, width // patch
     patches = images.reshape(batch, h, patch, w, patch, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -105,5 +116,5 @@ def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
 
 
 def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm in float32, gradients too; the layer after it takes what it gives as it likes."""
+    """Returns a LayerNorm in float32, gradients included; the next layer converts its output."""
     return nnx.LayerNorm(width, epsilon=start.eps, dtype=jnp.float32, rngs=rngs)

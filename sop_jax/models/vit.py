@@ -1,4 +1,4 @@
-"""The vision transformer of the paper, which is iBOT's."""
+"""The vision transformer of the paper, which is that of iBOT."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +27,13 @@ POOLS = ("cls", "mean")  # what stands for an image: [CLS], or the mean of the p
 
 
 class Size(NamedTuple):
-    """Width D, depth and heads of a vision transformer."""
+    """The size of a vision transformer.
+
+    Attributes:
+        width: D, the width of a token.
+        depth: the number of layers.
+        heads: the number of attention heads.
+    """
 
     width: int
     depth: int
@@ -44,28 +50,28 @@ SIZES = {
 
 
 def custom(config: ml_collections.ConfigDict) -> Size:
-    """The size that `config.model` describes."""
+    """Returns the size that `config.model` describes."""
     return Size(config.width, config.depth, config.heads)
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
-    """Pixels a side that a token of `config.model` stands for."""
+    """Returns the pixels on each side of a patch."""
     return config.patch
 
 
 class LayerScale(nnx.Module):
-    """A learnt factor for each channel of a branch, all equal at the start (DINOv2)."""
+    """A learnt factor for each channel of a branch; all are equal at first (DINOv2)."""
 
     def __init__(self, width: int, value: float):
         self.scale = nnx.Param(jnp.full((width,), value))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The scaled branch, multiplied in float32."""
+        """Returns the scaled branch, which is multiplied in float32."""
         return (x * self.scale[...]).astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """One pre-norm transformer layer; `layer_scale` 0 leaves its branches as they are."""
+    """A pre-norm transformer layer; a `layer_scale` of 0 leaves out `LayerScale`."""
 
     def __init__(self, width: int, heads: int, layer_scale: float, start: Start, rngs: nnx.Rngs):
         self.heads, self.implementation = heads, start.attention
@@ -80,7 +86,7 @@ class Block(nnx.Module):
         self.fc2 = dense(4 * width, width, start, rngs)
 
     def attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Multi-head self-attention."""
+        """Returns the multi-head self-attention of normalized tokens."""
         batch, tokens, width = x.shape
         q, k, v = jnp.moveaxis(
             self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
@@ -89,7 +95,7 @@ class Block(nnx.Module):
         return self.proj(mixed.reshape(batch, tokens, width))
 
     def attention_weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B h T T"]:
-        """What each token of a head takes of each other: rows of the attention's softmax."""
+        """Returns the attention weights of each token in each head; rows sum to 1."""
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1)
         logits = jnp.einsum(
@@ -100,7 +106,7 @@ class Block(nnx.Module):
         return jax.nn.softmax(logits * (width // self.heads) ** -0.5)
 
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Two layers with exact GELU."""
+        """Returns the output of two linear layers with exact GELU between them."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
     def __call__(
@@ -109,26 +115,27 @@ class Block(nnx.Module):
         rate: Float[Array, ""],
         draws: Float[Array, "B 2"] | None,
     ) -> Float[Array, "B T D"]:
-        """Both residual branches, each dropped per sample where its draw is below `rate`."""
+        """Adds both residual branches, each dropped for samples whose draw is below `rate`."""
         attention, mlp = (None, None) if draws is None else draws.T
         x = x + drop_path(scaled(self.attention(self.norm1(x)), self.ls1), rate, attention)
         return x + drop_path(scaled(self.mlp(self.norm2(x)), self.ls2), rate, mlp)
 
 
 def scaled(x: Float[Array, "B T D"], scale: LayerScale | None) -> Float[Array, "B T D"]:
-    """A branch, scaled where its layer has scales."""
+    """Returns a branch, scaled if its layer has a `LayerScale`."""
     return x if scale is None else scale(x)
 
 
 class ViT(nnx.Module):
-    """Vision transformer over NHWC images, its layers stacked and scanned.
+    """A vision transformer for NHWC images, whose layers are stacked and scanned.
 
     Args:
-        size: width, depth and heads.
-        config: of the model; `drop_path` is that of the last layer and grows from 0 at the first.
-        image_size: pixels a side of the square images that the positional embeddings are made for.
-        gather: makes the parameters of a layer whole where they lie split over devices.
-        start: dtype and start of the parameters.
+        size: the width, depth and heads.
+        config: `config.model` of the run; `drop_path` is the rate of the last layer, and the rates
+            grow linearly from 0 at the first.
+        image_size: the pixels on each side of the images for which positions are made.
+        gather: gathers the parameters of a layer that are split over devices.
+        start: the dtype and the initialization of the parameters.
     """
 
     def __init__(
@@ -150,7 +157,7 @@ class ViT(nnx.Module):
         self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (width,)))
         self.pos_embed = nnx.Param(normal(rngs.params(), (1 + side * side, width)))
         self.registers, self.pool = config.registers, config.pool
-        if config.registers:  # DINOv2's start
+        if config.registers:  # initialized as in DINOv2
             tokens = 1e-6 * jax.random.normal(rngs.params(), (config.registers, width))
             self.register_tokens = nnx.Param(tokens)
         self.mask_token = nnx.Param(jnp.zeros((width,)))
@@ -169,9 +176,12 @@ class ViT(nnx.Module):
         mask: Bool[Array, "B h w"] | None,
         kept: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """[CLS] and patch embeddings plus positions, and registers, which have none, between.
+        """Returns [CLS], registers and patches; positions are added to all except the registers.
 
-        Masked patches show only the mask token; of `kept` indices, others are dropped.
+        Args:
+            images: normalised pixels.
+            mask: the patches whose embedding is replaced by the mask token.
+            kept: the indices of the patches to keep; all by default.
         """
         batch, height, width, _ = images.shape
         h, w = height // self.patch, width // self.patch
@@ -182,7 +192,7 @@ class ViT(nnx.Module):
         table = positions[1:].reshape(*self.grid, -1)
         table = resize_positions(table, (h, w), self.positions).reshape(h * w, -1)
         cls = jnp.broadcast_to(self.cls_token[...] + positions[0], (batch, 1, table.shape[-1]))
-        # Added in float32, in which the gradients of these parameters are then summed.
+        # The sum is in float32, so that the gradients of these parameters are summed in float32.
         x = x + table
         if kept is not None:
             x = jnp.take_along_axis(x, kept[..., None], axis=1)
@@ -200,14 +210,14 @@ class ViT(nnx.Module):
         last: int = 1,
         kept: Int[Array, "B S"] | None = None,
     ) -> list[Float[Array, "B T D"]]:
-        """Returns the tokens of the `last` layers, each normed; see `tokens`.
+        """Returns the tokens of the `last` layers, each after the final norm; see `tokens`.
 
         Args:
-            images: normalised pixels; any size that the patch divides.
-            mask: patches to replace by the mask token.
-            keys: one for each image, turn on drop path (training of the student).
-            last: how many of the last layers to return, the final one last.
-            kept: indices of the patches that enter the first layer; all by default.
+            images: normalised pixels; the patch divides the height and the width.
+            mask: the patches to replace by the mask token; none by default.
+            keys: a key per image, with which drop path is on (training of the student).
+            last: the number of last layers to return, the final one last.
+            kept: the indices of the patches that enter the first layer; all by default.
         """
         x = self.embed(images, mask, kept)
         graph, layers = nnx.split(self.blocks)
@@ -240,7 +250,7 @@ class ViT(nnx.Module):
         return x
 
     def attention(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h S S"]:
-        """Attention weights of the last layer among [CLS], registers and patches, in this order."""
+        """Returns the last layer's weights among [CLS], registers and patches, in this order."""
         graph, layers = nnx.split(self.blocks)
 
         def layer(x: Array, params: Any) -> tuple[Array, None]:
