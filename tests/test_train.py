@@ -879,7 +879,7 @@ def test_more_corrupt_images_may_be_allowed_on_resume(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
     paint(tmp_path / "images", 12, broken=(3, 7))
-    with pytest.raises(UserError, match="--config.data.max_corrupt_share=0.17 and the same comm"):
+    with pytest.raises(UserError, match="--config.data.max_corrupt_share=0.17 to the same comm"):
         train.train(folder_config(tmp_path / "images"), tmp_path / "run")
     config = folder_config(tmp_path / "images", **{"data.max_corrupt_share": 0.17})
     assert train.train(config, tmp_path / "run")["steps"] == STEPS

@@ -46,13 +46,15 @@ class CorruptImages:
             return
         lines = cut_short([line for _, line in sorted(self.found.items())])
         enough = math.ceil(100 * len(self.found) / images) / 100
+        more = "; choose more if you expect more among the images not yet read"
         raise UserError(
             f"{len(self.found)} of {images} images cannot be read, more than the share of "
             f"data.max_corrupt_share={self.allowed:g}:\n  "
             + "\n  ".join(lines)
             + "\nRepair or remove them, or allow more: add --config.data.max_corrupt_share="
-            f"{enough:g} to the same command, which resumes from the last checkpoint. A run "
-            "without them, or with other settings that affect pixels, needs a new --workdir"
+            f"{enough:g} to the same command, which resumes from the last checkpoint"
+            f"{more if self.seen < len(self.source) else ''}. A run without them, or with other "
+            "settings that affect pixels, needs a new --workdir"
         )
 
 
@@ -69,7 +71,8 @@ def lines_of(source: Source, corrupt: Sequence[int], how: Decoding) -> list[str]
 def print_corrupt(source: Source, corrupt: Sequence[int], how: Decoding) -> None:
     """Lists on stderr the records that an evaluation or an export leaves out, if any."""
     if corrupt:
-        lines = [f"{len(corrupt)} images cannot be read:", *lines_of(source, corrupt, how)]
+        count = "1 image" if len(corrupt) == 1 else f"{len(corrupt)} images"
+        lines = [f"{count} cannot be read:", *lines_of(source, corrupt, how)]
         print("\n  ".join(lines), file=sys.stderr)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from sop_jax.data.decode import AS_STORED
 from sop_jax.errors import UserError
-from sop_jax.monitor.corrupt import CorruptImages, lines_of
+from sop_jax.monitor.corrupt import CorruptImages, lines_of, print_corrupt
 
 
 class Images:
@@ -110,6 +110,11 @@ def test_the_error_lists_them_and_the_way_out() -> None:
     assert "2 of 50 images" in first and "data.max_corrupt_share=0.01" in first
     assert names == [f"  {line(4)}", f"  {line(30)}"]
     assert "Repair or remove them" in last and "--config.data.max_corrupt_share" in last
+    assert "not yet read" in last
+    images.add(batch(42))
+    with pytest.raises(UserError) as caught:
+        images.check()
+    assert "not yet read" not in str(caught.value)
 
 
 def test_a_long_list_is_cut_short_and_counted() -> None:
@@ -126,3 +131,11 @@ def test_what_an_evaluation_leaves_out_is_listed_with_the_reason() -> None:
     assert lines_of(Images(5), [1, 4], AS_STORED) == [line(1), line(4)]
     lines = lines_of(Images(500), range(250), AS_STORED)
     assert lines[99:] == [line(99), "and 150 more"]
+
+
+@pytest.mark.parametrize(("corrupt", "count"), [([1], "1 image"), ([1, 4], "2 images")])
+def test_images_left_out_are_counted(
+    capsys: pytest.CaptureFixture[str], corrupt: list[int], count: str
+) -> None:
+    print_corrupt(Images(5), corrupt, AS_STORED)
+    assert capsys.readouterr().err.startswith(f"{count} cannot be read:\n")
