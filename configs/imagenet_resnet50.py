@@ -19,14 +19,12 @@ counted, so a run takes longer.
 
 import ml_collections
 
-from sop_jax.config import paper
+from sop_jax.config import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = paper()
+    config = imagenet()
     config.epochs = 100.0
-    config.data.name = "imagenet"
-    config.data.test_split = "val"
     config.augment.global_scale = (0.14, 1.0)
     config.augment.local_scale = (0.05, 0.14)
     config.mask.none = 1.0

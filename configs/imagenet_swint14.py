@@ -14,14 +14,12 @@ which is 53 hours on an H200 at 400 TFLOP/s; small matrix products reach less.
 
 import ml_collections
 
-from sop_jax.config import paper
+from sop_jax.config import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = paper()
+    config = imagenet()
     config.epochs = 300.0
-    config.data.name = "imagenet"
-    config.data.test_split = "val"
     config.mask.start_epochs = 50.0
     config.model.family = "swin"
     config.model.size = "t"

@@ -14,23 +14,15 @@ The state takes 10 GiB; --config.mesh.fsdp=N shards it over groups of N devices.
 
 import ml_collections
 
-from sop_jax.config import paper
+from sop_jax.config import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = paper()
+    config = imagenet(large=True)
     config.epochs = 250.0
     config.batch_size = 1024
-    config.data.name = "imagenet"
-    config.data.test_split = "val"
     config.model.size = "h"
     config.model.patch = 14
     config.model.remat = "full"
     config.augment.local_size = 98
-    config.augment.global_scale = (0.32, 1.0)
-    config.augment.local_scale = (0.05, 0.32)
-    config.sop.temperature_warmup_epochs = 50.0
-    config.optim.lr = 7.5e-4
-    config.optim.min_lr = 2e-6
-    config.optim.clip = 0.3
     return config

@@ -19,11 +19,8 @@ does not specify.
 
 import ml_collections
 
-from sop_jax.config import paper
+from sop_jax.config import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = paper()
-    config.data.name = "imagenet"
-    config.data.test_split = "val"
-    return config
+    return imagenet()

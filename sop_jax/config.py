@@ -206,6 +206,21 @@ def paper() -> ml_collections.ConfigDict:
     return config
 
 
+def imagenet(large: bool = False) -> ml_collections.ConfigDict:
+    """Returns the paper's recipe for ImageNet-1k, as `sop_jax.data.prepare` prepares it.
+
+    Args:
+        large: whether it is that of ViT-B and larger, in what does not depend on their size.
+    """
+    config = paper()
+    config.data.update(name="imagenet", test_split="val")
+    if large:
+        config.augment.update(global_scale=(0.32, 1.0), local_scale=(0.05, 0.32))
+        config.sop.temperature_warmup_epochs = 50.0
+        config.optim.update(lr=7.5e-4, min_lr=2e-6, clip=0.3)
+    return config
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names, tuples as lists, as JSON gives them back."""
     flat: dict[str, Any] = {}
