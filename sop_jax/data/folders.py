@@ -17,17 +17,19 @@ import numpy as np
 from etils import epath
 
 from sop_jax.data.formats import HEIC_SUFFIXES, SUFFIXES, is_image, suffix_of
+from sop_jax.data.labels import Labelled
 from sop_jax.data.shared import SharedArray, SharedNames
 from sop_jax.errors import UserError
 
 HELD_OUT = ("val", "valid", "validation")  # three names for the same split
 SPLITS = ("train", *HELD_OUT, "test")
+SYSTEM_FOLDERS = ("lost+found",)  # of file systems such as ext4, at their root
 SHOWN = 5  # the most names that a message lists
 
 _SHARING = threading.Lock()
 
 
-class FolderSource:
+class FolderSource(Labelled):
     """Image files below one folder, sorted by path; processes share one copy of the list.
 
     Attributes:
@@ -70,16 +72,6 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Returns the path of the file in printable form."""
         return printable(f"{self.root}/{self.files[index]}")
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the folders are classes."""
-        return self.labels is not None
-
-    def label(self, index: int) -> int:
-        """Returns the label of a file, given by the folder that it is in."""
-        assert self.labels is not None
-        return int(self.labels[index])
 
     @property
     def digest(self) -> str:
@@ -417,8 +409,9 @@ def _contents(folder: str) -> Contents:
     remote = "://" in folder
     try:
         for name, kind in _remote_entries(folder) if remote else _entries(folder):
-            # File systems such as ext4 have a folder lost+found at their root.
-            hidden = name.startswith(".") or name == "lost+found"
+            if name in SYSTEM_FOLDERS:
+                continue
+            hidden = name.startswith(".")
             (here.hidden if hidden else getattr(here, kind)).append(name)
     except OSError as error:
         place = folder if remote else error.filename or folder

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sop_jax.data.labels import Labelled
 from sop_jax.data.shared import SharedArray
 from sop_jax.errors import UserError
 
 
-class PackedSource:
+class PackedSource(Labelled):
     """Encoded images concatenated in an .npz file: {split}_blob uint8, {split}_offsets [n + 1].
 
     {split}_labels [n] and class_names are optional. All processes of a machine share one copy of
@@ -79,17 +80,7 @@ class PackedSource:
         return f"{self.path}:{self.split}[{index}]"
 
     @property
-    def has_labels(self) -> bool:
-        """Whether the file has {split}_labels."""
-        return self.labels is not None
-
-    def label(self, index: int) -> int:
-        """Returns the entry of {split}_labels."""
-        assert self.labels is not None
-        return int(self.labels[index])
-
-    @property
-    def labels(self) -> np.ndarray | None:
+    def labels(self) -> np.ndarray | None:  # type: ignore[override]
         """The {split}_labels of the file, int32 [n], or None."""
         return None if self._labels is None else self._labels.array
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sop_jax.data.folders import open_folder
+from sop_jax.data.labels import Labelled
 from sop_jax.data.packed import open_packed
 from sop_jax.data.tfds import open_tfds
 from sop_jax.errors import UserError
@@ -113,7 +114,7 @@ def notes(train: Source, test: Source | None = None) -> list[str]:
 # The embedded default
 
 
-class DigitsSource:
+class DigitsSource(Labelled):
     """scikit-learn's digits, uint8 [32, 32, 3], shuffled and split into 1437 to train, 360 to test.
 
     The shuffle is fixed. The images are enlarged from 8 x 8 pixels (bicubic), because the borders
@@ -143,15 +144,6 @@ class DigitsSource:
     def name(self, index: int) -> str:
         """Returns split and number."""
         return f"digits:{self.split}[{index}]"
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are labels."""
-        return self.labels is not None
-
-    def label(self, index: int) -> int:
-        """Returns the digit that the image shows."""
-        return int(self.labels[index])
 
     @property
     def digest(self) -> str:
