@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 from absl import flags
 from etils import epath
@@ -122,13 +121,13 @@ def knn(
     now = resume.data_of(train, test)
     hosts.check_agreement(resume.facts(now))
     began = None if data else resume.recorded(epath.Path(workdir))
-    if began and jax.process_index() == 0:
+    if began and hosts.is_first():
         for line in resume.differences(began, now):
             print(f"the data is not what the run was trained with: {line}", file=sys.stderr)
     try:
         paths.check_writable(workdir, "--workdir")
     except UserError as error:  # no reason not to measure
-        if jax.process_index() == 0:
+        if hosts.is_first():
             print(f"the accuracy will be printed only, not saved: {error}", file=sys.stderr)
         saved = False
     else:
@@ -138,13 +137,13 @@ def knn(
     extract = make_extractor(model, config, mesh)
 
     def unreadable(source: Source, corrupt: list[int]) -> None:
-        if jax.process_index() == 0:
+        if hosts.is_first():
             print_corrupt(source, corrupt, decoding(config.data, source))
 
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
     kept = {name: config.data[name] for name in ("source", *LOOKED_AT[config.data.source])}
     record = {"task": "knn", "step": step, "data": kept | resume.facts(now), **result}
-    if jax.process_index() > 0:
+    if not hosts.is_first():
         return record  # the first process speaks and writes
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
     print(f"of {describe(config.data)}")
@@ -177,7 +176,7 @@ def open_labelled(data_config: Any, given: Mapping[str, str]) -> tuple[Source, S
     train = open_source(data_config, "train")
     assert train is not None  # only a test split may be missing
     test = open_source(data_config, "test", train)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         for note in sources.notes(train, test):
             print(note, file=sys.stderr)
     if test is None:
@@ -221,7 +220,7 @@ def main() -> None:
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
     record = TASKS[args.task](args.workdir, args.step, cli.given_data(), args.batch_size)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         print(json.dumps(record))
 
 

@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 from absl import flags
@@ -68,7 +67,7 @@ def export(
     """
     out = epath.Path(out)
     hosts.check_agreement({"images": len(source), "their names": source.digest})
-    chief = jax.process_index() == 0  # only the first process writes and prints
+    chief = hosts.is_first()  # only the first process writes and prints
     if chief:
         check_out(out, patches, overwrite)
         for note in notes(source):
@@ -176,7 +175,7 @@ def open_data(workdir: epath.PathLike, given: Mapping[str, str]) -> Source:
     except UserError as error:  # names the flags of training
         raise UserError(str(error).replace("--config.data.", "--data.")) from error
     assert source is not None  # only a test split may be missing
-    if jax.process_index() == 0:
+    if hosts.is_first():
         print(f"images of {describe(data_config)}", file=sys.stderr)
     return source
 
@@ -270,14 +269,14 @@ def main() -> None:
     if given and not args.splits:
         raise UserError("--nosplits would have no effect: it is for --images; leave it out")
     out = epath.Path(args.out)
-    if jax.process_index() == 0:  # before listing images, which can take long
+    if hosts.is_first():  # before listing images, which can take long
         check_out(out, args.patches, args.overwrite)
     source = open_data(args.workdir, given) if given else open_images(args.images, args.splits)
     export(
         *(args.workdir, source, out, args.step, args.patches, args.overwrite),
         batch_size=args.batch_size,
     )
-    if jax.process_index() == 0:
+    if hosts.is_first():
         print(out)
 
 

@@ -499,7 +499,7 @@ def tell_finished(standing: resume.Standing, workdir: epath.Path) -> dict[str, A
     """
     assert standing.summary is not None
     notes = [*standing.notes, *resume.check_finished_data(standing.config, workdir)]
-    if jax.process_index() == 0:
+    if hosts.is_first():
         for note in notes:
             print(note, file=sys.stderr)
         print(f"{workdir} is finished; its summary:\n{json.dumps(standing.summary)}")

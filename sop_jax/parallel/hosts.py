@@ -29,9 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-
-# JAX has no public access to its client of the coordination service.
-from jax._src.distributed import global_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool
@@ -151,7 +148,7 @@ def start(
     global _watch
     _watch = threading.Thread(target=_leave_with_others, daemon=True)
     _watch.start()
-    check_agreement({"--processes": global_state.num_processes} | versions())
+    check_agreement({"--processes": distributed().num_processes} | versions())
 
 
 def enough_threads() -> None:
@@ -169,17 +166,27 @@ def enough_threads() -> None:
 
 def several() -> bool:
     """Whether the run has several processes."""
-    return (global_state.num_processes or 1) > 1
+    return (distributed().num_processes or 1) > 1
 
 
 def name() -> str:
     """Returns the name of this process for people: its number and its host."""
-    return f"process {global_state.process_id} ({socket.gethostname()})"
+    return f"process {distributed().process_id} ({socket.gethostname()})"
+
+
+def distributed() -> Any:
+    """Returns JAX's state of this process among the others, such as its coordination client.
+
+    JAX makes none of it public without starting devices.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
 
 
 def is_first() -> bool:
     """Whether this is process 0, which writes and prints for all; uses no device."""
-    return not global_state.process_id
+    return not distributed().process_id
 
 
 def agree(value: int) -> int:
@@ -253,7 +260,7 @@ def check_shared(folder: epath.PathLike) -> None:
     folder = epath.Path(folder)
     with contextlib.ExitStack() as traces:
         trouble, probe = "", f".seen-by-all-{uuid.uuid4().hex}"
-        if global_state.process_id == 0:
+        if distributed().process_id == 0:
             try:
                 _write(folder / probe, traces)
             except OSError as error:
@@ -329,7 +336,7 @@ def _leave_with_others() -> None:
 
 
 def _end(code: int) -> NoReturn:
-    if global_state.process_id == 0 and _watch is not None:
+    if distributed().process_id == 0 and _watch is not None:
         time.sleep(LINGER)  # the service ends with this process, and lingering ones still need it
     for child in multiprocessing.active_children():  # a normal exit would end these workers
         child.kill()
@@ -358,7 +365,7 @@ def _join(**arguments: Any) -> None:
     quiet = min(QUIET, START_TIMEOUT)
     with contextlib.suppress(concurrent.futures.TimeoutError):
         return joined.result(quiet)
-    coordinator = global_state.coordinator_address
+    coordinator = distributed().coordinator_address
     place = f" at {coordinator}" if coordinator else ""
     print(f"{name()} is waiting for the others{place}", file=sys.stderr, flush=True)
     try:
@@ -375,7 +382,7 @@ def _why_not_joined(coordinator: str | None) -> str:
             "when it starts. Check that process 0 was started"
         )
     host, _, port = coordinator.rpartition(":")
-    if global_state.process_id != 0:
+    if distributed().process_id != 0:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError as error:
@@ -385,7 +392,7 @@ def _why_not_joined(coordinator: str | None) -> str:
                 "this host"
             )
     return (
-        f"not all of the {global_state.num_processes} processes joined the coordinator "
+        f"not all of the {distributed().num_processes} processes joined the coordinator "
         f"{coordinator} within {START_TIMEOUT} s. Start every one of them with a number of its "
         "own, or give --processes=1 for a run of this process only"
     )
@@ -426,7 +433,7 @@ def _devices_of_task() -> list[int] | None:
 
 
 def _client() -> Any:
-    return global_state.client
+    return distributed().client
 
 
 def _gather(value: str) -> list[str]:
@@ -434,7 +441,7 @@ def _gather(value: str) -> list[str]:
     if not several():
         return [value]
     client, place = _client(), f"sop_jax/{next(_call)}"
-    client.key_value_set(f"{place}/{global_state.process_id}", value)
+    client.key_value_set(f"{place}/{distributed().process_id}", value)
     try:
         client.wait_at_barrier(place, START_TIMEOUT * 1000)
     except jax.errors.JaxRuntimeError as error:

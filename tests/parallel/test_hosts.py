@@ -82,6 +82,13 @@ def last_line(ended: processes.Ended) -> Any:
     return json.loads(ended.out.splitlines()[-1])
 
 
+def test_jax_keeps_its_state_of_processes_where_it_is_read() -> None:
+    """It is private to JAX: a version that moves it fails here first."""
+    state = hosts.distributed()
+    for name in ("process_id", "num_processes", "coordinator_address", "client"):
+        assert hasattr(state, name), name
+
+
 # Alone.
 
 SLURM = {
