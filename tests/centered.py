@@ -68,7 +68,7 @@ def centered(
         patches = jax.nn.log_softmax(student.patches[:, 0] @ kernel)
         terms = {
             "views": -(targets[:, None] * views).sum(-1).mean(),
-            "patches": -((targets[:, None] * patches).sum(-1) * masked[:, 0]).mean(),
+            "patches": -((targets[:, None] * patches).sum(-1) * masked[:, 0].astype(float)).mean(),
             "features": 1e-3 * (student.patch_features**2).mean(),
         }
         return sum(terms.values(), start=jnp.zeros(())), terms

@@ -3,7 +3,8 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,14 +32,36 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # The tests share the cores already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jax  # noqa: E402
+import optax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+# No number changes its type unless the code converts it.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def parsed_flags() -> None:
     """Marks absl's flags as parsed, as a command would have: Grain's workers read them."""
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_promote() -> Iterator[None]:
+    """Exempts from strict types what libraries do not convert: steps in Adam, bfloat16 scores."""
+
+    def exempt(function: Callable[..., Any]) -> Callable[..., Any]:
+        def promoting(*args: Any, **kwargs: Any) -> Any:
+            with jax.numpy_dtype_promotion("standard"):
+                return function(*args, **kwargs)
+
+        return promoting
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module, name in [(optax.tree, "bias_correction"), (jax.nn, "dot_product_attention")]:
+            monkeypatch.setattr(module, name, exempt(getattr(module, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

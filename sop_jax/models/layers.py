@@ -72,7 +72,7 @@ def drop_path(
     if draws is None:
         return x
     keep = (draws >= rate)[:, None, None]
-    return x * (keep / (1 - rate)).astype(x.dtype)
+    return x * (keep.astype(rate.dtype) / (1 - rate)).astype(x.dtype)
 
 
 def dense(inputs: int, outputs: int, start: Start, rngs: nnx.Rngs) -> Linear:

@@ -85,7 +85,8 @@ def mim_loss(
 
     def view(learnt: Any, student: Array, teacher: Array, mask: Array) -> Array:
         loss = cross_entropy(jnp.exp(assign_teacher(teacher)), assign(learnt, student))
-        per_image = (loss * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+        count = jnp.maximum(mask.sum(-1), 1).astype(loss.dtype)
+        per_image = (loss * mask.astype(loss.dtype)).sum(-1) / count
         return per_image.mean()
 
     total = sum_over_views(view, at_once, learnt, *map(by_view, (student, teacher, mask)))

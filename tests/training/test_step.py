@@ -201,8 +201,9 @@ def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
     start, step = make_run(small_config("bfloat16", local_crops=0))
     state, step = start(), jax.jit(step, donate_argnums=0)
     before = state
-    for _ in range(3):
-        state, metrics = step(state, make_batch(local_crops=0), True)
+    with jax.numpy_dtype_promotion("standard"):  # which the gradient of JAX's attention needs
+        for _ in range(3):
+            state, metrics = step(state, make_batch(local_crops=0), True)
     return before, state, metrics
 
 
