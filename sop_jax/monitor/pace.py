@@ -8,6 +8,7 @@ collective for the slowest.
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,9 @@ class Pace(NamedTuple):
 class PaceKeeper:
     """Measures when steps begin and end, in a thread, so that the run itself need not wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Reads the time in seconds from `clock`."""
+        self._clock = clock
         self._begun: queue.SimpleQueue[tuple[float, Any] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._given, self._done, self._read = 0, 0, 0
@@ -72,7 +75,7 @@ class PaceKeeper:
     def resume(self) -> None:
         """Counts idle time again from now on."""
         with self._changed:
-            self._ended = time.monotonic()
+            self._ended = self._clock()
 
     def close(self) -> None:
         """Ends the thread, or abandons it if a step never ends, as after the loss of a host."""
@@ -86,7 +89,7 @@ class PaceKeeper:
                 jax.block_until_ready(result)
             except Exception:  # the run meets the same error and reports it
                 pass
-            ended = time.monotonic()
+            ended = self._clock()
             with self._changed:
                 if self._ended:
                     self._idle += max(0.0, began - self._ended)

@@ -1,5 +1,6 @@
 """What holds a run up: told from when steps begin and end."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -8,79 +9,90 @@ import pytest
 from sop_jax.monitor.pace import Pace, PaceKeeper, pace_text
 
 
-class Result:
-    """What a step of so many seconds gives."""
+class Clock:
+    """Shows the time at which the last step ended, or what a test sets."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    now = 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step_that_ends(self, at: float) -> "Result":
+        return Result(self, at)
+
+
+class Result:
+    """What a step gives that ends at some time."""
+
+    def __init__(self, clock: Clock, end: float) -> None:
+        self.clock, self.end = clock, end
 
     def block_until_ready(self) -> "Result":
-        time.sleep(max(0.0, self.end - time.monotonic()))
+        self.clock.now = self.end
         return self
 
 
 @pytest.fixture
-def keeper() -> Iterator[PaceKeeper]:
-    keeper = PaceKeeper()
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def keeper(clock: Clock) -> Iterator[PaceKeeper]:
+    keeper = PaceKeeper(clock)
     yield keeper
     keeper.close()
 
 
-def test_devices_that_wait_for_batches_are_idle(keeper: PaceKeeper) -> None:
-    for _ in range(4):
-        time.sleep(0.2)  # for the batch
-        keeper.step(time.monotonic(), Result(0.1))
-        time.sleep(0.1)
-    pace = keeper.look()
-    assert pace.steps == 4
-    assert 0.4 <= pace.busy < 0.7
-    assert 0.55 <= pace.idle < 1.2  # not before the first step, of which nobody knows
+def close_to(busy: float, idle: float, steps: int) -> Pace:
+    return pytest.approx(Pace(busy, idle, steps), abs=1e-6)
 
 
-def test_devices_with_steps_in_hand_are_not_idle(keeper: PaceKeeper) -> None:
-    results = [Result(0.1 * (i + 1)) for i in range(4)]
-    for result in results:
-        keeper.step(time.monotonic(), result)
-        time.sleep(0.05)  # the next batch is there long before this step ends
-    pace = keeper.look()
-    assert pace.steps == 4 and pace.idle == 0
-    assert 0.3 <= pace.busy < 0.7
+def test_devices_that_wait_for_batches_are_idle(keeper: PaceKeeper, clock: Clock) -> None:
+    for batch in (1.2, 1.5, 1.8, 2.1):  # each is there 0.2 s after the step before has ended
+        keeper.step(batch, clock.step_that_ends(batch + 0.1))
+    # Not before the first step: nobody knows how long its devices waited.
+    assert keeper.look() == close_to(busy=0.4, idle=0.6, steps=4)
 
 
-def test_what_happens_after_a_look_is_nobodys_waiting(keeper: PaceKeeper) -> None:
-    keeper.step(time.monotonic(), Result(0))
+def test_devices_with_steps_in_hand_are_not_idle(keeper: PaceKeeper, clock: Clock) -> None:
+    for i in range(4):  # the next batch is there long before a step ends
+        keeper.step(1 + 0.05 * i, clock.step_that_ends(1.1 + 0.1 * i))
+    assert keeper.look() == close_to(busy=0.4, idle=0, steps=4)
+
+
+def test_what_happens_after_a_look_is_nobodys_waiting(keeper: PaceKeeper, clock: Clock) -> None:
+    keeper.step(1.0, clock.step_that_ends(1.1))
     assert keeper.look().steps == 1
-    time.sleep(0.3)  # an evaluation
-    keeper.step(time.monotonic(), Result(0))
-    assert keeper.look() == pytest.approx(Pace(0, 0, 1), abs=0.05)
+    keeper.step(1.4, clock.step_that_ends(1.5))  # after an evaluation
+    assert keeper.look() == close_to(busy=0.1, idle=0, steps=1)
     assert keeper.look() == Pace(0, 0, 0)
 
 
-def test_after_each_look_the_wait_for_the_next_batch_counts(keeper: PaceKeeper) -> None:
+def test_after_each_look_the_wait_for_the_next_batch_counts(
+    keeper: PaceKeeper, clock: Clock
+) -> None:
     for _ in range(2):
         keeper.resume()
-        time.sleep(0.2)
-        keeper.step(time.monotonic(), Result(0.05))
+        batch = clock.now + 0.2
+        keeper.step(batch, clock.step_that_ends(batch + 0.05))
         pace = keeper.look()
-        assert pace.steps == 1 and 0.15 <= pace.idle < 0.5 and pace.idle_share > 0.5
+        assert pace == close_to(busy=0.05, idle=0.2, steps=1)
+        assert pace.idle_share == pytest.approx(0.8)
 
 
-def test_what_happens_in_a_pause_is_nobodys_waiting(keeper: PaceKeeper) -> None:
-    keeper.step(time.monotonic(), Result(0.1))
+def test_what_happens_in_a_pause_is_nobodys_waiting(keeper: PaceKeeper, clock: Clock) -> None:
+    keeper.step(1.0, clock.step_that_ends(1.1))
     keeper.pause()  # once the step has ended
-    time.sleep(0.3)  # a trace is written
-    keeper.step(time.monotonic(), Result(0))
-    pace = keeper.look()
-    assert pace.steps == 2 and pace.idle < 0.05
+    keeper.step(1.4, clock.step_that_ends(1.5))  # after a trace was written
+    assert keeper.look() == close_to(busy=0.2, idle=0, steps=2)
 
 
-def test_a_dispatch_that_takes_long_is_work(keeper: PaceKeeper) -> None:
+def test_a_dispatch_that_takes_long_is_work(keeper: PaceKeeper, clock: Clock) -> None:
     keeper.resume()
-    began = time.monotonic()
-    time.sleep(0.2)
-    keeper.step(began, Result(0.1))
-    pace = keeper.look()
-    assert pace.idle < 0.05 and pace.busy >= 0.3
+    began, clock.now = clock.now, clock.now + 0.2
+    keeper.step(began, clock.step_that_ends(began + 0.3))
+    assert keeper.look() == close_to(busy=0.3, idle=0, steps=1)
 
 
 def test_a_step_that_fails_ends_too(keeper: PaceKeeper) -> None:
@@ -88,7 +100,7 @@ def test_a_step_that_fails_ends_too(keeper: PaceKeeper) -> None:
         def block_until_ready(self) -> None:
             raise RuntimeError("the device is lost")
 
-    keeper.step(time.monotonic(), Broken())
+    keeper.step(1.0, Broken())
     assert keeper.look().steps == 1
 
 
@@ -101,8 +113,15 @@ def test_words_say_how_much_the_input_costs() -> None:
 
 
 def test_a_step_that_never_ends_does_not_hold_up_the_end() -> None:
+    released = threading.Event()
+
+    class Endless:
+        def block_until_ready(self) -> None:
+            released.wait()
+
     keeper = PaceKeeper()
-    keeper.step(time.monotonic(), Result(30))
+    keeper.step(time.monotonic(), Endless())
     began = time.monotonic()
     keeper.close()
     assert time.monotonic() - began < 10
+    released.set()
