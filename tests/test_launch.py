@@ -216,6 +216,28 @@ def test_tests_have_an_environment_of_their_own(world: World) -> None:
     assert environments == {".venv": ".", ".venv-test": ".[test]"}
 
 
+def test_every_tier_of_tests_is_part_of_the_next(world: World) -> None:
+    shutil.copy(ROOT / "launch" / "environment.sh", world.checkout / "launch")
+    world.put(python3=PYTHON, ruff=RECORD, mypy=RECORD, shellcheck=RECORD, cmp="exit 1")
+    marked = [set(), {"medium"}, {"slow"}, {"medium", "slow"}]
+    tiers = []
+    for tier in (["--fast"], [], ["--all"]):
+        world.run("test.sh", *tier, "-k", "memory")
+        *_, expression, also, words = next(call for call in world.calls() if "pytest" in call)
+        assert (also, words) == ("-k", "memory")
+        (world.folder / "calls").unlink()
+        names = [{name: name in marks for name in ("medium", "slow")} for marks in marked]
+        tiers.append([not expression or eval(expression, {}, marks) for marks in names])
+    assert tiers == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, True, True, True],
+    ]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    used = re.findall(r"^(?:@|pytestmark = )pytest\.mark\.(medium|slow)$", tests, re.MULTILINE)
+    assert set(used) == {"medium", "slow"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("option", "words"),

@@ -183,7 +183,3 @@ def test_another_kind_of_processor_has_another_folder(
     here = default_folder()
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert default_folder() != here and default_folder().parent == here.parent
-
-
-def test_tests_share_what_they_compile() -> None:
-    assert keep_compiled() == jax.config.values["jax_compilation_cache_dir"]

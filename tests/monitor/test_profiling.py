@@ -1,29 +1,47 @@
 """The trace of some steps is where TensorBoard looks for it, with the parts' names."""
 
 import pathlib
+import re
+from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
+import layouts
+import numpy as np
 import pytest
 
 from sop_jax.monitor.profiling import Trace
+from sop_jax.parallel.mesh import place, replicated, split
+
+PARTS = ("prototypes", "teacher", "student", "losses", "update", "memories", "health")
 
 
-@jax.jit
-def step(x: jax.Array) -> jax.Array:
-    with jax.named_scope("teacher"):
-        return x @ x
+@pytest.fixture(scope="module")
+def steps() -> Iterator[jax.Array]:
+    """The loss of each step of a small run, made when it is asked for."""
+
+    def taken() -> Iterator[jax.Array]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            run, state = layouts.small_run(monkeypatch)
+        numbers = layouts.make_batch(run.batch)
+        batch = {name: place(array, split(run.mesh)) for name, array in numbers.items()}
+        measure = place(np.array(True), replicated(run.mesh))
+        while True:
+            state, metrics = run.train_step(state, batch, measure)
+            yield metrics["loss"]
+
+    return taken()
 
 
-def traced(folder: pathlib.Path, steps: tuple[int, int], start: int = 1) -> dict[int, str]:
-    """What five steps say of their trace."""
-    trace, said = Trace(steps, folder), {}
-    x = jnp.eye(8)
+def traced(
+    steps: Iterator[jax.Array], folder: pathlib.Path, wanted: tuple[int, int], start: int = 1
+) -> dict[int, str]:
+    """What the steps from `start` to 5 say of their trace."""
+    trace, said = Trace(wanted, folder), {}
     for i in range(start, 6):
         trace.before(i)
         with jax.profiler.StepTraceAnnotation("train", step_num=i):
-            x = step(x)
-        if words := trace.after(i, x):
+            loss = next(steps)
+        if words := trace.after(i, loss):
             said[i] = words
     trace.close()
     return said
@@ -33,26 +51,34 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.glob("plugins/profile/*/*.xplane.pb"))
 
 
-def test_records_the_steps_that_are_asked_for(tmp_path: pathlib.Path) -> None:
-    assert traced(tmp_path, (2, 3)) == {3: f"steps 2 to 3 are traced in {tmp_path}"}
+def test_records_the_steps_that_are_asked_for_with_the_names_of_their_parts(
+    steps: Iterator[jax.Array], tmp_path: pathlib.Path
+) -> None:
+    assert traced(steps, tmp_path, (2, 3)) == {3: f"steps 2 to 3 are traced in {tmp_path}"}
     (file,) = files(tmp_path)
-    assert b"train" in file.read_bytes()
+    recorded = file.read_bytes()
+    assert b"train" in recorded
+    for part in PARTS:  # "jvp(student)" is a part's name too
+        assert re.search(rf"[/(]{part}[/)]".encode(), recorded), part
 
 
-def test_names_the_parts_of_a_step() -> None:
-    assert "teacher" in step.lower(jnp.eye(8)).compile().as_text()
-
-
-@pytest.mark.parametrize(("steps", "start"), [((0, 0), 1), ((7, 9), 1), ((1, 2), 3)])
-def test_records_nothing_else(tmp_path: pathlib.Path, steps: tuple[int, int], start: int) -> None:
-    assert traced(tmp_path, steps, start) == {}
+@pytest.mark.parametrize(("wanted", "start"), [((0, 0), 1), ((7, 9), 1), ((1, 2), 3)])
+def test_records_nothing_else(
+    steps: Iterator[jax.Array], tmp_path: pathlib.Path, wanted: tuple[int, int], start: int
+) -> None:
+    assert traced(steps, tmp_path, wanted, start) == {}
     assert not files(tmp_path)
 
 
-def test_a_resumed_run_says_which_steps_it_traced(tmp_path: pathlib.Path) -> None:
-    assert traced(tmp_path, (2, 4), start=3) == {4: f"steps 3 to 4 are traced in {tmp_path}"}
+def test_a_resumed_run_says_which_steps_it_traced(
+    steps: Iterator[jax.Array], tmp_path: pathlib.Path
+) -> None:
+    words = f"steps 3 to 4 are traced in {tmp_path}"
+    assert traced(steps, tmp_path, (2, 4), start=3) == {4: words}
 
 
-def test_a_trace_that_is_cut_short_is_written(tmp_path: pathlib.Path) -> None:
-    assert traced(tmp_path, (4, 9)) == {}
+def test_a_trace_that_is_cut_short_is_written(
+    steps: Iterator[jax.Array], tmp_path: pathlib.Path
+) -> None:
+    assert traced(steps, tmp_path, (4, 9)) == {}
     assert len(files(tmp_path)) == 1
