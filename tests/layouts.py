@@ -1,6 +1,8 @@
 """A small run that can be laid out on any mesh, and all that its steps compute."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,3 +123,15 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         least = 1.0 if name.endswith("/agreement") else 1e-3
         scale = max(np.abs(array).max(initial=0), least)
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+@contextlib.contextmanager
+def usual_passes() -> Iterator[None]:
+    """Compiles as for users: with the passes of XLA that tests leave out to save time."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, False)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import layouts
 import ml_collections
 import pytest
 
@@ -62,12 +63,14 @@ def made(**changes: object) -> Plan:
 
 @pytest.fixture(scope="module")
 def one() -> Plan:
-    return plan(small_config(), jax.devices()[:1])
+    with layouts.usual_passes():
+        return plan(small_config(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def eight() -> Plan:
-    return plan(small_config(fsdp=4), jax.devices())
+    with layouts.usual_passes():
+        return plan(small_config(fsdp=4), jax.devices())
 
 
 def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layouts
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -24,7 +25,8 @@ def compiled(mesh: Mesh, function: Callable, *args: Any) -> list[Collective]:
     spread = jax.shard_map(
         function, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
     )
-    return collectives(jax.jit(spread).lower(*args).compile().as_text())
+    with layouts.usual_passes():
+        return collectives(jax.jit(spread).lower(*args).compile().as_text())
 
 
 X = jnp.ones((64, 32))  # a device has 8 x 32 float32, 1 KiB

@@ -130,7 +130,8 @@ def test_a_state_is_born_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> No
     run, state = layouts.small_run(monkeypatch, data=4, fsdp=2)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(run.abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
-    held = run.init.lower(jax.random.key(0)).compile().memory_analysis()
+    with layouts.usual_passes():
+        held = run.init.lower(jax.random.key(0)).compile().memory_analysis()
     assert held.output_size_in_bytes < 1.2 * device_bytes(
         run.abstract._replace(key=run.batch["index"])
     )
@@ -190,7 +191,8 @@ def test_no_layer_keeps_whole_parameters_for_the_backward_pass(remat: str) -> No
 
 
 def compiled(function: Any, *inputs: Any) -> Any:
-    return jax.jit(function).lower(*inputs).compile()
+    with layouts.usual_passes():
+        return jax.jit(function).lower(*inputs).compile()
 
 
 def on(mesh: Any, spec: P, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -207,11 +209,12 @@ def test_a_push_sends_nothing(size: int) -> None:
     memory = jax.eval_shape(lambda: init_memory(jax.random.key(0), size, 16, lanes=64))
     memory = with_shardings({"carried": {"cls": memory}}, mesh)["carried"]["cls"]
     rows, index = by_image(mesh, 64, 16), by_image(mesh, 64, dtype=jnp.int32)
-    program = (
-        jax.jit(push, donate_argnums=0, out_shardings=shardings(memory))
-        .lower(memory, rows, index)
-        .compile()
-    )
+    with layouts.usual_passes():
+        program = (
+            jax.jit(push, donate_argnums=0, out_shardings=shardings(memory))
+            .lower(memory, rows, index)
+            .compile()
+        )
     assert collectives(program.as_text()) == []
     # In place: it needs no second memory.
     assert program.memory_analysis().temp_size_in_bytes < 64 * size * 16 * 4 / 64
@@ -268,7 +271,7 @@ def test_taken_rows_are_what_travels() -> None:
 @pytest.fixture(scope="module")
 def step_traffic() -> list[Collective]:
     """The collectives of a whole step on a mesh of both axes."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, layouts.usual_passes():
         run, _ = layouts.small_run(monkeypatch, data=4, fsdp=2)
         measure = jax.ShapeDtypeStruct((), bool, sharding=replicated(run.mesh))
         return collectives(
