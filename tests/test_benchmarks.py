@@ -9,6 +9,8 @@ import pytest
 
 from sop_jax.data.masks import most_masked
 
+pytestmark = pytest.mark.medium
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 
 

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPE_FILES = sorted((ROOT / "configs").glob("*.py"))
 RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(

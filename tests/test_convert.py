@@ -25,6 +25,8 @@ from sop_jax.models import MEAN, STD, build
 from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping
 
+pytestmark = pytest.mark.medium
+
 TOLERANCE = 2e-4  # absolute, features of unit scale
 
 

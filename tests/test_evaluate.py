@@ -32,6 +32,8 @@ from sop_jax.training import checkpoint, resume
 from sop_jax.training.optim import optimizer, schedules
 from sop_jax.training.state import init_state
 
+pytestmark = pytest.mark.medium
+
 LENGTH = Length(steps=10, epoch=5.0)
 
 

@@ -20,6 +20,8 @@ from sop_jax.extract import export, open_data, open_images
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load_network
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:

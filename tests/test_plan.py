@@ -73,6 +73,7 @@ def eight() -> Plan:
         return plan(small_config(fsdp=4), jax.devices())
 
 
+@pytest.mark.medium
 def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> None:
     # A layer has 12 D^2 weights; beside two of them are embeddings, head, biases and norms.
     layers = 2 * 12 * 128**2 * 4
@@ -86,6 +87,7 @@ def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> Non
     assert one.wanted == sum(one.memory.values())
 
 
+@pytest.mark.medium
 def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
     assert eight.mesh == {"data": 2, "fsdp": 4}
     for part in ("parameters", "optimizer"):  # all but the small ones by a quarter
@@ -98,6 +100,7 @@ def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
     assert eight.flops["prototypes"] == 2 * 8 * (64 + 2) * 128
 
 
+@pytest.mark.medium
 def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) -> None:
     assert one.collectives == []
     sent = traffic(eight.collectives, eight.flops)
@@ -110,6 +113,7 @@ def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) 
     assert not any(where == "memories" for _, where in sent)
 
 
+@pytest.mark.medium
 def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
     """By the memory that its machine has left."""
     assert one.limit is not None and 2**28 < one.limit < 2**46
@@ -117,6 +121,7 @@ def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
     assert table(one).splitlines()[-1].startswith("fits: yes, ")
 
 
+@pytest.mark.medium
 def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,11 +131,13 @@ def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
         largest_batch(small_config(), jax.devices()[:1])
 
 
+@pytest.mark.medium
 def test_bound_is_that_of_the_smaller_memory(one: Plan) -> None:
     assert one.bound == (32, "sop.patch.memory")
     assert "sop.patch.memory bounds the batch to 32 images." in table(one)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -186,6 +193,7 @@ def test_refusal_is_an_answer() -> None:
     assert "activations" not in words
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("most", "accumulate", "expected"), [(5, 1, 5), (1, 1, 1), (0, 1, None), (99, 1, 32), (3, 2, 3)]
 )
@@ -247,6 +255,7 @@ def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.medium
 @needs_libtpu
 @pytest.mark.parametrize(
     ("topology", "words"),
@@ -266,6 +275,7 @@ def test_what_a_topology_cannot_be_is_said_in_a_line(topology: str, words: str) 
     assert not ended.stdout
 
 
+@pytest.mark.medium
 @needs_libtpu
 def test_a_mesh_that_no_torus_has_is_refused_in_a_line() -> None:
     ended = run(
@@ -279,6 +289,7 @@ def test_a_mesh_that_no_torus_has_is_refused_in_a_line() -> None:
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_batch_that_is_too_large_is_a_no() -> None:
     ended = run(
@@ -296,6 +307,7 @@ def test_a_batch_that_is_too_large_is_a_no() -> None:
     assert found["wanted"] > 5 * found["limit"]
 
 
+@pytest.mark.medium
 @needs_libtpu
 @pytest.mark.slow
 def test_vit_b_with_the_papers_recipe_fits_256_chips_of_v5e() -> None:

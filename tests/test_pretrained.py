@@ -21,6 +21,8 @@ from sop_jax.training import checkpoint
 from sop_jax.training.assemble import Run, assemble
 from sop_jax.training.checkpoint import named_leaves
 
+pytestmark = pytest.mark.medium
+
 SHORT = {"steps": 4, "eval_every": 0, "log_every": 1, "checkpoint_every": 2}
 
 

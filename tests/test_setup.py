@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

@@ -272,6 +272,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert shown.err == ""
 
 
+@pytest.mark.medium
 def test_the_progress_shows_loss_accuracy_speed_and_time_left(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -293,6 +294,7 @@ def test_the_progress_shows_loss_accuracy_speed_and_time_left(
 # Runs of other kinds
 
 
+@pytest.mark.medium
 def test_a_folder_without_labels_trains_without_knn(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -306,6 +308,7 @@ def test_a_folder_without_labels_trains_without_knn(
     assert last["knn_top1"] is None and last["knn_top1_k10"] is None
 
 
+@pytest.mark.medium
 def test_a_data_set_smaller_than_the_batch_is_repeated(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -315,12 +318,14 @@ def test_a_data_set_smaller_than_the_batch_is_repeated(
     assert train.train(config, tmp_path / "run")["steps"] == 3  # 45 images, 16 a step
 
 
+@pytest.mark.medium
 def test_steps_win_over_epochs(tmp_path: pathlib.Path, fake_step: None) -> None:
     assert train.train(small_config(epochs=0.1), tmp_path / "a")["steps"] == STEPS
     config = small_config(steps=None, epochs=0.1)
     assert train.train(config, tmp_path / "b")["steps"] == 9  # 143.7 images, 16 a step
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("every", ["log_every", "eval_every", "checkpoint_every"])
 def test_what_never_happens_happens_at_the_end(
     tmp_path: pathlib.Path, fake_step: None, every: str
@@ -338,6 +343,7 @@ def test_what_never_happens_happens_at_the_end(
     assert (summary["knn_top1"] is None) == (every == "eval_every")
 
 
+@pytest.mark.medium
 def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) -> None:
     changes = {"augment.local_crops": 0, "sop.patch.tasks": 0, "eval_every": 0, "steps": 3}
     summary = train.train(small_config(**changes), tmp_path)
@@ -346,6 +352,7 @@ def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) ->
     assert "mim" not in last and last["loss"] == last["cls"]
 
 
+@pytest.mark.medium
 def test_three_global_views_train_and_learn_from_one_another(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,6 +366,7 @@ def test_three_global_views_train_and_learn_from_one_another(
     assert run.objective.student_views == (0, 1, 2, 3, 4)
 
 
+@pytest.mark.medium
 def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -411,6 +419,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: i
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_command_ends_with_the_same_bits(tmp_path: pathlib.Path) -> None:
     slowly = {"eval_every": 1}  # the k-NN accuracy of each step takes longer than the step
     train.train(small_config(**slowly), tmp_path / "whole")
@@ -449,7 +458,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.medium
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
     backbone: str, dtype: str, tmp_path: pathlib.Path
@@ -457,7 +467,10 @@ def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
     changes = {"steps": 6, "log_every": 1, "eval_every": 0, "model.drop_path": 0.2}
     changes |= {"mask.ratio": (0.5, 0.5), "mask.start_steps": 4, "model.dtype": dtype}
     config = small_config(**changes | BACKBONES[backbone])
-    train.train(config, tmp_path / "whole")
+    # The gradient of JAX's attention in bfloat16 promotes.
+    promotion = jax.numpy_dtype_promotion("strict" if dtype == "float32" else "standard")
+    with promotion:
+        train.train(config, tmp_path / "whole")
     logged = rows(tmp_path / "whole")
     assert [row["mim"] > 0 for row in logged if "mim" in row] == [False] * 4 + [True] * 2
     assert all(row["cls"] > 0 for row in logged if "cls" in row)
@@ -469,10 +482,12 @@ def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
-    train.train(config, tmp_path / "cut")
+    with promotion:
+        train.train(config, tmp_path / "cut")
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     tmp_path: pathlib.Path, finished: pathlib.Path, number: signal.Signals, workers: int
@@ -491,6 +506,7 @@ def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     assert_same_state(tmp_path, finished)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -513,6 +529,7 @@ def test_a_signal_at_any_stage_of_the_start_ends_it_at_once(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["open_source", "compiled_step", "to_devices"])
 def test_a_signal_while_a_run_is_taken_up_says_what_is_saved(
     stopped: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stage: str
@@ -539,6 +556,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     monkeypatch.setattr(train, stage, signalled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 7, 14, 16])
 def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int
@@ -568,6 +586,7 @@ def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     assert rows(tmp_path, TIMINGS) == rows(finished, TIMINGS)
 
 
+@pytest.mark.medium
 def test_a_signal_while_images_are_waited_for_saves_the_last_step(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,6 +626,7 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
     assert rows(workdir) == rows(finished)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "changes",
     [
@@ -623,6 +643,7 @@ def test_what_may_change_on_resume_changes_no_bit(
     assert config_lib.read_config(stopped).to_dict() == small_config(**changes).to_dict()
 
 
+@pytest.mark.medium
 def test_devices_may_change_on_resume(stopped: pathlib.Path, finished: pathlib.Path) -> None:
     train.train(small_config(**{"mesh.data": 2, "eval_every": 0}), stopped)
     expected = {row["step"]: row for row in rows(finished)}
@@ -661,6 +682,7 @@ def test_another_setting_is_named_and_changes_nothing(
 # One run at a time
 
 
+@pytest.mark.medium
 def test_a_second_start_in_a_running_workdir_is_refused_and_changes_nothing(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,6 +707,7 @@ def test_a_second_start_in_a_running_workdir_is_refused_and_changes_nothing(
     assert not list(tmp_path.glob("owner*"))
 
 
+@pytest.mark.medium
 def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -705,6 +728,7 @@ def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
     assert [path.name for path in tmp_path.glob("owner*")] == ["owner-2.json"]
 
 
+@pytest.mark.slow
 def test_a_job_that_comes_back_waits_for_the_one_that_still_saves(
     tmp_path: pathlib.Path, finished: pathlib.Path
 ) -> None:
@@ -756,6 +780,7 @@ def killed_after(times: int, kill: Callable[..., None]) -> Callable[..., None]:
     return saves
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("change", ["added", "deleted", "renamed"])
 @pytest.mark.parametrize("state", ["stopped", "finished"])
 def test_other_images_are_told_when_a_run_goes_on(
@@ -791,6 +816,7 @@ def test_other_images_are_told_when_a_run_goes_on(
     assert snapshot(workdir) == before
 
 
+@pytest.mark.medium
 def test_images_and_first_weights_may_be_moved(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -801,6 +827,7 @@ def test_images_and_first_weights_may_be_moved(
     assert train.train(config, tmp_path / "run")["steps"] == STEPS > step
 
 
+@pytest.mark.medium
 def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -811,6 +838,7 @@ def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
     assert train.train(folder_config(tmp_path / "images"), tmp_path / "run") == summary
 
 
+@pytest.mark.medium
 def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -821,6 +849,7 @@ def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
     assert config_lib.read_config(tmp_path / "run").data.path == str(tmp_path / "images")
 
 
+@pytest.mark.medium
 def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step: None) -> None:
     paint(tmp_path / "images", 24)
     (tmp_path / "link").symlink_to(tmp_path / "images")
@@ -828,6 +857,7 @@ def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step
         train.train(folder_config(tmp_path / "images"), tmp_path / "link")
 
 
+@pytest.mark.medium
 def test_the_images_of_a_run_without_a_record_are_recorded(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -843,6 +873,7 @@ def test_the_images_of_a_run_without_a_record_are_recorded(
     assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 24
 
 
+@pytest.mark.medium
 def test_a_finished_run_needs_no_images(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -854,6 +885,7 @@ def test_a_finished_run_needs_no_images(
     assert "Its data was not compared with what the run used" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 def test_a_length_in_epochs_is_the_same_in_steps(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -864,6 +896,7 @@ def test_a_length_in_epochs_is_the_same_in_steps(
     assert train.train(same, tmp_path)["steps"] == 9
 
 
+@pytest.mark.medium
 def test_a_finished_run_that_is_asked_for_more_says_how_to_go_on(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -875,6 +908,7 @@ def test_a_finished_run_that_is_asked_for_more_says_how_to_go_on(
     assert f"--config.init_from={tmp_path / 'run'} --workdir=NEW" in message
 
 
+@pytest.mark.medium
 def test_more_corrupt_images_may_be_allowed_on_resume(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -885,6 +919,7 @@ def test_more_corrupt_images_may_be_allowed_on_resume(
     assert train.train(config, tmp_path / "run")["steps"] == STEPS
 
 
+@pytest.mark.medium
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(
     stopped: pathlib.Path,
     finished: pathlib.Path,
@@ -949,6 +984,7 @@ def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
     return compiled
 
 
+@pytest.mark.medium
 def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -966,6 +1002,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
     )
 
 
+@pytest.mark.medium
 def test_a_step_that_never_fits_names_other_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(batch_size=4)
     made = assemble(config, make_mesh(1), images=100)
@@ -989,6 +1026,7 @@ def test_a_step_of_several_processes_is_estimated(monkeypatch: pytest.MonkeyPatc
     assert "or --config.batch_size=16, " in words
 
 
+@pytest.mark.medium
 def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None:
     for changes, message in [
         ({"sop.cls.anchor": 16}, "error: unknown setting config.sop.cls.anchor; did you mean "),
@@ -1001,6 +1039,7 @@ def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_a_damaged_checkpoint_can_be_left_out(
     stopped: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1018,6 +1057,7 @@ def test_a_damaged_checkpoint_can_be_left_out(
     assert_same_run(stopped, finished)
 
 
+@pytest.mark.medium
 def test_a_checkpoint_of_another_architecture_names_its_leaves(stopped: pathlib.Path) -> None:
     deeper = small_config(**{"model.depth": 2})
     (stopped / "config.json").write_text(json.dumps(deeper.to_dict()))
@@ -1035,6 +1075,7 @@ def test_checkpoints_of_unknown_settings_are_left_alone(stopped: pathlib.Path) -
     assert snapshot(stopped) == before
 
 
+@pytest.mark.medium
 def test_a_disk_without_space_for_checkpoints_is_told_first(
     tmp_path: pathlib.Path,
     stopped: pathlib.Path,
@@ -1054,6 +1095,7 @@ def test_a_disk_without_space_for_checkpoints_is_told_first(
     assert_same_run(stopped, finished)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1111,6 +1153,7 @@ def fake_step(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_step(monkeypatch, lambda state, given: (state, given))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("minutes", "every", "saved"),
     [(4.0, 0, [4, 8, 12, 16]), (4.0, 6, [4, 6, 10, 12, 16]), (0.0, 0, [16])],
@@ -1131,6 +1174,7 @@ def test_a_checkpoint_is_saved_when_its_minutes_have_passed(
     assert checkpoint.steps(tmp_path) == saved
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("term", ["cls", "mim", "loss", "grad_norm"])
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -1150,6 +1194,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.medium
 def test_a_state_that_is_not_finite_is_not_saved(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1164,6 +1209,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
     assert checkpoint.steps(tmp_path) == [3]
 
 
+@pytest.mark.medium
 def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
     changes = {"optim.lr": 1e30, "eval_every": 0, "checkpoint_every": 1}
     config = small_config(**changes | {"augment.local_crops": 0, "sop.patch.tasks": 0})
@@ -1175,6 +1221,7 @@ def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
     assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path).values())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("collapsing", [True, False])
 def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
     tmp_path: pathlib.Path,
@@ -1203,6 +1250,7 @@ def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
 # Images that cannot be read
 
 
+@pytest.mark.medium
 def test_what_is_left_out_of_a_folder_is_told_at_the_start(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1221,6 +1269,7 @@ def test_what_is_left_out_of_a_folder_is_told_at_the_start(
         assert told.count(note) == 1
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_listing_of_a_folder(
     tmp_path: pathlib.Path,
@@ -1243,6 +1292,7 @@ def test_a_signal_ends_the_listing_of_a_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.medium
 def test_corrupt_images_are_replaced_counted_and_named_once(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1266,6 +1316,7 @@ def test_corrupt_images_are_replaced_counted_and_named_once(
     assert [row["corrupt"] for row in rows(tmp_path / "run")] == corrupt and sum(corrupt) > 16
 
 
+@pytest.mark.medium
 def test_too_many_corrupt_images_stop_the_run_with_a_list(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -1282,6 +1333,7 @@ def test_too_many_corrupt_images_stop_the_run_with_a_list(
 # How fast it goes
 
 
+@pytest.mark.medium
 def test_traces_the_steps_that_are_asked_for(
     tmp_path: pathlib.Path, fake_step: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -1290,6 +1342,7 @@ def test_traces_the_steps_that_are_asked_for(
     assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
 
 
+@pytest.mark.medium
 def test_says_when_the_input_keeps_up_again(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -1303,6 +1356,7 @@ def test_says_when_the_input_keeps_up_again(
     assert shown.count("input bottleneck, 50 % waiting") == shown.count("input keeps up") == 1
 
 
+@pytest.mark.medium
 def test_says_that_the_input_is_the_bottleneck(
     tmp_path: pathlib.Path,
     fake_step: None,

@@ -91,6 +91,7 @@ def test_patches_come_row_by_row_where_asked_for() -> None:
     np.testing.assert_allclose(found.patches, tokens[:, 1:], atol=2e-2)
 
 
+@pytest.mark.medium
 def test_a_swin_gives_the_mean_of_its_tokens_and_all_of_them() -> None:
     settings = {"model.family": "swin", "model.width": 8, "model.stage_depths": (2, 2, 2, 2)}
     settings |= {"model.stage_heads": (1, 1, 2, 2), "augment.global_size": 64}

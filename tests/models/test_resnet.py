@@ -148,6 +148,7 @@ def tokens_of(output: Any) -> np.ndarray:
     return np.concatenate([pooled[:, None], features], axis=1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [(64, 64), (45, 86), (32, 96)])
 def test_evaluates_as_pytorch(
     model: Model, params: Params, peer: Any, size: tuple[int, int]
@@ -176,6 +177,7 @@ def backbone_of(model_config: ml_collections.ConfigDict) -> Any:
     return forward
 
 
+@pytest.mark.medium
 def test_trains_as_pytorch(params: Params, peer: Any) -> None:
     """Features, gradients of every parameter, and running statistics of three passes."""
     network = peer().train()
@@ -219,6 +221,7 @@ def normed(x: np.ndarray, training: bool) -> tuple[np.ndarray, Params]:
     return layer(jnp.asarray(x), training)
 
 
+@pytest.mark.medium
 def test_batch_norm_takes_its_statistics_from_the_batch_in_training_alone() -> None:
     x = np.random.default_rng(0).normal(3, 2, (4, 3, 5, 3)).astype(np.float32)
     out, moved = normed(x, training=True)
@@ -231,6 +234,7 @@ def test_batch_norm_takes_its_statistics_from_the_batch_in_training_alone() -> N
     assert still["mean"].tolist() == [1] * 3 and still["var"].tolist() == [4] * 3
 
 
+@pytest.mark.medium
 def test_batch_norm_of_half_precision_is_computed_in_float32() -> None:
     """A sum of so many numbers, or a square of such large ones, bfloat16 would not hold."""
     rng = np.random.default_rng(0)
@@ -242,11 +246,13 @@ def test_batch_norm_of_half_precision_is_computed_in_float32() -> None:
     np.testing.assert_allclose(moved["var"], 3.6 + 0.1 * wide.var((0, 1, 2), ddof=1), rtol=1e-5)
 
 
+@pytest.mark.medium
 def test_one_value_a_channel_has_finite_statistics() -> None:
     _, moved = normed(np.ones((1, 1, 1, 3), np.float32), training=True)
     np.testing.assert_allclose(moved["var"], 3.6, rtol=1e-6)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("side", "stride"), [(1, 2), (3, 1), (3, 2), (7, 2)])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
 def test_a_convolution_has_the_gradients_of_its_definition(
@@ -278,6 +284,7 @@ def test_a_convolution_has_the_gradients_of_its_definition(
 # The network
 
 
+@pytest.mark.medium
 def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
     shapes = jax.eval_shape(build(small_config(size="50"), 224).init, jax.random.key(0))["backbone"]
     sizes = {"learnt": 0, "running": 0}
@@ -287,6 +294,7 @@ def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
     assert sizes == {"learnt": 25_557_032 - 1000 * 2049, "running": 53_120}
 
 
+@pytest.mark.medium
 def test_starts_as_torchvision() -> None:
     config = small_config(width=64, stage_depths=SHALLOW)
     backbone = jax.jit(build(config, 64).init)(jax.random.key(0))["backbone"]
@@ -304,6 +312,7 @@ def test_starts_as_torchvision() -> None:
         assert found == {"scale": [1.0], "bias": [0.0], "mean": [0.0], "var": [1.0]}
 
 
+@pytest.mark.medium
 def test_embeds_cls_alone(embed: Any, embed_training: Any, params: Params) -> None:
     mask = jnp.ones((BATCH, 2, 2), bool)
     trained, _ = embed_training(params, images(), mask)
@@ -312,18 +321,21 @@ def test_embeds_cls_alone(embed: Any, embed_training: Any, params: Params) -> No
         np.testing.assert_allclose(jnp.linalg.norm(cls, axis=-1), 1, rtol=1e-5)
 
 
+@pytest.mark.medium
 def test_cls_is_the_mean_of_the_features(model: Model, params: Params) -> None:
     (tokens,) = jax.jit(model.features)(params, images())
     np.testing.assert_allclose(tokens[:, 0], tokens[:, 1:].mean(1), rtol=1e-5, atol=1e-6)
     assert tokens.dtype == jnp.float32 and model.patch == 32
 
 
+@pytest.mark.medium
 def test_an_evaluation_does_not_depend_on_the_other_images(embed: Any, params: Params) -> None:
     together, _ = embed(params, images())
     alone, _ = embed(params, images()[1:2])
     np.testing.assert_allclose(alone[0], together[1], atol=1e-6)
 
 
+@pytest.mark.medium
 def test_training_depends_on_the_other_images_and_not_on_running_statistics(
     embed_training: Any, params: Params
 ) -> None:
@@ -335,6 +347,7 @@ def test_training_depends_on_the_other_images_and_not_on_running_statistics(
     assert not np.array_equal(*(s["backbone"]["stem"]["bn"]["mean"] for s in (moved, further)))
 
 
+@pytest.mark.medium
 def test_what_a_resnet_has_not_is_said(model: Model, params: Params) -> None:
     with pytest.raises(UserError, match="the last 2 layers of a ResNet.*request 1"):
         model.features(params, images(), last=2)
@@ -344,6 +357,7 @@ def test_what_a_resnet_has_not_is_said(model: Model, params: Params) -> None:
         model.attention(params, images())
 
 
+@pytest.mark.slow
 def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
     def gradient(remat: str) -> Any:
         model = build(small_config(remat=remat, stage_depths=SHALLOW), 32)
@@ -363,6 +377,7 @@ def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
     assert operations[0] == operations[1] == operations[2] < operations[3]
 
 
+@pytest.mark.slow
 def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
     """No gradient is rounded to bfloat16 before devices would add it to those of others."""
     model = build(small_config(dtype="bfloat16", stage_depths=SHALLOW), 32)
@@ -418,6 +433,7 @@ def learnt() -> Learnt:
     return run, *steps_of(run, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_learns_a_batch_that_repeats(dtype: str, learnt: Learnt) -> None:
     _, states, metrics = learnt
@@ -455,6 +471,7 @@ def running(tree: Params) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_running_statistics_are_moved_by_each_networks_own_passes_alone(
     accumulate: int, learnt: Learnt
@@ -509,6 +526,7 @@ def assert_same_but_for_rounding(
         np.testing.assert_allclose(found[name], array, rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norm sees the images of all of them."""
     monkeypatch.setattr(layouts, "small_config", layout_config)
@@ -528,7 +546,11 @@ def run_config() -> ml_collections.ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("dtype, least", [("float32", 0.2), ("bfloat16", 0.15)])
+@pytest.mark.medium
+@pytest.mark.parametrize(
+    "dtype, least",
+    [("float32", 0.2), pytest.param("bfloat16", 0.15, marks=pytest.mark.slow)],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
     tmp_path: pathlib.Path, dtype: str, least: float
 ) -> None:
@@ -564,5 +586,6 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert step == 6 and jnp.abs(teacher["backbone"]["stem"]["bn"]["mean"]).max() > 1e-3
 
 
+@pytest.mark.medium
 def test_a_plan_asks_for_no_memory_of_patches() -> None:
     assert SOP.batch_limit(small_config()) == (24, "sop.cls.memory")

@@ -79,6 +79,7 @@ def dense_attention(block: Block, x: jax.Array, grid: tuple[int, int], shift: in
     return jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("shift", [0, 2])
 def test_windows_are_a_dense_attention_of_those_that_may_see_each_other(shift: int) -> None:
     grid, width = (8, 12), 6
@@ -93,6 +94,7 @@ def test_windows_are_a_dense_attention_of_those_that_may_see_each_other(shift: i
     np.testing.assert_allclose(block.attention(x, grid, shift), block.proj(mixed), atol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("side", "windows"),
     [
@@ -104,6 +106,7 @@ def test_windows_are_no_larger_than_their_stage(side: int, windows: list[Window]
     assert [window_of(side, tokens) for tokens in (56, 28, 14, 7)] == windows
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("size", "window", "count"),
     [("t", 7, 27_519_354), ("s", 7, 48_837_258), ("b", 7, 86_743_224), ("t", 14, 27_569_754)],
@@ -120,6 +123,7 @@ def test_sizes_have_the_known_numbers_of_parameters(size: str, window: int, coun
 # Images and masks
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("size", "tokens"), [((128, 128), 16), ((32, 32), 1), ((64, 96), 6), ((36, 100), 8)]
 )
@@ -132,6 +136,7 @@ def test_any_size_is_embedded(
         np.testing.assert_allclose(jnp.linalg.norm(found, axis=-1), 1, rtol=1e-5)
 
 
+@pytest.mark.medium
 def test_rows_and_columns_are_what_they_say(model: Model, params: Params) -> None:
     """A patch reaches its own token first, whatever the shape of the image."""
     still = {
@@ -147,6 +152,7 @@ def test_rows_and_columns_are_what_they_say(model: Model, params: Params) -> Non
     assert np.flatnonzero(changed[1:]).tolist() == [3 + 2]
 
 
+@pytest.mark.medium
 def test_pixels_of_masked_tokens_do_not_matter(embed: Any, params: Params) -> None:
     mask = jnp.asarray(np.random.default_rng(0).random((BATCH, 4, 4)) < 0.5)
     pixels = jnp.repeat(jnp.repeat(mask, 32, axis=1), 32, axis=2)[..., None]
@@ -161,6 +167,7 @@ def test_pixels_of_masked_tokens_do_not_matter(embed: Any, params: Params) -> No
 # Layers
 
 
+@pytest.mark.medium
 def test_features_are_those_of_the_last_layers_each_with_its_mean(
     model: Model, params: Params
 ) -> None:
@@ -176,6 +183,7 @@ def test_features_are_those_of_the_last_layers_each_with_its_mean(
     assert jnp.abs(layers[0] - layers[1]).max() > 1e-2
 
 
+@pytest.mark.medium
 def test_attention_is_among_the_tokens_of_the_last_stage(model: Model, params: Params) -> None:
     attention = jax.jit(model.attention)
     whole = attention(params, images())
@@ -190,6 +198,7 @@ def test_attention_is_among_the_tokens_of_the_last_stage(model: Model, params: P
     assert (part.sum(-1) < 1).all()  # the rest goes to what the grid was padded with
 
 
+@pytest.mark.slow
 def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
     embed: Any, params: Params
 ) -> None:
@@ -214,6 +223,7 @@ def gradients(**changed: Any) -> Params:
     return jax.jit(jax.grad(loss))(jax.jit(model.init)(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_recomputing_layers_changes_no_gradient() -> None:
     plain = gradients(drop_path=0.5)
     largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)]
@@ -224,6 +234,7 @@ def test_recomputing_layers_changes_no_gradient() -> None:
         chex.assert_trees_all_close(again, plain, atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
     for path, leaf in jax.tree.leaves_with_path(gradients(dtype="bfloat16")):
         rounded = leaf.astype(jnp.bfloat16).astype(jnp.float32)

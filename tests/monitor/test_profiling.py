@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from sop_jax.monitor.profiling import Trace
-from sop_jax.parallel.mesh import place, replicated, split
+from sop_jax.parallel.mesh import put, replicated, split
+
+pytestmark = pytest.mark.medium
 
 PARTS = ("prototypes", "teacher", "student", "losses", "update", "memories", "health")
 
@@ -23,8 +25,8 @@ def steps() -> Iterator[jax.Array]:
         with pytest.MonkeyPatch.context() as monkeypatch:
             run, state = layouts.small_run(monkeypatch)
         numbers = layouts.make_batch(run.batch)
-        batch = {name: place(array, split(run.mesh)) for name, array in numbers.items()}
-        measure = place(np.array(True), replicated(run.mesh))
+        batch = {name: put(array, split(run.mesh)) for name, array in numbers.items()}
+        measure = put(np.array(True), replicated(run.mesh))
         while True:
             state, metrics = run.train_step(state, batch, measure)
             yield metrics["loss"]

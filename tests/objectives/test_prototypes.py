@@ -34,6 +34,7 @@ def test_all_rows_can_be_anchors() -> None:
     assert sorted(draw_anchors(jax.random.key(0), 6, 6).tolist()) == list(range(6))
 
 
+@pytest.mark.medium
 def test_pools_differ_in_whether_anchors_support_each_other() -> None:
     """Rows on a circle, one degree apart, with anchors side by side."""
     angles = jnp.deg2rad(jnp.arange(10.0))

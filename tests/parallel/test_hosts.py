@@ -101,6 +101,7 @@ SLURM = {
 }
 
 
+@pytest.mark.medium
 def test_a_process_alone_starts_at_once(tmp_path: pathlib.Path) -> None:
     name = command(
         tmp_path,
@@ -228,15 +229,18 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [last_line(each) for each in ended]
 
 
+@pytest.mark.medium
 def test_flags_make_one_run(talk: list[Any]) -> None:
     assert [each["who"] for each in talk] == [[0, 2, 2, 4], [1, 2, 2, 4]]
 
 
+@pytest.mark.medium
 def test_all_get_the_value_of_process_0(talk: list[Any]) -> None:
     for each in talk:
         assert each["process 0's"] == list(range(0, 120, 10))
 
 
+@pytest.mark.medium
 def test_differences_are_named_on_all(talk: list[Any]) -> None:
     one, other = (each["disagreement"] for each in talk)
     assert one == other
@@ -247,16 +251,19 @@ def test_differences_are_named_on_all(talk: list[Any]) -> None:
     ).replace("the same environment", "")
 
 
+@pytest.mark.medium
 def test_many_differences_are_counted(talk: list[Any]) -> None:
     for each in talk:
         assert each["many"].count("process 1") == 10 and "and 10 more" in each["many"]
 
 
+@pytest.mark.medium
 def test_a_folder_that_all_see_stays_as_it_was(talk: list[Any]) -> None:
     for each in talk:
         assert each["left behind"] is False and each["left inside"] == []
 
 
+@pytest.mark.medium
 def test_a_folder_that_one_does_not_see(talk: list[Any]) -> None:
     for each in talk:
         assert each["unseen"].startswith(f"process 1 ({HOST}) cannot see what process 0 writes")
@@ -264,12 +271,14 @@ def test_a_folder_that_one_does_not_see(talk: list[Any]) -> None:
         assert each["left unseen"] is False
 
 
+@pytest.mark.medium
 def test_a_folder_that_nobody_can_write(talk: list[Any]) -> None:
     one, other = (each["unwritable"] for each in talk)
     assert one == other
     assert one.startswith(f"process 0 ({HOST}) cannot write to /proc/runs")
 
 
+@pytest.mark.medium
 def test_one_flag_anywhere_is_known_to_all(talk: list[Any]) -> None:
     for each in talk:
         assert each["anywhere"] == [[True], [True], [False], [True]]
@@ -280,6 +289,7 @@ def test_all_save_at_the_steps_that_process_0_decides(talk: list[Any]) -> None:
         assert each["saves"] == [3, 6]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "nodes, shown, visible",
     [
@@ -308,6 +318,7 @@ def test_a_slurm_job_needs_no_flags(
     assert [last_line(each) for each in ended] == [[0, 2, visible[0]], [1, 2, visible[1]]]
 
 
+@pytest.mark.medium
 def test_other_flags_and_settings_are_named(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')")
     one, other = processes.among(2)
@@ -320,6 +331,7 @@ def test_other_flags_and_settings_are_named(tmp_path: pathlib.Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_other_versions_are_named(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')")
     older = "import runpy, sop_jax.parallel.hosts as hosts; found = hosts.versions(); "
@@ -357,6 +369,7 @@ BATCHES = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body, number, asked, message",
     [
@@ -384,6 +397,7 @@ def test_all_stop_at_the_same_step(
         assert each.err == f"process {i} ({HOST}): {message}\n"
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_start_of_one_ends_all_at_once(tmp_path: pathlib.Path) -> None:
     body = """
     with Interruption() as interruption:
@@ -402,6 +416,7 @@ def test_a_signal_during_the_start_of_one_ends_all_at_once(tmp_path: pathlib.Pat
     assert ended[0].err.startswith(f"process 0 ({HOST}): process 1 ({HOST}) has ended: interrupted")
 
 
+@pytest.mark.slow
 def test_whoever_is_done_first_waits_for_the_other(tmp_path: pathlib.Path) -> None:
     ended = run_pair(
         tmp_path,
@@ -418,6 +433,7 @@ def test_whoever_is_done_first_waits_for_the_other(tmp_path: pathlib.Path) -> No
 # Failing.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad, place", [(0, "time.sleep(0.1)"), (1, "together()")])
 def test_one_that_fails_ends_all(tmp_path: pathlib.Path, bad: int, place: str) -> None:
     began = time.monotonic()
@@ -438,6 +454,7 @@ def test_one_that_fails_ends_all(tmp_path: pathlib.Path, bad: int, place: str) -
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_process(tmp_path: pathlib.Path) -> None:
     name = command(
         tmp_path,
@@ -466,6 +483,7 @@ def wait():
     assert (tmp_path / "waiting").stat().st_mtime == last
 
 
+@pytest.mark.slow
 def test_a_bug_keeps_its_traceback(tmp_path: pathlib.Path) -> None:
     ended = run_pair(tmp_path, "together() if jax.process_index() else 1 / 0")
     assert [each.code for each in ended] == [1, 1], ended
@@ -476,6 +494,7 @@ def test_a_bug_keeps_its_traceback(tmp_path: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dead, number, place",
     [
@@ -510,6 +529,7 @@ def test_one_that_dies_ends_all(
     assert "another task died" in survivor.err or "Gloo" in survivor.err
 
 
+@pytest.mark.slow
 def test_others_that_do_not_come(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')", start=START)
     apart = [processes.among(2)[process] for process in (0, 1)]  # each waits at a port of its own
@@ -521,6 +541,7 @@ def test_others_that_do_not_come(tmp_path: pathlib.Path) -> None:
         assert error.startswith(f"process {i} ({HOST}): error: ") and expected[i] in error
 
 
+@pytest.mark.medium
 def test_a_port_that_is_taken(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -531,6 +552,7 @@ def test_a_port_that_is_taken(tmp_path: pathlib.Path) -> None:
     assert ended.err.startswith(f"error: the port {port} of --coordinator cannot be used on {HOST}")
 
 
+@pytest.mark.medium
 def test_half_a_cluster(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')")
     (ended,) = processes.run([[name]], tmp_path, [{"JAX_COORDINATOR_ADDRESS": "localhost:1"}])
@@ -561,6 +583,7 @@ def test_virtual_devices_beyond_the_cores_get_threads_to_spare(
     assert os.environ.get("NPROC") == expected
 
 
+@pytest.mark.medium
 def test_the_threads_are_there_when_devices_are() -> None:
     program = (
         "import os, jax; from sop_jax.parallel import hosts; os.cpu_count = lambda: 2; "

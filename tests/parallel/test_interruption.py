@@ -141,6 +141,7 @@ SWALLOWING = """
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("main_thread", [DEAF, SWALLOWING], ids=["deaf", "swallowing"])
 def test_a_signal_during_a_long_compilation_ends_the_process(main_thread: str) -> None:
     script = """

@@ -29,18 +29,23 @@ from sop_jax.training import checkpoint
 from sop_jax.training.assemble import assemble
 
 LAYOUTS = [
-    dict(data=2),
-    dict(data=4),
-    dict(data=8),
     dict(data=4, fsdp=2),
-    dict(data=2, fsdp=4),
-    dict(fsdp=2),
-    dict(accumulate=2),
     dict(accumulate=4),
-    dict(data=2, fsdp=2, accumulate=4),
-    dict(data=8, accumulate=2),
-    dict(data=2, fsdp=4, remat="dots"),
-    dict(fsdp=2, accumulate=2, remat="full"),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (
+            dict(data=2),
+            dict(data=4),
+            dict(data=8),
+            dict(data=2, fsdp=4),
+            dict(fsdp=2),
+            dict(accumulate=2),
+            dict(data=2, fsdp=2, accumulate=4),
+            dict(data=8, accumulate=2),
+            dict(data=2, fsdp=4, remat="dots"),
+            dict(fsdp=2, accumulate=2, remat="full"),
+        )
+    ),
 ]
 
 
@@ -53,6 +58,7 @@ def one_device() -> dict[str, np.ndarray]:
         return layouts.trajectory(monkeypatch)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_computes_what_one_device_does(
     layout: dict[str, Any], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
@@ -67,6 +73,7 @@ def swin_on_one_device() -> dict[str, np.ndarray]:
         return layouts.trajectory(monkeypatch, family="swin")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout", [dict(data=2, fsdp=2, remat="dots"), dict(fsdp=2, accumulate=2)], ids=str
 )
@@ -79,6 +86,7 @@ def test_every_layout_computes_what_one_device_does_for_a_swin(
     layouts.assert_same(layouts.trajectory(monkeypatch, **layout), swin_on_one_device)
 
 
+@pytest.mark.medium
 def test_the_comparison_can_fail(one_device: dict[str, np.ndarray]) -> None:
     assert one_device["0/metrics/loss"] != pytest.approx(float(one_device["2/metrics/loss"]))
     for name in ("0/gradients/head/fc1/kernel", "carried/cls/rows", "1/metrics/effective_rank"):
@@ -105,6 +113,7 @@ def paper_state(data: int, fsdp: int) -> Any:
     return assemble(config, make_mesh(data, fsdp), images=1_281_167).abstract
 
 
+@pytest.mark.medium
 def test_devices_share_memories_and_groups_share_parameters() -> None:
     one, eight, shared = paper_state(1, 1), paper_state(8, 1), paper_state(2, 4)
     for state in (eight, shared):
@@ -126,6 +135,7 @@ def test_stacked_layers_are_never_split_by_layer() -> None:
     assert state.teacher["backbone"]["blocks"]["norm1"]["scale"].sharding.spec in (P(), P(None))
 
 
+@pytest.mark.medium
 def test_a_state_is_born_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
     run, state = layouts.small_run(monkeypatch, data=4, fsdp=2)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(run.abstract), strict=True):
@@ -137,6 +147,7 @@ def test_a_state_is_born_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("saved", "restored"), [((8, 1), (2, 1)), ((2, 4), (1, 2)), ((1, 1), (8, 1))]
 )
@@ -164,6 +175,7 @@ def test_a_checkpoint_moves_to_other_devices_bit_by_bit(
         np.testing.assert_array_equal(*orders)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("remat", REMATS)
 def test_no_layer_keeps_whole_parameters_for_the_backward_pass(remat: str) -> None:
     """Made whole in the forward pass and in the backward pass, and stored nowhere."""
@@ -279,6 +291,7 @@ def step_traffic() -> list[Collective]:
         )
 
 
+@pytest.mark.medium
 def test_in_a_step_memories_send_no_more_than_their_winners(step_traffic: list[Collective]) -> None:
     config = layouts.small_config()
     level, dim = config.sop.cls, config.head.dim
@@ -288,6 +301,7 @@ def test_in_a_step_memories_send_no_more_than_their_winners(step_traffic: list[C
     assert not [sent for sent in step_traffic if "/memories/" in sent.name]
 
 
+@pytest.mark.medium
 def test_in_a_step_no_array_of_the_memory_or_of_scores_is_gathered(
     step_traffic: list[Collective],
 ) -> None:

@@ -207,6 +207,7 @@ def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
     return before, state, metrics
 
 
+@pytest.mark.medium
 def test_half_precision_without_local_crops_is_finite_and_keeps_float32(
     half: tuple[TrainState, TrainState, dict[str, jax.Array]],
 ) -> None:
@@ -217,6 +218,7 @@ def test_half_precision_without_local_crops_is_finite_and_keeps_float32(
     assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
+@pytest.mark.medium
 def test_a_donated_state_gives_its_memory_to_the_next(
     half: tuple[TrainState, TrainState, dict[str, jax.Array]],
 ) -> None:
@@ -234,15 +236,16 @@ def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
     assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
 
 
+@pytest.mark.medium
 def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
     """Against a head on all patches: losses, gradient norm and memories after some steps."""
-    batch = make_batch()
+    batch = make_batch(local_crops=0)
     mask = np.random.default_rng(1).permuted(np.eye(4, dtype=bool)[:, :2].sum(1) > 0)
     batch["mask"] = np.broadcast_to(mask.reshape(2, 2), (BATCH, 2, 2, 2)).copy()
     batch["mask"][0, 1] = False
     ends = []
     for most in (None, 2, 3):
-        start, step = make_run(small_config(), most_masked=most)
+        start, step = make_run(small_config(local_crops=0), most_masked=most)
         state, step = start(), jax.jit(step)
         for _ in range(3):
             state, metrics = step(state, batch, True)
@@ -251,6 +254,7 @@ def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
         chex.assert_trees_all_close(ends[0], end, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.medium
 def test_the_drawn_patch_is_remembered() -> None:
     """The patch memory gets what the teacher's head says of one patch of the second view."""
     config = small_config()
@@ -264,6 +268,7 @@ def test_the_drawn_patch_is_remembered() -> None:
     assert len(set(distance.argmin(-1).tolist())) > 1
 
 
+@pytest.mark.medium
 def test_no_array_is_as_large_as_the_labels_or_all_scores() -> None:
     """At the paper's size: neither K(k+1) x K votes nor K x N scores are in the program."""
     config = config_lib.paper()
