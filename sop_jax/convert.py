@@ -99,7 +99,7 @@ def convert(
         leaves = {path: jax.device_get(leaf) for path, leaf in named_leaves(params).items()}
         exported = mapping.export(project, config.model.family, leaves)
         files.write(to, exported.arrays)
-        if left := [leaf for leaf in exported.left if leaf not in absent]:
+        if left := [leaf for leaf in exported.not_exported if leaf not in absent]:
             words.append(f"not exported: {', '.join(left)}")
         words += [
             f"this network has model.{name}={config.model[name]}, but {project} uses {value}"

@@ -252,7 +252,7 @@ def _of_run(
             f"its network is {size_of(theirs.model)}, but this one is {size_of(config.model)}; "
             "set the same model.size, or the same numbers"
         )
-    layout = mapping.own(theirs.model.family, {*shapes, *arrays})
+    layout = mapping.own_layout(theirs.model.family, {*shapes, *arrays})
     loaded = mapping.load_leaves(layout, arrays, shapes, _resizer(config.model.positions))
     words = _words(loaded, f"of the teacher of step {step}")
     words += [
@@ -268,8 +268,8 @@ def _words(loaded: mapping.Loaded, origin: str) -> list[str]:
     count = sum(leaf.size for leaf in loaded.leaves.values())
     words = [f"loaded: {count / 1e6:.3g} M parameters in {len(loaded.leaves)} leaves, {origin}"]
     words += [f"resized: {what}" for what in loaded.resized]
-    if loaded.lacking:
-        words.append(f"missing, so kept at their initial values: {', '.join(loaded.lacking)}")
+    if loaded.missing:
+        words.append(f"missing, so kept at their initial values: {', '.join(loaded.missing)}")
     if loaded.ignored:
         words.append(f"not needed: {', '.join(mapping.shortened(loaded.ignored))}")
     return words

@@ -93,7 +93,7 @@ def _reading(path: epath.Path) -> Iterator[None]:
     """Turns any exception into a UserError that names the file that cannot be read."""
     try:
         yield
-    except pytorch.Code as error:
+    except pytorch.ContainsCode as error:
         raise UserError(f"{path} is refused: {error}") from None
     except UserError:
         raise

@@ -36,13 +36,13 @@ class Exported(NamedTuple):
 
     Attributes:
         arrays: the arrays by the project's names.
-        left: the paths of leaves that the project has no names for: the head, and in some layouts
-            the mask token.
+        not_exported: the paths of leaves for which the project has no names: the head, and in some
+            layouts the mask token.
         settings: the settings of `config.model` that the project uses by default.
     """
 
     arrays: Arrays
-    left: list[str]
+    not_exported: list[str]
     settings: Mapping[str, Any]
 
 
@@ -52,17 +52,17 @@ class Loaded(NamedTuple):
     Attributes:
         leaves: the leaves by path, float32.
         ignored: names in the file that are not used.
-        lacking: paths of optional leaves that the file does not have.
+        missing: paths of optional leaves that the file does not have.
         resized: a description of each array that was resized.
     """
 
     leaves: Arrays
     ignored: list[str]
-    lacking: list[str]
+    missing: list[str]
     resized: list[str]
 
 
-def own(family: str, paths: Collection[str]) -> Layout:
+def own_layout(family: str, paths: Collection[str]) -> Layout:
     """Returns the layout of this project, in which the names of leaves are their paths."""
     rows = tuple(Row((path,), path, optional=True) for path in sorted(paths))
     return Layout("sop_jax", family, rows, {}, ())
@@ -91,13 +91,13 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
             found["head.hidden"] = shapes["head/fc1/bias"][0]
             found["head.dim"] = shapes["head/fc3/bias"][0]
     except (KeyError, IndexError, ValueError):
-        _check(_lacking(layout, arrays))
+        _check(_differences(layout, arrays))
         raise UserError("its arrays have too few dimensions to be a network's weights") from None
     settings = {f"model.{name}": value for name, value in layout.settings.items()}
     return {"model.family": layout.family, "model.size": "custom"} | settings | found
 
 
-def _lacking(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
+def _differences(layout: Layout, arrays: Arrays) -> dict[str, list[str]]:
     """Returns the differences that are errors for a network of any size, by kind."""
     wrong, seen = [], []
     known = set()
@@ -293,8 +293,8 @@ def _export(layout: Layout, leaves: Arrays) -> Exported:
             leaf = changed[entry.path]
             parts = _write(entry.row, leaf if entry.layer is None else leaf[entry.layer])
             arrays |= dict(zip(entry.names, parts, strict=True))
-    left = [path for path in leaves if path not in exported]
-    return Exported(arrays, left, layout.settings)
+    rest = [path for path in leaves if path not in exported]
+    return Exported(arrays, rest, layout.settings)
 
 
 def _is_spare(path: str) -> bool:

@@ -35,7 +35,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
 
-class Code(UserError):
+class ContainsCode(UserError):
     """A file contains objects that can only be created by running its code."""
 
 
@@ -157,13 +157,13 @@ class _Unpickler(pickle.Unpickler):
         if module.split(".")[0] in _SETTINGS:
             return _Gap
         if module.startswith("torch.distributed"):
-            raise Code(
+            raise ContainsCode(
                 f"it contains {module}.{name}, so it is the part of one process of a checkpoint "
                 "that several wrote. Use a file with the whole network; DINOv2's trainer writes "
                 "eval/*/teacher_checkpoint.pth"
             )
         if (module, name) not in _NAMES:
-            raise Code(
+            raise ContainsCode(
                 f"it contains {module}.{name}, which is not an array, a number, text or a "
                 "container of these and could run any code, so nothing of the file was run or "
                 "loaded. If you trust its source, load it with PyTorch and save only its state_dict"
@@ -190,7 +190,7 @@ def load(file: Any) -> Any:
         Nested containers of `Tensor`s and plain values.
 
     Raises:
-        Code: the file contains more than weights; nothing of it was run.
+        ContainsCode: the file contains more than weights; nothing of it was run.
         Exception: the file is damaged; the exception can be of any type.
     """
     if zipfile.is_zipfile(file):

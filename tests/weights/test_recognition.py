@@ -350,7 +350,7 @@ def test_resnet_in_a_checkpoint_of_contrastive_training(kind: str) -> None:
     assert "taken: module.encoder_k, as the teacher" in found.words[0]
     shapes = {path: leaf.shape for path, leaf in leaves.items() if path.startswith("backbone/")}
     loaded = mapping.load_leaves(found.layout, found.arrays, shapes, lambda table, rows: table)
-    assert not loaded.lacking
+    assert not loaded.missing
     for path, leaf in loaded.leaves.items():
         np.testing.assert_array_equal(leaf, leaves[path])
 

@@ -273,7 +273,7 @@ def test_round_trip_is_bit_exact(network: str, project: str) -> None:
     file = recognition.recognise(arrays, project)
     assert file.layout.project in (project, {"hf4": "hf"}.get(project))  # a ResNet's are the same
     loaded = mapping.load_leaves(file.layout, file.arrays, shapes_of(leaves), never)
-    assert sorted(loaded.lacking) == sorted(left) and not loaded.ignored
+    assert sorted(loaded.missing) == sorted(left) and not loaded.ignored
     for path, leaf in loaded.leaves.items():
         assert leaf.tobytes() == leaves[path].tobytes(), path
     again, *_ = mapping.export(project, config.model.family, leaves | loaded.leaves)
@@ -345,14 +345,14 @@ def test_ibot_checkpoint_gives_backbone_and_head() -> None:
     layer = loaded.leaves["backbone/blocks/qkv/kernel"][1]
     np.testing.assert_array_equal(layer, arrays["module.backbone.blocks.1.attn.qkv.weight"].T)
     assert loaded.ignored == ["head.last_layer.weight_g", "head.last_layer.weight_v"]
-    assert not loaded.lacking
+    assert not loaded.missing
 
 
 def test_spare_parts_may_be_missing_and_a_head_of_other_layers_is_passed_over() -> None:
     arrays = {name: x for name, x in checkpoints.ibot().items() if "masked" not in name}
     norms = {f"head.mlp.1.{name}": numbers(24) for name in ("weight", "running_mean")}
     loaded = load(arrays | norms, ibot_shapes())
-    assert {"backbone/mask_token", "head/fc1/kernel"} <= set(loaded.lacking)
+    assert {"backbone/mask_token", "head/fc1/kernel"} <= set(loaded.missing)
     assert not any(path.startswith("head/") for path in loaded.leaves)
     assert {"head.mlp.0.weight", "head.mlp.1.running_mean"} <= set(loaded.ignored)
 
