@@ -137,7 +137,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     check_length(config)
     check_sizes(config)
     method_of(config).check(config)
-    if config.model.family == "resnet":
+    if not FAMILIES[config.model.family].patches:
         check_cls_alone(config)
 
 
@@ -162,16 +162,6 @@ def _remedy(key: str, default: Any) -> str:
     return f"for example, set --config.{key}={shown}"
 
 
-# What the networks of a family do not have, beside the numbers of a size of its own. A Swin and a
-# ResNet always average their tokens.
-NOT_OF = {
-    "vit": ("window", "stage_depths", "stage_heads"),
-    "swin": ("patch", "depth", "heads", "registers", "layer_scale", "pool", "positions"),
-    "resnet": (
-        *("patch", "window", "depth", "heads", "stage_heads", "registers", "layer_scale"),
-        *("pool", "positions", "position_std", "norm_eps"),
-    ),
-}
 NUMBERS = ("width", "depth", "heads", "stage_depths", "stage_heads")  # of model.size=custom
 
 
@@ -207,7 +197,7 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     if model.size != "custom":
         for name in NUMBERS:
             reasons[f"model.{name}"] = f"model.size={model.size} decides; for others choose custom"
-    for name in NOT_OF[model.family]:
+    for name in FAMILIES[model.family].unused:
         reasons[f"model.{name}"] = f"model.family={model.family} has no use for it"
     for key in flat:
         steps = f"{key.removesuffix('epochs')}steps"
@@ -241,18 +231,21 @@ def check_trace(profile_steps: tuple[int, int], steps: int) -> None:
 
 def check_sizes(config: ml_collections.ConfigDict) -> None:
     """Images are whole tokens, heads are whole."""
-    size = size_of(config.model)
+    size, family = size_of(config.model), FAMILIES[config.model.family]
     side = token_side(config.model)
-    of_patches = config.model.family == "vit"
+    of_patches = "patch" not in family.unused
     unit = f"model.patch {side}" if of_patches else f"the {side} pixels of a token"
     sizes = ["augment.global_size", "eval.crop"]
     if config.augment.local_crops:
         sizes.append("augment.local_size")
     for key in sizes:
         pixels = flatten(config)[key]
-        if config.model.family == "resnet":
+        if not family.patches:
             if pixels < side and key == "augment.global_size":
-                raise UserError(f"{key} is {pixels}; a ResNet needs {side} pixels or more")
+                raise UserError(
+                    f"{key} is {pixels}; model.family={config.model.family} needs {side} pixels or "
+                    "more"
+                )
         elif pixels % side:
             below, above = pixels // side * side, (pixels // side + 1) * side
             raise UserError(
@@ -265,45 +258,12 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             f"eval.resize {config.eval.resize} is smaller than eval.crop {config.eval.crop}; "
             "the crop is taken from the resized image"
         )
-    if config.model.family in NETWORKS:
-        NETWORKS[config.model.family](size)
-    if config.model.attention == "cudnn" and config.model.family != "vit":
+    family.check_size(size)
+    if config.model.attention == "cudnn" and not family.cudnn:
         raise UserError(
             f"model.attention is cudnn, which model.family={config.model.family} has no use for; "
             "choose auto"
         )
-
-
-def check_vit(size: Any) -> None:
-    """Heads are whole."""
-    if size.width % size.heads:
-        raise UserError(
-            f"model.width {size.width} cannot be split over model.heads {size.heads}; "
-            "choose a width that the heads divide"
-        )
-
-
-def check_swin(size: Any) -> None:
-    """There are four stages, layers come in pairs, heads are whole."""
-    if not len(size.depths) == len(size.heads) == 4:
-        raise UserError(
-            f"model.stage_depths is {size.depths} and stage_heads {size.heads}; expected four "
-            "stages"
-        )
-    if any(depth % 2 for depth in size.depths):
-        raise UserError(
-            f"model.stage_depths is {size.depths}; expected even numbers, because every second "
-            "layer moves the windows of the one before"
-        )
-    for i, heads in enumerate(size.heads):
-        if size.width * 2**i % heads:
-            raise UserError(
-                f"model.width {size.width} makes stage {i + 1} {size.width * 2**i} wide, which "
-                f"cannot be split over its {heads} heads; choose other model.stage_heads"
-            )
-
-
-NETWORKS = {"vit": check_vit, "swin": check_swin}
 
 
 def cls_alone(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -317,7 +277,7 @@ def check_cls_alone(config: ml_collections.ConfigDict) -> None:
     others = {key: value for key, value in expected.items() if flat[key] != value}
     if others:
         raise UserError(
-            "model.family=resnet learns from [CLS] alone: it has no patches to mask and no drop "
-            f"path, but {', '.join(f'{key} is {flat[key]}' for key in others)}; set "
+            f"model.family={config.model.family} learns from [CLS] only: it has no patches to mask "
+            f"and no drop path, but {', '.join(f'{key} is {flat[key]}' for key in others)}; set "
             + " ".join(f"--config.{key}={value}" for key, value in others.items())
         )

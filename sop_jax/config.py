@@ -7,7 +7,6 @@ starts, so that overriding one key cannot leave another behind.
 
 import json
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -348,30 +347,3 @@ def _kind(example: Any) -> str:
     if isinstance(example, float):
         return "number"
     return "string" if isinstance(example, str) else "whole number"
-
-
-def resumable(config: ml_collections.ConfigDict) -> list[str]:
-    """What a resumed run of this config may change.
-
-    Not the microbatches of a ResNet, of which each is normed by itself.
-    """
-    fixed = ("accumulate",) if config.model.family == "resnet" else ()
-    return [key for key in RESUMABLE if key not in fixed]
-
-
-def changes(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, but: Sequence[str] = ()
-) -> list[str]:
-    """What differs between two configs and may not differ in one run, a line each.
-
-    Args:
-        old: the settings that made a workdir.
-        new: those that are asked for.
-        but: settings that are not compared.
-    """
-    before, after = flatten(old), flatten(new)
-    return [
-        f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
-        for key in sorted(before.keys() | after.keys())
-        if key not in (*resumable(new), *but) and before.get(key) != after.get(key)
-    ]

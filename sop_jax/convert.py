@@ -158,11 +158,11 @@ def _network(
     """Returns the config of a file's network, initial parameters, and what the file provides."""
     family = file.layout.family
     for flag, value in (("heads", heads), ("positions", positions)):
-        if value is not None and family != "vit":
+        if value is not None and flag in FAMILIES[family].unused:
             raise UserError(
                 f"--{flag} is for a ViT, but these are the weights of a {family}; leave it out"
             )
-    if exports and heads is None and family == "vit":
+    if exports and heads is None and "heads" not in FAMILIES[family].unused:
         heads = 1  # an export does not depend on it
     config = settings(mapping.describe(file.layout, file.arrays), heads)
     if positions:
@@ -195,16 +195,17 @@ def settings(found: dict[str, object], heads: int | None) -> ml_collections.Conf
     patch = config.model.patch
     config.augment.local_size = -(-config.augment.local_size // patch) * patch
     family = FAMILIES[config.model.family]
+    unknown = heads is None and "heads" not in family.unused
     if heads is not None:
         config.model.heads = heads
     for name, size in family.sizes.items():
         custom = family.custom(config.model)
-        if config.model.family == "vit" and heads is None:
+        if unknown:
             custom = custom._replace(heads=size.heads)
         if custom == size:
             config.model.size = name
             return config
-    if config.model.family == "vit" and heads is None:
+    if unknown:
         raise UserError(
             f"no size is known for a ViT of width {config.model.width} and depth "
             f"{config.model.depth}, and its number of heads cannot be inferred from the weights; "

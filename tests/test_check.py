@@ -252,7 +252,7 @@ BAD = {
     ),
     "a ResNet with all that a ViT has": (
         {"model.family": "resnet", "model.size": "50"},
-        r"\[CLS\] alone.*sop\.patch\.tasks is 1, sop\.patch\.memory is 8192, mask\.none is 0\.0, "
+        r"\[CLS\] only.*sop\.patch\.tasks is 1, sop\.patch\.memory is 8192, mask\.none is 0\.0, "
         r"model\.drop_path is 0\.1; set --config\.sop\.patch\.tasks=0 "
         r"--config\.sop\.patch\.memory=0 --config\.mask\.none=1\.0 "
         r"--config\.model\.drop_path=0\.0$",
@@ -263,7 +263,7 @@ BAD = {
     ),
     "views smaller than a feature": (
         RESNET | {"augment.global_size": 30},
-        r"augment\.global_size is 30; a ResNet needs 32 pixels or more",
+        r"augment\.global_size is 30; model\.family=resnet needs 32 pixels or more",
     ),
     "a stage without blocks": (
         RESNET | {"model.size": "custom", "model.stage_depths": (3, 0, 1, 1)},

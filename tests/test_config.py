@@ -13,6 +13,7 @@ import sop_jax
 from sop_jax import config as config_lib
 from sop_jax.check import check_config
 from sop_jax.errors import UserError
+from sop_jax.training.resume import changes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIRST = ROOT / "tests" / "golden" / "config_0.1.0.json"  # of paper(), by that version
@@ -24,7 +25,7 @@ def test_settings_come_back_from_their_file(tmp_path) -> None:
     config_lib.save(config, epath.Path(tmp_path))
     loaded = config_lib.read_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
-    assert config_lib.changes(loaded, config) == []
+    assert changes(loaded, config) == []
 
 
 def test_unset_settings_come_back_unset_and_can_be_set(tmp_path) -> None:
@@ -133,7 +134,7 @@ def test_changes_names_what_differs_with_both_values() -> None:
     new.batch_size = 64
     new.sop.cls.anchors = 128
     new.augment.global_scale = (0.5, 1.0)
-    lines = config_lib.changes(old, new)
+    lines = changes(old, new)
     assert [line.split(":")[0] for line in lines] == [
         "augment.global_scale",
         "batch_size",
@@ -145,7 +146,7 @@ def test_changes_names_what_differs_with_both_values() -> None:
 def test_changes_names_settings_that_only_one_has() -> None:
     old, new = config_lib.paper(), config_lib.paper()
     del new["seed"]
-    assert [line.split(":")[0] for line in config_lib.changes(old, new)] == ["seed"]
+    assert [line.split(":")[0] for line in changes(old, new)] == ["seed"]
 
 
 @pytest.mark.parametrize("key", config_lib.RESUMABLE)
@@ -156,7 +157,7 @@ def test_what_a_resumed_run_may_change_is_no_difference(key: str) -> None:
     other = others.get(key, 3)
     assert config_lib.flatten(new)[key] != other
     new.update_from_flattened_dict({key: other})
-    assert config_lib.changes(config_lib.paper(), new) == []
+    assert changes(config_lib.paper(), new) == []
 
 
 def test_each_config_is_its_own() -> None:

@@ -37,18 +37,61 @@ class Family(NamedTuple):
             stands for.
         backbone: maps (size, config.model, image size, gather, start, rngs) to the network, which
             has a `width` and maps images to tokens and attention weights as `vit.ViT` does.
+        check_size: raises UserError for a size that no network can have.
+        unused: the settings of `config.model` that its networks do not have, not counting the
+            numbers of a size by name.
+        patches: whether it has tokens of patches, which can be masked.
+        drops_patches: whether patches can be left out of the encoder.
+        batch_norm: whether it normalizes by the statistics of the (micro)batch, and keeps running
+            ones among its parameters.
+        cudnn: whether cuDNN can compute its attention.
     """
 
     sizes: dict[str, Any]
     custom: Callable[[ml_collections.ConfigDict], Any]
     token_side: Callable[[ml_collections.ConfigDict], int]
     backbone: Callable[..., Any]
+    check_size: Callable[[Any], None]
+    unused: tuple[str, ...]
+    patches: bool = True
+    drops_patches: bool = False
+    batch_norm: bool = False
+    cudnn: bool = False
 
 
+# A Swin and a ResNet always average their tokens.
 FAMILIES = {
-    "vit": Family(vit.SIZES, vit.custom, vit.token_side, vit.ViT),
-    "swin": Family(swin.SIZES, swin.custom, swin.token_side, swin.Swin),
-    "resnet": Family(resnet.SIZES, resnet.custom, resnet.token_side, resnet.ResNet),
+    "vit": Family(
+        sizes=vit.SIZES,
+        custom=vit.custom,
+        token_side=vit.token_side,
+        backbone=vit.ViT,
+        check_size=vit.check_size,
+        unused=("window", "stage_depths", "stage_heads"),
+        drops_patches=True,
+        cudnn=True,
+    ),
+    "swin": Family(
+        sizes=swin.SIZES,
+        custom=swin.custom,
+        token_side=swin.token_side,
+        backbone=swin.Swin,
+        check_size=swin.check_size,
+        unused=("patch", "depth", "heads", "registers", "layer_scale", "pool", "positions"),
+    ),
+    "resnet": Family(
+        sizes=resnet.SIZES,
+        custom=resnet.custom,
+        token_side=resnet.token_side,
+        backbone=resnet.ResNet,
+        check_size=lambda size: None,
+        unused=(
+            *("patch", "window", "depth", "heads", "stage_heads", "registers", "layer_scale"),
+            *("pool", "positions", "position_std", "norm_eps"),
+        ),
+        patches=False,
+        batch_norm=True,
+    ),
 }
 
 
@@ -91,9 +134,10 @@ class Model(NamedTuple):
 class Network(nnx.Module):
     """A backbone and the head on it."""
 
-    def __init__(self, backbone: Any, head: Head):
+    def __init__(self, backbone: Any, head: Head, family: Family):
         self.backbone = backbone
         self.head = head
+        self.drops_patches, self.batch_norm = family.drops_patches, family.batch_norm
 
     def embed(
         self,
@@ -110,9 +154,9 @@ class Network(nnx.Module):
             UserError: patches are to be dropped, and the backbone is not a ViT.
         """
         statistics: Params = {}
-        if kept is not None and not isinstance(self.backbone, vit.ViT):
+        if kept is not None and not self.drops_patches:
             raise UserError("only a ViT can drop patches; choose model.family=vit")
-        if isinstance(self.backbone, resnet.ResNet):
+        if self.batch_norm:
             tokens, moved = self.backbone.forward(images, training)
             tokens, statistics = tokens[:, :1], {"backbone": moved}
         else:
@@ -184,7 +228,8 @@ def build(
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)
         backbone = family.backbone(size, config.model, image_size, gather, start, rngs)
-        return Network(backbone, Head(backbone.width, config.head.hidden, dim, start, rngs))
+        head = Head(backbone.width, config.head.hidden, dim, start, rngs)
+        return Network(backbone, head, family)
 
     graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
 

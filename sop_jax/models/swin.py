@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from sop_jax.errors import UserError
 from sop_jax.models.attention import attend
 from sop_jax.models.layers import (
     REMATS,
@@ -55,6 +56,26 @@ SIZES = {
 def custom(config: ml_collections.ConfigDict) -> Size:
     """Returns the size that `config.model` describes."""
     return Size(config.width, tuple(config.stage_depths), tuple(config.stage_heads))
+
+
+def check_size(size: Size) -> None:
+    """There are four stages, layers come in pairs, heads are whole."""
+    if not len(size.depths) == len(size.heads) == 4:
+        raise UserError(
+            f"model.stage_depths is {size.depths} and stage_heads {size.heads}; expected four "
+            "stages"
+        )
+    if any(depth % 2 for depth in size.depths):
+        raise UserError(
+            f"model.stage_depths is {size.depths}; expected even numbers, because every second "
+            "layer moves the windows of the one before"
+        )
+    for i, heads in enumerate(size.heads):
+        if size.width * 2**i % heads:
+            raise UserError(
+                f"model.width {size.width} makes stage {i + 1} {size.width * 2**i} wide, which "
+                f"cannot be split over its {heads} heads; choose other model.stage_heads"
+            )
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:

@@ -9,6 +9,7 @@ import ml_collections
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from sop_jax.errors import UserError
 from sop_jax.models.attention import attend
 from sop_jax.models.layers import (
     REMATS,
@@ -52,6 +53,15 @@ SIZES = {
 def custom(config: ml_collections.ConfigDict) -> Size:
     """Returns the size that `config.model` describes."""
     return Size(config.width, config.depth, config.heads)
+
+
+def check_size(size: Size) -> None:
+    """Heads are whole."""
+    if size.width % size.heads:
+        raise UserError(
+            f"model.width {size.width} cannot be split over model.heads {size.heads}; "
+            "choose a width that the heads divide"
+        )
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:

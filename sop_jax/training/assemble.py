@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from sop_jax.compiled.device_memory import Fit, compile_and_compare, in_gib
 from sop_jax.errors import UserError
-from sop_jax.models import Model, build, size_of
+from sop_jax.models import FAMILIES, Model, build, size_of
 from sop_jax.models.attention import Implementation, choose
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Objective
@@ -74,9 +74,9 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     check_split(mesh, config.batch_size, config.accumulate)
     length = run_length(config, images)
     implementation: Implementation = "xla"
-    if config.model.family == "vit":
-        width, _, heads = size_of(config.model)
-        implementation = choose(config.model, width // heads, mesh.devices.flat[0])
+    if FAMILIES[config.model.family].cudnn:
+        size = size_of(config.model)
+        implementation = choose(config.model, size.width // size.heads, mesh.devices.flat[0])
     model = build(config, config.augment.global_size, gatherer(mesh), implementation)
     batch = abstract_batch(config, mesh, model.patch)
     grid = batch["mask"].shape[2:]
@@ -154,7 +154,8 @@ def too_large(
         )
     smaller = config.batch_size * config.accumulate // parts
     sure = f"{in_gib(found.wanted)} when compiled" if found else "by estimate"
-    changes = ", each normalized by itself" if config.model.family == "resnet" else ""
+    normed = FAMILIES[config.model.family].batch_norm
+    changes = ", each normalized by itself" if normed else ""
     return (
         f"{words}. These would fit ({sure}): --config.accumulate={parts}, which splits the same "
         f"batch of {config.batch_size} into {parts} microbatches{changes}, or "

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from sop_jax import config as config_lib
 from sop_jax import schedules
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
+from sop_jax.models import FAMILIES
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 
@@ -67,13 +68,13 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
     old = config_lib.read_config(workdir)
     config, notes = follow(config, old, config_lib.made_by(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
-    different = sorted([*config_lib.changes(old, config, _names(DURATIONS)), *different])
+    different = sorted([*changes(old, config, _names(DURATIONS)), *different])
     if different:
         raise UserError(
             f"{workdir} belongs to a run with other settings:\n  "
             + "\n  ".join(different)
             + "\nUse the settings of that run to resume it, or another --workdir. Only "
-            f"{', '.join(config_lib.resumable(config))} may change."
+            f"{', '.join(resumable(config))} may change."
             + (_further(workdir) if finished and longer else "")
         )
     if old.init_from != config.init_from and checkpoint.latest_step(workdir):
@@ -102,7 +103,7 @@ def follow(
     kept = {
         key: began[key]
         for key in config_lib.later_settings(version)
-        if key not in config_lib.resumable(config) and asked[key] == default[key] != began[key]
+        if key not in resumable(config) and asked[key] == default[key] != began[key]
     }
     if not kept:
         return config, []
@@ -112,6 +113,33 @@ def follow(
     )
     settings = ", ".join(f"{key}={value}" for key, value in sorted(kept.items()))
     return config, [f"sop_jax {version} began this run, which continues as before: {settings}."]
+
+
+def resumable(config: ml_collections.ConfigDict) -> list[str]:
+    """What a resumed run of this config may change.
+
+    With batch norm the number of microbatches is fixed, because each is normalized by itself.
+    """
+    fixed = ("accumulate",) if FAMILIES[config.model.family].batch_norm else ()
+    return [key for key in config_lib.RESUMABLE if key not in fixed]
+
+
+def changes(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, but: Sequence[str] = ()
+) -> list[str]:
+    """What differs between two configs and may not differ in one run, a line each.
+
+    Args:
+        old: the settings that made a workdir.
+        new: those that are asked for.
+        but: settings that are not compared.
+    """
+    before, after = config_lib.flatten(old), config_lib.flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
+        for key in sorted(before.keys() | after.keys())
+        if key not in (*resumable(new), *but) and before.get(key) != after.get(key)
+    ]
 
 
 def changed_durations(
