@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -288,12 +289,17 @@ def _resizer(rule: str) -> Any:
 
 
 def replace(params: Params, leaves: Arrays) -> Params:
-    """Returns parameters with the given leaves replaced, each with the sharding of the old one."""
+    """Returns parameters with the given leaves replaced, each with the sharding of the old one.
+
+    Raises:
+        AssertionError: a leaf has another shape than the parameter that it replaces.
+    """
 
     def value(path: tuple, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name not in leaves:
             return leaf
+        chex.assert_shape(leaves[name], leaf.shape)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[name].__getitem__)
 
     return jax.tree_util.tree_map_with_path(value, params)

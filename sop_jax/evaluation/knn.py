@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,12 @@ def knn_top1(
 
     Raises:
         UserError: there are no train or no test images.
+        AssertionError: the arrays do not have the shapes above.
     """
+    chex.assert_rank([train_features, train_labels, test_features, test_labels], [2, 1, 2, 1])
+    chex.assert_equal_shape_prefix([train_features, train_labels], 1)
+    chex.assert_equal_shape_prefix([test_features, test_labels], 1)
+    chex.assert_equal_shape_suffix([train_features, test_features], 1)
     train_size, test_size = len(train_features), len(test_features)
     if not train_size or not test_size:
         raise UserError(
