@@ -64,6 +64,13 @@ def libraries_promote() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def promotion() -> Iterator[None]:
+    """Exempts a test from strict types: gradients of JAX's attention in bfloat16 promote."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """The folder of reference numbers and data, or a skip that says where it was looked for."""

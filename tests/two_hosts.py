@@ -19,7 +19,8 @@ from sop_jax.training.assemble import assemble
 
 
 def trajectory(folder: str) -> None:
-    """Saves what the steps of the small run compute, on all devices and on pairs of them."""
+    """Saves what the steps of the small run compute, on all eight devices and on pairs of them."""
+    assert (jax.process_count(), jax.device_count()) == (2, 8)
     for fsdp in (1, 2):
         with pytest.MonkeyPatch.context() as monkeypatch:
             save(f"{folder}/{fsdp}.npz", layouts.trajectory(monkeypatch, data=0, fsdp=fsdp))

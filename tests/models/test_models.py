@@ -350,6 +350,9 @@ def test_recomputing_costs_the_more_the_less_is_stored(params: Params) -> None:
     assert dots - none < 0.3 * (full - none)
 
 
+@pytest.mark.medium
+@pytest.mark.medium
+@pytest.mark.usefixtures("promotion")
 def test_gradients_of_a_half_precision_network_are_sums_in_float32(params: Params) -> None:
     """No gradient is rounded to bfloat16 before devices would add it to those of others."""
     model = small_model(dtype="bfloat16")
@@ -424,6 +427,7 @@ def test_maps_of_attention_are_of_float32_products_too(model: Model, params: Par
     assert precisions(jax.jit(model.attention), params, images()) == {("dot_general", "HIGHEST")}
 
 
+@pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [

@@ -235,6 +235,7 @@ def test_recomputing_layers_changes_no_gradient() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion")
 def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
     for path, leaf in jax.tree.leaves_with_path(gradients(dtype="bfloat16")):
         rounded = leaf.astype(jnp.bfloat16).astype(jnp.float32)

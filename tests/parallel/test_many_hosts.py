@@ -66,11 +66,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder / "run"
 
 
-def test_two_processes_compute_what_one_does(
+def test_two_processes_of_four_devices_compute_what_one_device_does(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On four devices that hold all parameters each, and on two pairs that share them."""
-    ended = finish(tmp_path, [HERE / "two_hosts.py", "trajectory", tmp_path])
+    """On eight devices that hold all parameters each, and on four pairs that share them."""
+    task = [HERE / "two_hosts.py", "trajectory", tmp_path]
+    both = [[*task, *among] for among in processes.among(2)]
+    ended = processes.run(both, tmp_path / "log", devices=4, timeout=240)
     assert [process.code for process in ended] == [0, 0], ended
     expected = layouts.trajectory(monkeypatch)
     for fsdp in (1, 2):

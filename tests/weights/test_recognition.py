@@ -228,6 +228,7 @@ def test_backbone_is_found_in_the_checkpoint_of_another_trainer(
     assert choice or "not taken" not in told
 
 
+@pytest.mark.medium
 def test_features_of_a_checkpoint_are_those_of_its_backbone_by_itself(
     tmp_path: pathlib.Path,
 ) -> None:
