@@ -2,22 +2,21 @@
 
     python benchmarks/collapse.py --out=runs/collapse --steps=1000 --plot=docs/collapse.png
 
-Trains configs/digits.py and variants of it, and draws their curves. Runs that are finished are not
-trained again. Needs matplotlib (pip install matplotlib).
+Trains configs/digits.py and variants of it that differ in one setting each, prints a table of their
+signs of health, and draws their curves where --plot names a file, which needs matplotlib (pip
+install matplotlib). Runs that are finished are not trained again.
 """
 
 import argparse
 import json
+import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_collections
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "configs"), str(ROOT)]
-
-import digits  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from sop_jax.monitor.metrics import read_metrics  # noqa: E402
 from sop_jax.train import train  # noqa: E402
@@ -41,27 +40,31 @@ VARIANTS: dict[str, dict] = {
 PANELS = ("knn_top1", "entropy", "entropy_of_mean", "embedding_std", "agreement", "effective_rank")
 
 
+EARLY = 60  # the step at which agreement decides how a run goes on
+LOG_EVERY = 20
+
+
 def variant(changes: dict, steps: int) -> ml_collections.ConfigDict:
-    """Returns the digits config with some settings changed, for the given number of steps."""
-    config = digits.get_config()
+    """Returns the digits config with some settings changed, for a number of steps."""
+    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"]()
     config.update_from_flattened_dict(changes)
-    config.update(dict(steps=steps, log_every=20, eval_every=100, checkpoint_every=steps))
+    config.update(dict(steps=steps, log_every=LOG_EVERY, eval_every=100, checkpoint_every=steps))
     return config
 
 
-def run_all(out: Path, steps: int) -> dict[str, list[dict]]:
-    """Trains every variant, and returns the logged rows of each by its name."""
+def run_all(names: list[str], out: Path, steps: int) -> dict[str, list[dict]]:
+    """Trains variants, and returns the metrics of each, a row for each logged step."""
     rows = {}
-    for name, changes in VARIANTS.items():
+    for name in names:
         print(f"== {name}", file=sys.stderr, flush=True)
         workdir = out / "".join(c if c.isalnum() else "_" for c in name)
-        train(variant(changes, steps), workdir)
+        train(variant(VARIANTS[name], steps), workdir)
         rows[name] = read_metrics(workdir)
     return rows
 
 
 def plot(rows: dict[str, list[dict]], path: Path) -> None:
-    """Draws a panel per quantity with a line per run."""
+    """Draws a panel for each quantity, with a line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,18 +86,16 @@ def plot(rows: dict[str, list[dict]], path: Path) -> None:
     figure.savefig(path, dpi=80)
 
 
-def table(rows: dict[str, list[dict]], early: int) -> str:
-    """Returns a Markdown table of the signs of health early and at the end, with a row per run."""
-    lines = [
-        f"| run | agreement at {early} | std there | entropy | of mean | std | rank | k-NN % |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    cell: Callable[[dict, str], str] = lambda row, key: f"{row[key]:.2f}"  # noqa: E731
+def table(rows: dict[str, list[dict]]) -> str:
+    """Returns the signs of health at step EARLY and at the end, as a Markdown table of the runs."""
+    heads = ["run", f"agreement at step {EARLY}", f"std at {EARLY}", "entropy at the end"]
+    heads += ["of batch mean", "std", "rank", "k-NN %"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, run in rows.items():
-        first = next(row for row in run if row["step"] == early)
+        first = next(row for row in run if row["step"] == EARLY)
         last = run[-1]
-        cells = [cell(first, "agreement"), cell(first, "embedding_std")]
-        cells += [cell(last, key) for key in ("entropy", "entropy_of_mean", "embedding_std")]
+        cells = [f"{first[key]:.2f}" for key in ("agreement", "embedding_std")]
+        cells += [f"{last[key]:.2f}" for key in ("entropy", "entropy_of_mean", "embedding_std")]
         cells += [f"{last['effective_rank']:.1f}"]
         cells += [f"{100 * run[0]['knn_top1']:.1f} to {100 * last['knn_top1']:.1f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -102,15 +103,19 @@ def table(rows: dict[str, list[dict]], early: int) -> str:
 
 
 def main() -> None:
-    """Trains all variants, draws their curves and prints the table."""
+    """Trains, prints the table and a JSON line, and draws."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/collapse"))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--plot", type=Path, default=Path("runs/collapse/collapse.png"))
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="all by default")
+    parser.add_argument("--plot", type=Path, help="a PNG file of the curves; none by default")
     args = parser.parse_args()
-    rows = run_all(args.out, args.steps)
-    plot(rows, args.plot)
-    print(table(rows, early=100))
+    if args.steps < EARLY:
+        parser.error(f"--steps={args.steps} ends before step {EARLY}, which the table shows")
+    rows = run_all(args.variant or list(VARIANTS), args.out, args.steps)
+    if args.plot:
+        plot(rows, args.plot)
+    print(table(rows))
     print(json.dumps({name: run[-1]["knn_top1"] for name, run in rows.items()}))
 
 

@@ -22,11 +22,11 @@ line is JSON.
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -58,17 +58,19 @@ Batch = dict[str, np.ndarray]
 # The recipe in Pillow
 
 
-def pillow_views(record: bytes, c: Any) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Decodes an image and draws its views as torchvision does from Pillow images."""
+def pillow_views(
+    record: bytes, c: Any, rng: np.random.Generator
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Decodes and draws the views of one image as torchvision does on Pillow images."""
     image = Image.open(io.BytesIO(record)).convert("RGB")
     first, others, local = c.blur
     chances = [(first, 0.0)] + [(others, c.solarize)] * (c.global_crops - 1)
     globals_ = [
-        _pillow_view(image, c, c.global_size, c.global_scale, blur, solarize)
+        _pillow_view(image, c, rng, c.global_size, c.global_scale, blur, solarize)
         for blur, solarize in chances
     ]
     locals_ = [
-        _pillow_view(image, c, c.local_size, c.local_scale, local, 0.0)
+        _pillow_view(image, c, rng, c.local_size, c.local_scale, local, 0.0)
         for _ in range(c.local_crops)
     ]
     return globals_, locals_
@@ -77,20 +79,20 @@ def pillow_views(record: bytes, c: Any) -> tuple[list[Image.Image], list[Image.I
 def _pillow_view(
     image: Image.Image,
     c: Any,
+    rng: np.random.Generator,
     size: int,
     scale: tuple[float, float],
     blur: float,
     solarize: float,
 ) -> Image.Image:
-    rng = random
     top, left, h, w = augment.crop_box(image.height, image.width, scale, rng)
     view = image.crop((left, top, left + w, top + h))
     view = view.resize((size, size), Image.Resampling.BICUBIC)
     if rng.random() < c.flip:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < c.jitter:
-        for name in rng.sample(("brightness", "contrast", "saturation", "hue"), 4):
-            view = _pillow_jitter(view, name, c)
+        for name in rng.permutation(("brightness", "contrast", "saturation", "hue")):
+            view = _pillow_jitter(view, name, c, rng)
     if rng.random() < c.grayscale:
         grey = view.convert("L")
         view = Image.merge("RGB", (grey, grey, grey))
@@ -101,10 +103,10 @@ def _pillow_view(
     return view
 
 
-def _pillow_jitter(view: Image.Image, name: str, c: Any) -> Image.Image:
+def _pillow_jitter(view: Image.Image, name: str, c: Any, rng: np.random.Generator) -> Image.Image:
     if name == "hue":
         hue, saturation, value = view.convert("HSV").split()
-        turned = np.asarray(hue) + np.int32(random.uniform(-c.hue, c.hue) * 255).astype(np.uint8)
+        turned = np.asarray(hue) + np.int32(rng.uniform(-c.hue, c.hue) * 255).astype(np.uint8)
         return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
     kinds = {
         "brightness": (ImageEnhance.Brightness, c.brightness),
@@ -112,7 +114,7 @@ def _pillow_jitter(view: Image.Image, name: str, c: Any) -> Image.Image:
         "saturation": (ImageEnhance.Color, c.saturation),
     }
     enhance, strength = kinds[name]
-    return enhance(view).enhance(random.uniform(1 - strength, 1 + strength))
+    return enhance(view).enhance(rng.uniform(1 - strength, 1 + strength))
 
 
 def pillow_batches(source: Any, config: Any) -> Iterator[Batch]:
@@ -122,10 +124,10 @@ def pillow_batches(source: Any, config: Any) -> Iterator[Batch]:
     rng = np.random.default_rng(0)
     while True:
         indices = rng.integers(len(source), size=config.batch_size)
-        views = [pillow_views(source[int(i)], c) for i in indices]
+        views = [pillow_views(source[int(i)], c, rng) for i in indices]
         yield {
-            "global_views": np.stack([np.stack(globals_) for globals_, _ in views]),
-            "local_views": np.stack([np.stack(locals_) for _, locals_ in views]),
+            "global_views": np.array([[np.asarray(v) for v in globals_] for globals_, _ in views]),
+            "local_views": np.array([[np.asarray(v) for v in locals_] for _, locals_ in views]),
             "mask": np.stack(
                 [
                     [masks.view_mask((side, side), rng, mask) for _ in globals_]
@@ -246,21 +248,25 @@ def parts(source: Any, config: Any) -> dict[str, float]:
         return statistics.median(passes[1:])
 
     def over_views(work: Callable[[np.ndarray], Any], share: float) -> float:
-        return sum(
-            n * share * cost(lambda i, size=size: work(views[size][i])) for size, _, n in sizes
-        )
+        return sum(n * share * cost(functools.partial(on_view, work, size)) for size, _, n in sizes)
 
-    def crop(i: int, size: int, scale: tuple[float, float]) -> None:
+    def on_view(work: Callable[[np.ndarray], Any], size: int, i: int) -> None:
+        work(views[size][i])
+
+    def crop(size: int, scale: tuple[float, float], i: int) -> None:
         box = augment.crop_box(HEIGHT, WIDTH, scale, rng)
         augment.resize(images[i], box, size, c.resample)
 
     def strength(limit: float) -> float:
         return 1 + limit * (2 * rng.random() - 1)
 
-    low, high = c.blur_sigma
+    def blur(view: np.ndarray) -> None:
+        low, high = c.blur_sigma
+        augment.gaussian_blur(view, low + (high - low) * rng.random())
+
     table = {
         "read and decode": cost(lambda i: decode(source[i])),
-        "crop and resize": sum(n * cost(lambda i, s=s, a=a: crop(i, s, a)) for s, a, n in sizes),
+        "crop and resize": sum(n * cost(functools.partial(crop, *which)) for *which, n in sizes),
         "brightness": over_views(
             lambda v: augment.adjust_brightness(v, strength(c.brightness)), c.jitter
         ),
@@ -273,15 +279,7 @@ def parts(source: Any, config: Any) -> dict[str, float]:
         "hue": over_views(lambda v: augment.adjust_hue(v, strength(c.hue) - 1), c.jitter),
         "grayscale": over_views(augment.grayscale, c.grayscale),
         "flip": over_views(lambda v: cv2.flip(v, 1), c.flip),
-        "blur": sum(
-            n
-            * cost(
-                lambda i, size=size: augment.gaussian_blur(
-                    views[size][i], low + (high - low) * rng.random()
-                )
-            )
-            for size, n in blurred.items()
-        ),
+        "blur": sum(n * cost(functools.partial(on_view, blur, s)) for s, n in blurred.items()),
         "masks": c.global_crops * cost(lambda i: masks.view_mask((side, side), rng, mask)),
     }
     with contextlib.closing(pipeline.train_batches(source, config, PATCH)) as batches:

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from step import ARCHS, METHODS, random_batch, settings  # noqa: E402
 
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
-from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import assemble  # noqa: E402
+from sop_jax.training.step import make_train_step  # noqa: E402
 
 
-def keep_gradients(*_: Any) -> optax.GradientTransformation:
-    """Returns an optimizer that leaves parameters unchanged and stores gradients in its state."""
+def keep_gradients() -> optax.GradientTransformation:
+    """Leaves parameters as they are, and gradients in its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),
@@ -44,14 +44,17 @@ def step(config: ml_collections.ConfigDict, device: jax.Device, start: Any) -> d
     `start` is the state of another device to start from; None for a new state.
     """
     run = assemble(config, make_mesh(1, 1, [device]), config.batch_size)
+    tx = keep_gradients()
+    train_step = jax.jit(make_train_step(run.model, run.objective, tx, run.schedules))
     state = run.init(jax.random.key(0))
+    state = state._replace(opt_state=tx.init(state.student))
     names = ("student", "teacher", "carried")
     if start is not None:
         lay = functools.partial(jax.tree.map, lambda a, b: jax.device_put(a, b.sharding))
         state = state._replace(**{name: lay(start[name], getattr(state, name)) for name in names})
     first = {name: jax.device_get(getattr(state, name)) for name in names}
     batch = to_devices(run.mesh, random_batch(config, run))
-    state, metrics = run.train_step(state, batch, put(np.array(False), replicated(run.mesh)))
+    state, metrics = train_step(state, batch, put(np.array(False), replicated(run.mesh)))
     found = {
         "losses": {name: metrics[name] for name in ("cls", "mim")},
         "gradients": state.opt_state,
@@ -79,7 +82,6 @@ def main() -> None:
     parser.add_argument("--local-crops", type=int, default=4)
     parser.add_argument("--limit", type=float, default=0.05)
     args, changes = parser.parse_known_args()
-    optim.optimizer = keep_gradients
     config = settings(args, changes)
     device = jax.devices()[0]
     expected = step(in_float32(config), jax.devices("cpu")[0], None)

@@ -154,7 +154,7 @@ def growth(store: Store) -> None:
             + [f"{row['flops']['prototypes'] / chips / 1e9:.3f}"]
             + [f"{sent(row, where=['prototypes']):.2f}", f"{sent(row, where=['memories']):.2f}"]
             + [f"{sent(row, where=['student', 'teacher']):.1f}", f"{sent(row):.1f}"]
-            + [f"{row['memory']['memories'] / MIB:.2f}"]
+            + [f"{row['memory']['carried'] / MIB:.2f}"]
             + [f"{row['memory']['activations'] / MIB:.0f}", f"{row['wanted'] / GIB:.2f}"]
             + [f"{row['compile_s']:.0f}"]
         )

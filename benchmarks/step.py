@@ -17,6 +17,7 @@ does not make.
 
 import argparse
 import ast
+import functools
 import json
 import re
 import resource
@@ -32,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,7 +48,7 @@ from sop_jax.objectives.objective import Outputs  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import Run, assemble  # noqa: E402
-from sop_jax.training.step import embed_views  # noqa: E402
+from sop_jax.training.step import embed_views, update  # noqa: E402
 
 ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
 
@@ -143,8 +143,8 @@ def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.nd
 
 def parts_of(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """Returns the median seconds and the compiled temporary bytes of each part of the step."""
+) -> dict[str, dict[str, Any]]:
+    """Median seconds and compiled temporary bytes of each part of the step, on its own."""
     objective, key = run.objective, jax.random.key(1)
     tx = optim.optimizer(config.optim, run.schedules, objective.optimizers)
     now = {name: jnp.float32(schedule(0)) for name, schedule in objective.schedules.items()}
@@ -155,8 +155,7 @@ def parts_of(
     def part(name: str, function: Callable, *inputs: Any) -> Any:
         compiled = jax.jit(function).lower(*inputs).compile()
         taken = seconds(lambda: compiled(*inputs), args.warmup, args.steps)
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-        parts[name] = {"s": statistics.median(taken), "temp_bytes": temporary}
+        parts[name] = {"s": statistics.median(taken), "temp_bytes": temporary_bytes(compiled)}
         return compiled(*inputs)
 
     def teacher(params: Any, batch: dict) -> Outputs:
@@ -175,11 +174,6 @@ def parts_of(
 
         return jax.value_and_grad(loss)(student)
 
-    def update(state: Any, gradients: Any) -> Any:
-        updates, opt_state = tx.update(gradients, state.opt_state, state.student)
-        student = optax.apply_updates(state.student, updates)
-        return student, optax.incremental_update(student, state.teacher, 0.01), opt_state
-
     def teach(carried: Any, outputs: Outputs) -> Any:
         return objective.teach({}, {}, carried, outputs, batch["index"], now, key)
 
@@ -190,8 +184,14 @@ def parts_of(
     masked = selection.student.patches.shape[-1]
     student = outputs._replace(cls=several, patches=outputs.patches[:, :, :masked])
     part("losses", losses, shared, targets, student)
-    part("update", update, state, state.student)
+    part("update", functools.partial(update, tx, momentum=0.99), state.student, state)
     return parts
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Returns the bytes of a program's temporary arrays, None where the compiler does not say."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
 
 
 def peak_bytes() -> int:
@@ -225,7 +225,6 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     device = jax.devices()[0]
     operations = flops(run.train_step, run.abstract, run.batch, off)
     ceiling = matrix_rate(args.dtype) * mesh.devices.size
-    analysis = step.memory_analysis()
     result = {
         "arch": args.arch,
         "method": args.method,
@@ -237,7 +236,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
         "step_s_range": [round(min(taken), 5), round(max(taken), 5)],
         "images_per_s": round(args.batch / step_s, 3),
         "peak_bytes": int(peak),
-        "compiled_temp_bytes": getattr(analysis, "temp_size_in_bytes", None),
+        "compiled_temp_bytes": temporary_bytes(step),
         "compile_s": round(compile_s, 2),
         "cache": folder,
         "flops": operations,
@@ -247,10 +246,10 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     }
     if args.parts:
         parts = parts_of(run, config, state, batch, args)
-        taken = {name: part["s"] for name, part in parts.items()}
-        taken["student"] = step_s - sum(taken.values())
-        result["parts_s"] = {name: round(value, 5) for name, value in taken.items()}
-        result["shares"] = {name: round(value / step_s, 4) for name, value in taken.items()}
+        parts_s = {name: part["s"] for name, part in parts.items()}
+        parts_s["student"] = step_s - sum(parts_s.values())
+        result["parts_s"] = {name: round(value, 5) for name, value in parts_s.items()}
+        result["shares"] = {name: round(value / step_s, 4) for name, value in parts_s.items()}
         result["parts_temp_bytes"] = {name: part["temp_bytes"] for name, part in parts.items()}
     return result
 

@@ -1,9 +1,15 @@
-"""The benchmark of the step measures what its command line says."""
+"""Each benchmark runs in its smallest case, and that of the step measures what is asked for."""
 
 import importlib
+import json
+import math
+import os
 import pathlib
+import runpy
+import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -12,6 +18,110 @@ from sop_jax.data.masks import most_masked
 pytestmark = pytest.mark.medium
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+SMALL = (
+    *("--arch=vit_tiny", "--batch=2", "--dtype=float32", "--local-crops=1"),
+    *("--config.model.size=custom", "--config.model.width=32", "--config.model.depth=1"),
+    *(
+        "--config.model.heads=2",
+        "--config.augment.global_size=32",
+        "--config.augment.local_size=16",
+    ),
+    *("--config.sop.cls.memory=64", "--config.sop.cls.anchors=16", "--config.sop.patch.memory=32"),
+    *("--config.sop.patch.anchors=8", "--config.head.hidden=16", "--config.head.dim=8"),
+    "--config.mesh.data=1",
+)
+
+
+def run(name: str, *words: str) -> dict[str, Any]:
+    """Runs a benchmark as a person would, and returns the JSON that it prints last."""
+    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # what is timed is optimized
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_step_are_timed() -> None:
+    found = run("step", *SMALL, "--steps=2", "--warmup=0", "--parts")
+    assert set(found["parts_s"]) == {"teacher", "targets", "losses", "update", "student"}
+    assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"], abs=1e-4)
+    assert found["flops"] > 0 and math.isfinite(found["loss"])
+
+
+@pytest.mark.slow
+def test_the_precision_of_a_step_is_compared() -> None:
+    found = run("precision", *SMALL[:1], "--dtype=bfloat16", *SMALL[3:], "--limit=0.2")
+    assert all(0 < found[name] < 0.2 for name in ("losses", "gradients", "memories"))
+
+
+@pytest.mark.slow
+def test_the_search_is_timed() -> None:
+    sizes = ("--rows=256", "--anchors=32", "--supports=2", "--steps=1", "--quick")
+    found = run("search", *sizes)["searches"]
+    assert [row["precision"] for row in found] == ["float32", "high", "bfloat16"]
+    assert all(row["limit_ms"] > 0 and row["ms"] > 0 for row in found)
+    assert found[0]["recall"] == 1
+
+
+@pytest.mark.slow
+def test_the_recall_of_precisions_is_measured() -> None:
+    found = run("recall", "--rows=256", "--anchors=64", "--supports=2")
+    assert set(found) == {"random", "clusters of 0.3", "clusters of 0.05"}
+    assert all(shares["float32"] == 1 for shares in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, to bind to cores")
+def test_the_input_is_timed() -> None:
+    found = run("input", "--count=8", "--rounds=1")
+    assert found["speed_ratio"] > 0 and found["parallel_efficiency"] > 0
+
+
+@pytest.mark.slow
+def test_raw_pixels_are_evaluated() -> None:
+    found = run("pixels", f"--config={BENCHMARKS.parent / 'configs' / 'digits.py'}")
+    assert set(found) == {"k10", "k20", "k100", "k200"}
+    assert found["k10"] > 0.9  # the pixels of digits tell them apart
+
+
+@pytest.mark.slow
+def test_a_variant_is_trained_and_shown(tmp_path: pathlib.Path) -> None:
+    found = run("collapse", f"--out={tmp_path}", "--steps=60", "--variant=ratio 0.7")
+    assert list(found) == ["ratio 0.7"]
+    assert 0.1 < found["ratio 0.7"] <= 1
+
+
+@pytest.mark.slow
+def test_the_tables_of_scale_have_no_gaps(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("libtpu", reason="needs the compiler of TPUs: pip install -e .[tpu]")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    scale = importlib.import_module("scale")
+    small = runpy.run_path(str(BENCHMARKS.parent / "configs" / "digits.py"))["get_config"]
+
+    def recipe(model: str, fsdp: int = 1) -> Any:
+        config = small()
+        config.mesh.fsdp = fsdp
+        return config
+
+    monkeypatch.setattr(scale, "recipe", recipe)
+    monkeypatch.setattr(scale, "MODELS", ("s",))
+    monkeypatch.setattr(scale, "SLICES", {"v5e-64": "v5e:2x2"})
+    monkeypatch.setattr(scale, "SHARED", (("s", "v5e-64", 2),))
+    monkeypatch.setattr(scale, "GROWTH", ("v5e:2x2",))
+    monkeypatch.setattr(scale, "GROWTH_BATCH", 64)
+    monkeypatch.setattr(sys, "argv", ["scale.py", f"--out={tmp_path / 'scale.jsonl'}"])
+    scale.main()
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3 + 3 + 2 + 5  # each table's head and its rows
+    assert "nan" not in printed
+    scale.main()  # again, from what is kept
+    assert capsys.readouterr().out == printed
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Run(NamedTuple):
     init: Callable[[Key[Array, ""]], TrainState]
     abstract: Any
     batch: dict[str, Any]
-    train_step: Callable[..., Any]
+    train_step: jax.stages.Wrapped
 
 
 def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
@@ -107,8 +107,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 def traced_step(run: Run) -> Any:
     """Returns the step traced for the shapes of the run, not yet compiled."""
     measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(run.mesh))
-    step: Any = run.train_step  # a function of jax.jit, which has `trace`
-    return step.trace(run.abstract, run.batch, measure)
+    return run.train_step.trace(run.abstract, run.batch, measure)
 
 
 def compiled_step(

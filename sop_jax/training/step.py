@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 from sop_jax.models import Model, Params
 from sop_jax.objectives.objective import Objective, Outputs, PatchIndices
@@ -120,11 +120,7 @@ def make_train_step(
         (loss, terms, moved, grads), student_cls = mean_over_parts(student, parts, accumulate)
 
         with jax.named_scope("update"):
-            updates, opt_state = tx.update(grads, state.opt_state, state.student)
-            student_params = optax.apply_updates(state.student, updates)
-            teacher_params = optax.incremental_update(
-                student_params, state.teacher, 1 - now["momentum"]
-            )
+            student_params, teacher_params, opt_state = update(tx, grads, state, now["momentum"])
             # Only forward passes change running statistics, not the optimizer or the average.
             student_params = with_statistics(student_params, moved)
             teacher_params = with_statistics(teacher_params, teacher_moved)
@@ -148,6 +144,26 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def update(
+    tx: optax.GradientTransformation,
+    gradients: Params,
+    state: TrainState,
+    momentum: Float[Array, ""] | float,
+) -> tuple[Params, Params, Any]:
+    """Returns the student after an optimizer step, the new teacher, and the optimizer's state.
+
+    Args:
+        tx: the optimizer.
+        gradients: the gradients of the student's parameters.
+        state: the state before the step.
+        momentum: the share of the teacher's parameters that remains.
+    """
+    updates, opt_state = tx.update(gradients, state.opt_state, state.student)
+    student = optax.apply_updates(state.student, updates)
+    teacher = optax.incremental_update(student, state.teacher, 1 - momentum)
+    return student, teacher, opt_state
 
 
 def embed_views(
