@@ -61,7 +61,7 @@ Batch = dict[str, np.ndarray]
 def pillow_views(
     record: bytes, c: Any, rng: np.random.Generator
 ) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Decodes and draws the views of one image as torchvision does on Pillow images."""
+    """Decodes an image and draws its views as torchvision does from Pillow images."""
     image = Image.open(io.BytesIO(record)).convert("RGB")
     first, others, local = c.blur
     chances = [(first, 0.0)] + [(others, c.solarize)] * (c.global_crops - 1)

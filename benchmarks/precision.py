@@ -31,7 +31,7 @@ from sop_jax.training.step import make_train_step  # noqa: E402
 
 
 def keep_gradients() -> optax.GradientTransformation:
-    """Leaves parameters as they are, and gradients in its state."""
+    """Returns an optimizer that leaves parameters unchanged and stores gradients in its state."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda gradients, state, params=None: (jax.tree.map(jnp.zeros_like, gradients), gradients),

@@ -144,7 +144,7 @@ def random_batch(config: ml_collections.ConfigDict, run: Run) -> dict[str, np.nd
 def parts_of(
     run: Run, config: ml_collections.ConfigDict, state: Any, batch: dict, args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Median seconds and compiled temporary bytes of each part of the step, on its own."""
+    """Returns the median seconds and the compiled temporary bytes of each part of the step."""
     objective, key = run.objective, jax.random.key(1)
     tx = optim.optimizer(config.optim, run.schedules, objective.optimizers)
     now = {name: jnp.float32(schedule(0)) for name, schedule in objective.schedules.items()}
