@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import jax
 import pytest
 
 from sop_jax.data.masks import most_masked
@@ -108,6 +109,8 @@ def test_the_tables_of_scale_have_no_gaps(
         config.mesh.fsdp = fsdp
         return config
 
+    # Without devices nothing can be read from the cache.
+    monkeypatch.setattr(jax.config, "jax_enable_compilation_cache", False)
     monkeypatch.setattr(scale, "recipe", recipe)
     monkeypatch.setattr(scale, "MODELS", ("s",))
     monkeypatch.setattr(scale, "SLICES", {"v5e-64": "v5e:2x2"})
