@@ -15,6 +15,8 @@ from sop_jax.objectives.methods import METHODS
 from sop_jax.parallel.mesh import put, replicated, split
 from sop_jax.training import checkpoint
 
+pytestmark = pytest.mark.medium
+
 STEPS = 5
 
 
@@ -102,7 +104,6 @@ def test_the_student_does_not_see_the_view_of_the_teacher(taken: Taken) -> None:
         assert metrics["center"] != taken.metrics[0]["center"]  # the teacher sees both
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("layout", [dict(data=2, fsdp=4), dict(accumulate=4)], ids=str)
 def test_every_layout_computes_what_one_device_does(
     layout: dict[str, Any], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
