@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental.multihost_utils import process_allgather
+from small import small_config
 
-from sop_jax import config as config_lib
 from sop_jax.parallel import mesh as mesh_lib
 from sop_jax.parallel.mesh import make_mesh, put, replicated, split
 from sop_jax.training import optim
@@ -22,7 +22,7 @@ from sop_jax.training.assemble import Run, assemble
 STEPS = 3
 
 
-def small_config(
+def make_config(
     data: int = 1,
     fsdp: int = 1,
     accumulate: int = 1,
@@ -30,26 +30,30 @@ def small_config(
     family: str = "vit",
 ) -> ml_collections.ConfigDict:
     """With drop path, local crops, and memories that a batch does not divide."""
-    config = config_lib.paper()
-    config.batch_size, config.steps, config.accumulate = 16, 100, accumulate
-    config.mesh.update(dict(data=data, fsdp=fsdp))
-    config.augment.update(dict(global_size=8, local_size=4, local_crops=2))
-    model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype="float32", init_std=0.2)
-    config.model.update(model | dict(drop_path=0.3, remat=remat))
-    config.optim.lr = 0.5
+    config = small_config(
+        batch_size=16,
+        steps=100,
+        accumulate=accumulate,
+        mesh=dict(data=data, fsdp=fsdp),
+        augment=dict(global_size=8, local_size=4, local_crops=2),
+        model=dict(init_std=0.2, drop_path=0.3, remat=remat),
+        optim=dict(lr=0.5),
+        sop=dict(
+            cls=dict(memory=40, anchors=6, supports=2, tasks=2),
+            patch=dict(memory=24, anchors=5),
+            # Mild, so that rounding stays what it is over some steps.
+            student_temperature=0.3,
+            teacher_temperature=(0.2, 0.25),
+            temperature_warmup_steps=10,
+        ),
+        mask=dict(ratio=(0.5, 0.5)),
+    )
     if family == "swin":  # whose first stage of four moves its windows
         config.augment.update(dict(global_size=64, local_size=32))
         stages = dict(stage_depths=(2, 2, 2, 2), stage_heads=(1, 2, 2, 2), window=8)
         config.model.update(stages | dict(family=family))
         # Eight layers, and LayerNorm of small masked patches, would magnify what is rounded.
         config.model.init_std, config.model.norm_eps, config.optim.lr = 0.05, 0.1, 0.05
-    config.head.update(dict(hidden=16, dim=8))
-    config.sop.cls.update(dict(memory=40, anchors=6, supports=2, tasks=2))
-    config.sop.patch.update(dict(memory=24, anchors=5))
-    # Mild, so that rounding stays what it is over some steps.
-    config.sop.student_temperature, config.sop.teacher_temperature = 0.3, (0.2, 0.25)
-    config.sop.temperature_warmup_steps = 10
-    config.mask.ratio = (0.5, 0.5)
     return config
 
 
@@ -89,7 +93,7 @@ def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]
     """The run and its first state; nearly every parameter is large enough to be shared."""
     monkeypatch.setattr(mesh_lib, "SMALL", 64)
     monkeypatch.setattr(optim, "optimizer", keep_gradients)
-    config = small_config(**layout)
+    config = make_config(**layout)
     run = assemble(config, make_mesh(config.mesh.data, config.mesh.fsdp), images=1000)
     return run, run.init(jax.random.key(0))
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
+from small import small_config
 
 from sop_jax import config as config_lib
 from sop_jax import evaluate, paths
-from sop_jax.config import paper
 from sop_jax.data import sources
 from sop_jax.data.named import name_data
 from sop_jax.data.prepare import prepare
@@ -37,24 +37,24 @@ pytestmark = pytest.mark.medium
 LENGTH = Length(steps=10, epoch=5.0)
 
 
-def small_config(**changes: Any) -> ml_collections.ConfigDict:
-    config = paper()
-    config.steps = 10
-    config.batch_size = 8
-    config.data.update(source="digits")
-    config.model.update(size="custom", width=32, depth=2, heads=2, patch=4, dtype="float32")
-    config.head.update(hidden=32, dim=8)
-    config.augment.update(global_size=16, local_size=8)
-    config.sop.cls.update(memory=64, anchors=16, supports=2)
-    config.sop.patch.update(memory=64, anchors=16)
-    config.eval.update(resize=16, crop=16, batch_size=512)
+def make_config(**changes: Any) -> ml_collections.ConfigDict:
+    config = small_config(
+        steps=10,
+        batch_size=8,
+        data=dict(source="digits"),
+        model=dict(width=32),
+        head=dict(hidden=32),
+        augment=dict(global_size=16, local_size=8),
+        sop=dict(cls=dict(memory=64, anchors=16, supports=2), patch=dict(memory=64, anchors=16)),
+        eval=dict(resize=16, crop=16, batch_size=512),
+    )
     config.update_from_flattened_dict(changes)
     return config
 
 
 def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: Any) -> Any:
     """A workdir with checkpoints of an untrained network, other parameters in each."""
-    config = small_config(**changes)
+    config = make_config(**changes)
     workdir.mkdir(exist_ok=True)
     config_lib.save(config, epath.Path(workdir))
     model = build(config, config.augment.global_size)
@@ -86,7 +86,7 @@ def fake_extract(params: Any, source: Any, between: Any = None) -> Features:
 
 
 def test_reports_each_k_and_the_best() -> None:
-    config = small_config(**{"eval.knn_k": (1, 10, 5000)})
+    config = make_config(**{"eval.knn_k": (1, 10, 5000)})
     train, test = DigitsSource("train"), DigitsSource("test")
     found = knn_evaluation(fake_extract, {}, train, test, config.eval, make_mesh())
     assert list(found) == [
@@ -104,7 +104,7 @@ def test_reports_each_k_and_the_best() -> None:
 
 
 def test_labels_follow_the_images_that_could_be_read() -> None:
-    config = small_config()
+    config = make_config()
     train, test = DigitsSource("train"), DigitsSource("test")
     found = knn_evaluation(
         fake_extract, {"corrupt": [0, 1, 200]}, train, test, config.eval, make_mesh()
@@ -125,7 +125,7 @@ def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
     def extract(params: Any, source: Any, between: Any = None) -> Features:
         raise AssertionError("nothing is to be computed")
 
-    found = knn_evaluation(extract, {}, train, test, small_config().eval, make_mesh())
+    found = knn_evaluation(extract, {}, train, test, make_config().eval, make_mesh())
     assert {"knn_top1", "knn_k", "knn_top1_k10", "knn_top1_k200"} <= set(found)
     assert set(found.values()) == {None}
 
@@ -159,7 +159,7 @@ def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) ->
 def test_load_says_what_is_missing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no folder of a training run"):
         load_network(tmp_path / "nowhere")
-    config_lib.save(small_config(), epath.Path(tmp_path))
+    config_lib.save(make_config(), epath.Path(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
         load_network(tmp_path)
     make_run(tmp_path)
@@ -169,7 +169,7 @@ def test_load_says_what_is_missing(tmp_path: pathlib.Path) -> None:
 
 def test_load_names_the_leaves_of_another_architecture(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path)
-    config_lib.save(small_config(**{"model.depth": 3}), epath.Path(tmp_path))
+    config_lib.save(make_config(**{"model.depth": 3}), epath.Path(tmp_path))
     with pytest.raises(UserError, match="teacher/backbone/blocks"):
         load_network(tmp_path)
 

@@ -11,8 +11,8 @@ import jax
 import layouts
 import ml_collections
 import pytest
+from small import small_config
 
-from sop_jax import config as config_lib
 from sop_jax import plan as plan_lib
 from sop_jax.compiled.collectives import Collective
 from sop_jax.errors import UserError
@@ -27,18 +27,19 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def small_config(batch_size: int = 16, fsdp: int = 1) -> ml_collections.ConfigDict:
-    config = config_lib.paper()
-    config.batch_size = batch_size
-    config.mesh.fsdp = fsdp
-    config.augment.update(dict(global_size=16, local_size=8, local_crops=2))
-    config.eval.update(dict(resize=16, crop=16))
-    model = dict(size="custom", width=128, depth=2, heads=2, patch=8, dtype="float32")
-    config.model.update(model)
-    config.head.update(dict(hidden=128, dim=128))
-    config.sop.cls.update(dict(memory=64, anchors=8, supports=2, tasks=1))
-    config.sop.patch.update(dict(memory=32, anchors=4))
-    return config
+def make_config(batch_size: int = 16, fsdp: int = 1) -> ml_collections.ConfigDict:
+    return small_config(
+        batch_size=batch_size,
+        mesh=dict(fsdp=fsdp),
+        augment=dict(global_size=16, local_size=8, local_crops=2),
+        eval=dict(resize=16, crop=16),
+        model=dict(width=128, patch=8),
+        head=dict(hidden=128, dim=128),
+        sop=dict(
+            cls=dict(memory=64, anchors=8, supports=2, tasks=1),
+            patch=dict(memory=32, anchors=4),
+        ),
+    )
 
 
 def made(**changes: object) -> Plan:
@@ -64,13 +65,13 @@ def made(**changes: object) -> Plan:
 @pytest.fixture(scope="module")
 def one() -> Plan:
     with layouts.usual_passes():
-        return plan(small_config(), jax.devices()[:1])
+        return plan(make_config(), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
 def eight() -> Plan:
     with layouts.usual_passes():
-        return plan(small_config(fsdp=4), jax.devices())
+        return plan(make_config(fsdp=4), jax.devices())
 
 
 @pytest.mark.medium
@@ -128,7 +129,7 @@ def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
     assert "fits: unknown" in table(made(limit=None, fits=None))
     monkeypatch.setattr(plan_lib, "bytes_limit", lambda devices: None)
     with pytest.raises(UserError, match="do not say how much memory"):
-        largest_batch(small_config(), jax.devices()[:1])
+        largest_batch(make_config(), jax.devices()[:1])
 
 
 @pytest.mark.medium
@@ -151,7 +152,7 @@ def test_what_cannot_run_is_said_before_it_compiles(
     changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_lib.flops, "by_scope", lambda *_: pytest.fail("too late"))
-    config = small_config()
+    config = make_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=words):
         plan(config, jax.devices())
@@ -209,7 +210,7 @@ def test_largest_batch_is_found_up_to_what_the_memories_take(
 
     monkeypatch.setattr(plan_lib, "plan", pretend)
     monkeypatch.setattr(plan_lib, "bytes_limit", lambda device: GIB)
-    config = small_config()
+    config = make_config()
     config.accumulate = accumulate
     found = largest_batch(config, jax.devices()[:1])
     assert (found and found.batch_size // accumulate) == expected
@@ -227,7 +228,7 @@ def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(METHODS, "sop", METHODS["sop"]._replace(batch_limit=lambda config: None))
     monkeypatch.setattr(plan_lib, "plan", pretend)
     monkeypatch.setattr(plan_lib, "bytes_limit", lambda device: GIB)
-    found = largest_batch(small_config(), jax.devices()[:1])
+    found = largest_batch(make_config(), jax.devices()[:1])
     assert found and found.batch_size == 3
     assert tried[0] == plan_lib.IMAGES
     unbound = made(bound=None)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from small import small_config
 
-from sop_jax.config import paper
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.sources import DigitsSource
 from sop_jax.evaluation.features import host_batches, make_extractor
@@ -19,19 +19,20 @@ from sop_jax.parallel.mesh import make_mesh
 WIDTH = 32
 
 
-def small_config(**changes: Any) -> ml_collections.ConfigDict:
-    config = paper()
-    config.model.update(size="custom", width=WIDTH, depth=2, heads=2, patch=4, dtype="float32")
-    config.head.update(hidden=32, dim=8)
-    config.augment.update(global_size=16, local_size=8)
-    config.eval.update(resize=18, crop=16, batch_size=16)
+def make_config(**changes: Any) -> ml_collections.ConfigDict:
+    config = small_config(
+        model=dict(width=WIDTH),
+        head=dict(hidden=32),
+        augment=dict(global_size=16, local_size=8),
+        eval=dict(resize=18, crop=16, batch_size=16),
+    )
     config.update_from_flattened_dict(changes)
     return config
 
 
 @functools.cache
 def network(dtype: str) -> tuple[Model, Params]:
-    config = small_config(**{"model.dtype": dtype})
+    config = make_config(**{"model.dtype": dtype})
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(0))
     noise = jax.random.key(1)
@@ -55,7 +56,7 @@ class Some(DigitsSource):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [1, 16, 37])
 def test_are_the_class_token_of_every_image_in_order(count: int, dtype: str) -> None:
-    config, (model, params) = small_config(), network(dtype)
+    config, (model, params) = make_config(), network(dtype)
     source = Some(count)
     found = make_extractor(model, config, make_mesh(1))(params, source)
     (batch,) = eval_batches(source, 18, 16, count)
@@ -72,9 +73,9 @@ def test_are_the_class_token_of_every_image_in_order(count: int, dtype: str) -> 
 def test_do_not_depend_on_devices_or_batch() -> None:
     model, params = network("float32")
     source = Some(45)
-    one = make_extractor(model, small_config(), make_mesh(1))(params, source)
+    one = make_extractor(model, make_config(), make_mesh(1))(params, source)
     for batch_size in (1, 10):  # rounded up to what the devices divide
-        config = small_config(**{"eval.batch_size": batch_size})
+        config = make_config(**{"eval.batch_size": batch_size})
         mesh = make_mesh()
         many = make_extractor(model, config, mesh)(params, source)
         np.testing.assert_allclose(many.vectors, one.vectors, atol=1e-5)
@@ -82,7 +83,7 @@ def test_do_not_depend_on_devices_or_batch() -> None:
 
 
 def test_patches_come_row_by_row_where_asked_for() -> None:
-    config, (model, params) = small_config(), network("float32")
+    config, (model, params) = make_config(), network("float32")
     found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
     assert found.patches is not None
     assert found.patches.dtype == np.float16 and found.patches.shape == (20, 16, WIDTH)
@@ -95,7 +96,7 @@ def test_patches_come_row_by_row_where_asked_for() -> None:
 def test_a_swin_gives_the_mean_of_its_tokens_and_all_of_them() -> None:
     settings = {"model.family": "swin", "model.width": 8, "model.stage_depths": (2, 2, 2, 2)}
     settings |= {"model.stage_heads": (1, 1, 2, 2), "augment.global_size": 64}
-    config = small_config(**settings | {"eval.crop": 64, "eval.resize": 64})
+    config = make_config(**settings | {"eval.crop": 64, "eval.resize": 64})
     model = build(config, 64)
     params = jax.jit(model.init)(jax.random.key(0))
     found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
@@ -106,7 +107,7 @@ def test_a_swin_gives_the_mean_of_its_tokens_and_all_of_them() -> None:
 
 
 def test_corrupt_images_have_no_row_and_are_named() -> None:
-    config, (model, params) = small_config(), network("float32")
+    config, (model, params) = make_config(), network("float32")
     broken = (0, 17, 36)
     extract = make_extractor(model, config, make_mesh(1))
     found, whole = extract(params, Some(37, broken)), extract(params, Some(37))
@@ -117,13 +118,13 @@ def test_corrupt_images_have_no_row_and_are_named() -> None:
 
 
 def test_nothing_readable_gives_no_rows() -> None:
-    config, (model, params) = small_config(), network("float32")
+    config, (model, params) = make_config(), network("float32")
     found = make_extractor(model, config, make_mesh(1))(params, Some(3, (0, 1, 2)))
     assert found.vectors.shape == (0, WIDTH) and found.corrupt == [0, 1, 2]
 
 
 def test_progress_counts_every_image_once() -> None:
-    config, (model, params) = small_config(), network("float32")
+    config, (model, params) = make_config(), network("float32")
     done: list[int] = []
     make_extractor(model, config, make_mesh(1))(params, Some(37, (5,)), done.append)
     assert done == [16, 16, 5]
@@ -135,7 +136,7 @@ def test_hosts_share_the_images(count: int) -> None:
     (whole,) = eval_batches(source, 18, 16, count)
     seen, corrupt, batches = [], [], []
     for host in range(hosts):
-        made = list(host_batches(source, small_config().eval, 2, host, hosts))
+        made = list(host_batches(source, make_config().eval, 2, host, hosts))
         batches.append(len(made))
         for batch in made:
             seen += batch["index"][batch["valid"]].tolist()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from small import small_config
 
 from sop_jax import config as config_lib
 from sop_jax.compiled.flops import flops
@@ -24,12 +25,9 @@ from sop_jax.training.assemble import assemble
 BATCH, SIDE, PATCH, WIDTH, DIM = 3, 16, 4, 16, 8
 
 
-def small_config(**changed: Any) -> ml_collections.ConfigDict:
-    config = config_lib.paper()
-    small = dict(size="custom", width=WIDTH, depth=3, heads=2, patch=PATCH, dtype="float32")
-    config.model.update(small | dict(init_std=0.2) | changed)
-    config.head.update(dict(hidden=12, dim=DIM))
-    return config
+def make_config(**changed: Any) -> ml_collections.ConfigDict:
+    small = dict(width=WIDTH, depth=3, patch=PATCH, init_std=0.2)
+    return small_config(model=small | changed, head=dict(hidden=12, dim=DIM))
 
 
 def images(height: int = SIDE, width: int = SIDE, seed: int = 0) -> jax.Array:
@@ -43,7 +41,7 @@ def keys(seed: int) -> jax.Array:
 
 
 def small_model(**changed: Any) -> Model:
-    return build(small_config(**changed), SIDE)
+    return build(make_config(**changed), SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +303,7 @@ def test_sizes_have_the_known_numbers_of_parameters(size: str, patch: int, milli
 
 
 def test_start_is_ibots() -> None:
-    config = small_config(width=128, init_std=0.02)
+    config = make_config(width=128, init_std=0.02)
     params = jax.jit(build(config, SIDE).init)(jax.random.key(0))
     blocks = params["backbone"]["blocks"]
     for kernel in (
@@ -325,7 +323,7 @@ def test_start_is_ibots() -> None:
 
 def test_an_unknown_size_names_those_that_are_known() -> None:
     with pytest.raises(UserError, match="model.size is 'xl'; expected one of ti, s, b, l"):
-        build(small_config(size="xl"), SIDE)
+        build(make_config(size="xl"), SIDE)
 
 
 def test_unit_rows_and_a_row_of_zeros() -> None:
@@ -392,7 +390,7 @@ def precisions(program: Any, *arguments: Any) -> set[tuple[str, str]]:
 def gradients(**changed: Any) -> set[tuple[str, str]]:
     """`precisions` of a network's gradients, whose layers are computed again."""
     side = 32
-    model = build(small_config(remat="full", **changed), side)
+    model = build(make_config(remat="full", **changed), side)
     pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
 
     def loss(params: Params) -> jax.Array:
@@ -404,7 +402,7 @@ def gradients(**changed: Any) -> set[tuple[str, str]]:
 
 def test_a_float32_step_multiplies_in_float32_on_every_device() -> None:
     """JAX's default would be TF32 on GPUs and bfloat16 on TPUs."""
-    config = small_config()
+    config = make_config()
     config.batch_size = 4
     config.augment.update(dict(global_size=8, local_size=4, local_crops=1))
     config.sop.cls.update(dict(memory=16, anchors=4, supports=2))

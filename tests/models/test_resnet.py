@@ -14,8 +14,8 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
+from small import small_config
 
-from sop_jax import config as config_lib
 from sop_jax import pretrained, train
 from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
@@ -34,20 +34,23 @@ WIDTH, DEPTHS = 4, (3, 1, 1, 1)
 SHALLOW = (2, 1)  # compiles in half the time
 
 
-def small_config(**model: Any) -> ml_collections.ConfigDict:
+def make_config(**model: Any) -> ml_collections.ConfigDict:
     """A run of a tiny ResNet: what a user changes for one, and sizes."""
-    config = config_lib.paper()
-    config.model.update(dict(family="resnet", size="custom", width=WIDTH, stage_depths=DEPTHS))
-    config.model.update(dict(drop_path=0.0, init_std=0.2, dtype="float32") | model)
-    config.mask.none = 1.0
-    config.sop.patch.update(dict(tasks=0, memory=0))
-    config.sop.cls.update(dict(memory=24, anchors=6, supports=2, tasks=2))
-    config.sop.temperature_warmup_steps = 10
-    config.head.update(dict(hidden=16, dim=DIM))
-    config.augment.update(dict(global_size=32, local_size=16, local_crops=2))
-    config.optim.update(dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)))
-    config.batch_size, config.steps = 8, 100
-    return config
+    network = dict(family="resnet", width=WIDTH, stage_depths=DEPTHS, drop_path=0.0, init_std=0.2)
+    return small_config(
+        model=network | model,
+        mask=dict(none=1.0),
+        sop=dict(
+            cls=dict(memory=24, anchors=6, supports=2, tasks=2),
+            patch=dict(tasks=0, memory=0),
+            temperature_warmup_steps=10,
+        ),
+        head=dict(dim=DIM),
+        augment=dict(global_size=32, local_size=16, local_crops=2),
+        optim=dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)),
+        batch_size=8,
+        steps=100,
+    )
 
 
 def images(height: int = 64, width: int = 64, seed: int = 0, count: int = BATCH) -> jax.Array:
@@ -57,7 +60,7 @@ def images(height: int = 64, width: int = 64, seed: int = 0, count: int = BATCH)
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return build(small_config(), 64)
+    return build(make_config(), 64)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +184,7 @@ def backbone_of(model_config: ml_collections.ConfigDict) -> Any:
 def test_trains_as_pytorch(params: Params, peer: Any) -> None:
     """Features, gradients of every parameter, and running statistics of three passes."""
     network = peer().train()
-    forward = backbone_of(small_config().model)
+    forward = backbone_of(make_config().model)
     weights = np.random.default_rng(1).normal(size=(BATCH, 32 * WIDTH)).astype(np.float32)
 
     def loss(params: Params, pixels: jax.Array) -> Any:
@@ -286,7 +289,7 @@ def test_a_convolution_has_the_gradients_of_its_definition(
 
 @pytest.mark.medium
 def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
-    shapes = jax.eval_shape(build(small_config(size="50"), 224).init, jax.random.key(0))["backbone"]
+    shapes = jax.eval_shape(build(make_config(size="50"), 224).init, jax.random.key(0))["backbone"]
     sizes = {"learnt": 0, "running": 0}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         sizes["running" if path[-1].key in ("mean", "var") else "learnt"] += leaf.size
@@ -296,7 +299,7 @@ def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
 
 @pytest.mark.medium
 def test_starts_as_torchvision() -> None:
-    config = small_config(width=64, stage_depths=SHALLOW)
+    config = make_config(width=64, stage_depths=SHALLOW)
     backbone = jax.jit(build(config, 64).init)(jax.random.key(0))["backbone"]
     first, rest = backbone["stages"]["0"]["first"], backbone["stages"]["0"]["blocks"]
     for kernel in (
@@ -360,7 +363,7 @@ def test_what_a_resnet_has_not_is_said(model: Model, params: Params) -> None:
 @pytest.mark.slow
 def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
     def gradient(remat: str) -> Any:
-        model = build(small_config(remat=remat, stage_depths=SHALLOW), 32)
+        model = build(make_config(remat=remat, stage_depths=SHALLOW), 32)
 
         def loss(params: Params) -> Any:
             (cls, *_), moved = model.embed_training(params, images(32, 32))
@@ -368,7 +371,7 @@ def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
 
         return jax.grad(loss, has_aux=True)
 
-    params = jax.jit(build(small_config(stage_depths=SHALLOW), 32).init)(jax.random.key(0))
+    params = jax.jit(build(make_config(stage_depths=SHALLOW), 32).init)(jax.random.key(0))
     none, full = (jax.jit(gradient(remat))(params) for remat in ("none", "full"))
     assert jnp.abs(none[0]["backbone"]["stem"]["conv"]["kernel"]).max() > 1e-4
     chex.assert_trees_all_close(full, none, atol=1e-4, rtol=1e-4)
@@ -380,7 +383,7 @@ def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
 @pytest.mark.slow
 def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
     """No gradient is rounded to bfloat16 before devices would add it to those of others."""
-    model = build(small_config(dtype="bfloat16", stage_depths=SHALLOW), 32)
+    model = build(make_config(dtype="bfloat16", stage_depths=SHALLOW), 32)
     params = jax.jit(model.init)(jax.random.key(0))
 
     def loss(params: Params) -> Any:
@@ -403,7 +406,7 @@ def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
 
 def small_run(accumulate: int = 1, dtype: str = "float32") -> Run:
     """With AdamW, weight decay and a teacher that follows fast."""
-    config = small_config(dtype=dtype, init_std=0.1)
+    config = make_config(dtype=dtype, init_std=0.1)
     config.accumulate = accumulate
     return assemble(config, make_mesh(1), images=1000)
 
@@ -504,7 +507,7 @@ def test_running_statistics_are_moved_by_each_networks_own_passes_alone(
 def layout_config(
     data: int = 1, fsdp: int = 1, accumulate: int = 1, remat: str = "none"
 ) -> ml_collections.ConfigDict:
-    config = small_config(remat=remat, stage_depths=SHALLOW, width=8)
+    config = make_config(remat=remat, stage_depths=SHALLOW, width=8)
     config.batch_size = 16
     config.mesh.update(dict(data=data, fsdp=fsdp))
     config.accumulate = accumulate
@@ -529,7 +532,7 @@ def assert_same_but_for_rounding(
 @pytest.mark.slow
 def test_devices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch norm sees the images of all of them."""
-    monkeypatch.setattr(layouts, "small_config", layout_config)
+    monkeypatch.setattr(layouts, "make_config", layout_config)
     monkeypatch.setattr(layouts, "STEPS", 1)
     one = layouts.trajectory(monkeypatch)
     four = layouts.trajectory(monkeypatch, data=2, fsdp=2, remat="full")
@@ -538,7 +541,7 @@ def test_devices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_config() -> ml_collections.ConfigDict:
     """Six steps on the digits."""
-    config = small_config()
+    config = make_config()
     config.data.update(dict(source="digits", workers=0, threads=1))
     config.eval.update(dict(resize=32, crop=32, batch_size=512))
     config.update(dict(steps=6, log_every=1, eval_every=6, checkpoint_every=3))
@@ -588,4 +591,4 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 @pytest.mark.medium
 def test_a_plan_asks_for_no_memory_of_patches() -> None:
-    assert SOP.batch_limit(small_config()) == (24, "sop.cls.memory")
+    assert SOP.batch_limit(make_config()) == (24, "sop.cls.memory")

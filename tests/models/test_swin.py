@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 from flax import nnx
+from small import small_config
 
 from sop_jax import config as config_lib
 from sop_jax.models import Model, Params, build
@@ -20,14 +21,11 @@ BATCH, SIDE, WIDTH, DIM = 3, 128, 8, 8
 DEPTHS = (2, 2, 4, 2)
 
 
-def small_config(**changed: Any) -> ml_collections.ConfigDict:
+def make_config(**changed: Any) -> ml_collections.ConfigDict:
     """Stages of 32, 16, 8 and 4 tokens a side, in windows of 5, which divide none of them."""
-    config = config_lib.paper()
-    small = dict(family="swin", size="custom", width=WIDTH, window=5, stage_depths=DEPTHS)
-    numbers = dict(stage_heads=(1, 2, 2, 4), init_std=0.2, position_std=0.5, dtype="float32")
-    config.model.update(small | numbers | changed)
-    config.head.update(dict(hidden=12, dim=DIM))
-    return config
+    small = dict(family="swin", width=WIDTH, window=5, stage_depths=DEPTHS)
+    numbers = dict(stage_heads=(1, 2, 2, 4), init_std=0.2, position_std=0.5)
+    return small_config(model=small | numbers | changed, head=dict(hidden=12, dim=DIM))
 
 
 def images(height: int = SIDE, width: int = SIDE, seed: int = 0) -> jax.Array:
@@ -41,7 +39,7 @@ def keys(seed: int) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return build(small_config(drop_path=0.5), SIDE)
+    return build(make_config(drop_path=0.5), SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +210,7 @@ def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
 
 def gradients(**changed: Any) -> Params:
     """Of a network with the same parameters each time, whose first stage moves its windows."""
-    config = small_config(**dict(window=8, stage_depths=(4, 2, 2, 2)) | changed)
+    config = make_config(**dict(window=8, stage_depths=(4, 2, 2, 2)) | changed)
     model = build(config, 64)
     mask = jnp.ones((BATCH, 2, 2), bool).at[0].set(False)
 

@@ -293,7 +293,7 @@ def step_traffic() -> list[Collective]:
 
 @pytest.mark.medium
 def test_in_a_step_memories_send_no_more_than_their_winners(step_traffic: list[Collective]) -> None:
-    config = layouts.small_config()
+    config = layouts.make_config()
     level, dim = config.sop.cls, config.head.dim
     winners = level.anchors * (1 + level.supports) * dim * 4
     drawn = [sent for sent in step_traffic if "/prototypes/" in sent.name]

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from small import small_config
 
 from sop_jax import config as config_lib
 from sop_jax.models import build
@@ -27,18 +28,19 @@ BATCH = 8
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-def small_config(dtype: str = "float32", local_crops: int = 2) -> ml_collections.ConfigDict:
-    config = config_lib.paper()
-    config.batch_size, config.steps = BATCH, 100
-    config.augment.local_crops = local_crops
-    model = dict(size="custom", width=16, depth=2, heads=2, patch=4, dtype=dtype, init_std=0.2)
-    config.model.update(model)
-    config.head.update(dict(hidden=16, dim=8))
-    config.sop.cls.update(dict(memory=24, anchors=6, supports=2, tasks=2))
-    config.sop.patch.update(dict(memory=16, anchors=5))
-    config.sop.temperature_warmup_steps = 10
-    config.optim.update(dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)))
-    return config
+def make_config(dtype: str = "float32", local_crops: int = 2) -> ml_collections.ConfigDict:
+    return small_config(
+        batch_size=BATCH,
+        steps=100,
+        augment=dict(local_crops=local_crops),
+        model=dict(dtype=dtype, init_std=0.2),
+        sop=dict(
+            cls=dict(memory=24, anchors=6, supports=2, tasks=2),
+            patch=dict(memory=16, anchors=5),
+            temperature_warmup_steps=10,
+        ),
+        optim=dict(lr=0.1, warmup_steps=3, momentum=(0.9, 1.0)),
+    )
 
 
 def make_batch(local_crops: int = 2) -> dict[str, np.ndarray]:
@@ -89,7 +91,7 @@ class Run:
 
     def __init__(self) -> None:
         chex.clear_trace_counter()
-        self.start, step = make_run(small_config(), watched)
+        self.start, step = make_run(make_config(), watched)
         self.step = jax.jit(chex.assert_max_traces(step, n=1))
         self.batch = make_batch()
         self.states, self.metrics = [self.start()], []
@@ -198,7 +200,7 @@ def test_prototypes_come_from_the_memory_before_the_step_writes_it(run: Run) -> 
 @pytest.fixture(scope="module")
 def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
     """A donated step of a bfloat16 model without local crops: the state before and after."""
-    start, step = make_run(small_config("bfloat16", local_crops=0))
+    start, step = make_run(make_config("bfloat16", local_crops=0))
     state, step = start(), jax.jit(step, donate_argnums=0)
     before = state
     with jax.numpy_dtype_promotion("standard"):  # which the gradient of JAX's attention needs
@@ -245,7 +247,7 @@ def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
     batch["mask"][0, 1] = False
     ends = []
     for most in (None, 2, 3):
-        start, step = make_run(small_config(local_crops=0), most_masked=most)
+        start, step = make_run(make_config(local_crops=0), most_masked=most)
         state, step = start(), jax.jit(step)
         for _ in range(3):
             state, metrics = step(state, batch, True)
@@ -257,7 +259,7 @@ def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
 @pytest.mark.medium
 def test_the_drawn_patch_is_remembered() -> None:
     """The patch memory gets what the teacher's head says of one patch of the second view."""
-    config = small_config()
+    config = make_config()
     start, step = make_run(config)
     state, batch = start(), make_batch()
     after, _ = jax.jit(step)(state, batch, False)
