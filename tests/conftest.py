@@ -12,13 +12,15 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # XLA for CPUs may start two collectives in another order on each device, and then waits
-        # for ever where devices are more than cores; in one order of all it does not.
+        # Where virtual devices outnumber cores, XLA's concurrent scheduler may start collectives in
+        # a different order on each device, and they then wait for each other for ever. A few runs
+        # with NPROC as below and without this flag passed, which does not show that it is not
+        # needed.
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     ]
 ).strip()
-# Nor does it with more threads than devices, all of which may be waiting; see
-# `sop_jax.parallel.hosts.enough_threads`, which gives the commands as many.
+# Collectives wait for ever, too, if they occupy all threads of XLA: this many leave some free. See
+# `sop_jax.parallel.hosts.enough_threads`, which does the same for the commands.
 os.environ.setdefault("NPROC", "32")
 # Workers and processes of tests compile the same programs: they share what is compiled.
 os.environ.setdefault(

@@ -270,6 +270,7 @@ def test_half_precision_gives_float32_unit_embeddings_near_those_of_float32(
     assert 1e-5 < jnp.abs(coarse - fine).max() < 0.1
 
 
+@pytest.mark.medium
 def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
     def gradients(remat: str) -> Params:
         model = small_model(remat=remat, drop_path=0.5)
