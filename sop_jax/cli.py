@@ -1,9 +1,9 @@
-"""What the commands share: flags parsed with helpful errors, and no traceback for people's errors.
+"""What all commands share: parsing flags, and reporting errors without a traceback.
 
-A command defines its flags and calls `run(main)`. It exits with 1 after an error of the run, 2
-after one in the command line, 130 when interrupted and 75 when another process, a worker or the
-data is lost. One that computes on devices may run as several processes, with `--coordinator`,
-`--processes` and `--process`; a process that fails ends the others too.
+A command defines its flags and calls `run(main)`. It exits with code 1 after an error of the run, 2
+after an error in the command line, 130 if it was interrupted, and 75 if another process, a worker
+or the data was lost. A command that computes on devices can run as several processes, with
+`--coordinator`, `--processes` and `--process`; if one of them fails, the others end too.
 """
 
 import errno
@@ -38,27 +38,27 @@ _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
 def run(main: Callable[[], None], devices: bool = True) -> None:
-    """Parses the flags, runs `main` and exits; an error people can mend is one message.
+    """Parses the flags, runs `main` and exits; an error that the user can fix is one message.
 
-    Among those are a `UserError`, a config file that is missing or does not load, an unknown
+    These errors are a `UserError`, a config file that is missing or does not load, an unknown
     setting or flag, a value of the wrong type, a full disk, and too little memory. Other errors
     keep their traceback.
 
     Args:
-        main: what the command does; prints to stdout in process 0 alone.
-        devices: whether it computes on devices, perhaps in several processes; what is compiled
-            for them is then kept on disk for the next time.
+        main: does the work of the command; it prints to stdout only in process 0.
+        devices: whether the command computes on devices, possibly in several processes. If so, its
+            compiled programs are cached on disk.
     """
     if devices:
         flags.DEFINE_string(
-            "coordinator", None, "HOST:PORT of process 0, where there are several processes."
+            "coordinator", None, "HOST:PORT of process 0, if there are several processes."
         )
         flags.DEFINE_integer(
             "processes", None, "The number of processes; 1 ignores clusters.", lower_bound=1
         )
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is printed as it came
+    if isinstance(sys.stdout, io.TextIOWrapper):  # prints paths that are not UTF-8 byte for byte
         sys.stdout.reconfigure(errors="surrogateescape")
 
     def guarded(_: list[str]) -> None:
@@ -73,10 +73,10 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
         except (Exception, KeyboardInterrupt) as error:
             if hosts and hosts.several():
                 return _end_among_others(hosts, error)
-            message, code = _ending(error)
+            message, code = _message_and_code(error)
             if message is None:
                 raise
-            if hosts and _is_cut_off(error):
+            if hosts and _is_abrupt(error):
                 hosts.leave(code, message, message)
             _exit(message, code)
         if hosts:
@@ -86,12 +86,12 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
 
 
 def _as_ctrl_c(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the command whatever it does
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the command at once
     raise KeyboardInterrupt
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expands paths where they are parsed, so that every command sees the same form of them."""
+    """Expands paths when they are parsed, so that all commands see the same form of a path."""
 
     def parse(self, argument: str) -> str:
         try:
@@ -107,10 +107,10 @@ def define_path(name: str, text: str, required: bool = False, several: bool = Fa
     """Defines a flag whose value is a path, see `paths.expand`.
 
     Args:
-        name: of the flag.
-        text: its help.
-        required: whether the command needs it.
-        several: whether it may be given again; its value is a list of paths, or None.
+        name: the name of the flag.
+        text: the help of the flag.
+        required: whether the flag must be given.
+        several: whether the flag can be repeated; its value is then a list of paths, or None.
     """
     serializer: Any = flags.ArgumentSerializer()
     own: Any = {"module_name": sys.argv[0], "required": required}
@@ -121,14 +121,14 @@ def define_path(name: str, text: str, required: bool = False, several: bool = Fa
 
 
 def define_config() -> None:
-    """Defines `--config`, a recipe by its name or file, and `--config.KEY` for its settings."""
+    """Defines `--config`, which names a recipe or a file, and `--config.KEY` for its settings."""
     text = "The recipe: its name, such as digits, or a file that defines get_config()."
     config_flags.DEFINE_config_file("config", lock_config=True, help_string=text)
     flags.mark_flag_as_required("config")
 
 
 def given() -> list[str]:
-    """The settings that the command line changes, by their dotted names."""
+    """Returns the dotted names of the settings that are given on the command line."""
     return [
         name.removeprefix("config.")
         for name in FLAGS
@@ -137,39 +137,39 @@ def given() -> list[str]:
 
 
 def define_data(**splits: str) -> None:
-    """Defines the flags `--data.source`, `--data.path` and `--data.name`, and those of splits.
+    """Defines the flags that select data and say how it is read, which begin with `--data.`.
 
     Args:
-        splits: the help of each setting of `config.data` that names a split.
+        **splits: the settings of `config.data` that name a split, and the help of each.
     """
     own: Any = {"module_name": sys.argv[0]}
     define_path(
-        "data.path", "Other data than the run's: a folder, a packed .npz or a TFDS data_dir."
+        "data.path", "Data other than the run's: a folder, a packed .npz file or a TFDS data_dir."
     )
     flags.DEFINE_enum(
-        "data.source", None, list(LOOKED_AT), "Its kind; by default what the path is.", **own
+        "data.source", None, list(LOOKED_AT), "Its kind; by default inferred from the path.", **own
     )
     flags.DEFINE_string("data.name", None, "The name of a TFDS data set.", **own)
     for name, text in splits.items():
         flags.DEFINE_string(f"data.{name}", None, text, **own)
     flags.DEFINE_enum(
-        "data.orientation", None, ["auto", "exif", "ignore"], "How images are turned.", **own
+        "data.orientation", None, ["auto", "exif", "ignore"], "How images are rotated.", **own
     )
     flags.DEFINE_float(
-        "data.white", None, "White in images of more than 8 bits.", lower_bound=0.0, **own
+        "data.white", None, "White of a channel of more than 8 bits.", lower_bound=0.0, **own
     )
     flags.DEFINE_integer(
         "data.max_pixels", None, "Larger images are refused.", lower_bound=1, **own
     )
     flags.DEFINE_float(
-        *("data.retry_seconds", None, "How long storage that fails is waited for."),
+        *("data.retry_seconds", None, "How long failing storage is retried, in seconds."),
         **own,
         lower_bound=0.0,
     )
 
 
 def given_data() -> dict[str, Any]:
-    """What the flags of `define_data` say, by their names without `data.`."""
+    """Returns the flags of `define_data` that are given, by their names without `data.`."""
     values: dict[str, Any] = {
         name.removeprefix("data."): FLAGS[name].value for name in FLAGS if name.startswith("data.")
     }
@@ -177,7 +177,7 @@ def given_data() -> dict[str, Any]:
 
 
 def _help(config: config_dict.ConfigDict | None) -> str:
-    """What `--help` shows: what the command does, its flags, and how settings are given."""
+    """Returns the text of `--help`: what the command does, its flags, and how to give settings."""
     names = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.argv[0])]
     if "config" in FLAGS:
         names = ["config", *(name for name in names if name != "config")]
@@ -191,20 +191,20 @@ def _help(config: config_dict.ConfigDict | None) -> str:
         written = f"--[no]{name}" if flag.boolean else f"--{name}={value}"
         lines += [f"  {written}{notes}", f"      {flag.help}"]
     if "config" in FLAGS:
-        told = (
+        text = (
             "--config.KEY=VALUE changes a setting of the recipe: --config.batch_size=128, "
             "--config.augment.global_scale=0.5,1.0. --config=NAME --help lists the settings of a "
-            f"recipe, and {epath.Path(__file__).parent / 'config.py'} says what each means. "
+            f"recipe, and {epath.Path(__file__).parent / 'config.py'} describes them. "
             f"{_known_recipes()}."
         )
-        lines += ["", "Settings:", *textwrap.wrap(told, 96, break_on_hyphens=False)]
+        lines += ["", "Settings:", *textwrap.wrap(text, 96, break_on_hyphens=False)]
         for key, value in flatten(config or {}).items():
             lines.append(f"  --config.{key}={tuple(value) if isinstance(value, list) else value}")
     return "\n".join(lines)
 
 
 def _hosts() -> Any:
-    """`parallel.hosts` where the command computes; it loads JAX, which others do not need."""
+    """Returns `parallel.hosts` if the command computes; otherwise None, to avoid importing JAX."""
     if "processes" not in FLAGS:
         return None
     from sop_jax.parallel import hosts
@@ -213,7 +213,7 @@ def _hosts() -> Any:
 
 
 def _keep_compiled() -> None:
-    from sop_jax.compiled.cache import keep_compiled  # loads JAX
+    from sop_jax.compiled.cache import keep_compiled  # imports JAX
 
     keep_compiled()
 
@@ -223,15 +223,16 @@ def _processes() -> list[Any]:
 
 
 def _settings() -> dict[str, Any]:
-    """What this command was told: its own flags and the settings of its config, by their names."""
+    """Returns the flags of this command and the settings of its config, by their names."""
     own = FLAGS.get_key_flags_for_module(sys.argv[0])
-    told = {f"--{flag.name}": flag.value for flag in own if flag.name != "config"}
+    values = {f"--{flag.name}": flag.value for flag in own if flag.name != "config"}
     config = FLAGS["config"].value if "config" in FLAGS else None
-    return told | {f"--config.{name}": value for name, value in flatten(config or {}).items()}
+    return values | {f"--config.{name}": value for name, value in flatten(config or {}).items()}
 
 
 def _end_among_others(hosts: Any, error: BaseException) -> None:
-    message, code = _ending(error)
+    """Ends a process of several; unless all were interrupted together, it ends the others too."""
+    message, code = _message_and_code(error)
     if isinstance(error, Interrupted) and error.together:
         hosts.stop()
         _exit(f"{hosts.name()}: {message}", code)
@@ -242,10 +243,10 @@ def _end_among_others(hosts: Any, error: BaseException) -> None:
     hosts.leave(code, text, words.removeprefix("error: "))
 
 
-def _is_cut_off(error: BaseException) -> bool:
-    """Whether a signal cut something off at any place, such as XLA's compilation.
+def _is_abrupt(error: BaseException) -> bool:
+    """Returns whether a signal interrupted the command at any point, such as while XLA compiles.
 
-    Python's own end may crash then, in what XLA left behind.
+    Python's normal exit may then crash in what XLA left unfinished.
     """
     return isinstance(error, KeyboardInterrupt) or (
         isinstance(error, Interrupted) and not error.together
@@ -253,13 +254,13 @@ def _is_cut_off(error: BaseException) -> bool:
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether this is how JAX tells that another process, or the way to it, is gone."""
-    wrong_here = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
-    return type(error).__name__ == "JaxRuntimeError" and not str(error).startswith(wrong_here)
+    """Returns whether JAX reports that another process, or the connection to it, was lost."""
+    local = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+    return type(error).__name__ == "JaxRuntimeError" and not str(error).startswith(local)
 
 
-def _ending(error: BaseException) -> tuple[str | None, int]:
-    """The message, None for a traceback, and the exit code for what ended a command."""
+def _message_and_code(error: BaseException) -> tuple[str | None, int]:
+    """Returns the message for an error, None if it needs a traceback, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, Interrupted):
@@ -299,7 +300,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
                 "--config.name=value"
             )
         verbosity = FLAGS["verbosity"]
-        if verbosity.using_default_value:  # which app.run would raise to INFO
+        if verbosity.using_default_value:  # otherwise app.run would set it to INFO
             verbosity.value, verbosity.using_default_value = logging.WARNING, False
         return rest
     except (UserError, flags.Error) as error:
@@ -307,7 +308,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def recipes() -> epath.Path:
-    """The folder of the recipes: beside the package in a checkout, inside it once installed."""
+    """Returns the folder of the recipes: next to the package in a checkout, or else inside it."""
     package = epath.Path(__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -322,7 +323,7 @@ def _known_recipes() -> str:
 
 
 def _find_recipes(argv: Sequence[str]) -> list[str]:
-    """The arguments with the path of a file in place of what `--config` names."""
+    """Returns the arguments, with the value of `--config` replaced by the path of a file."""
     found = list(argv)
     for i, flag in enumerate(argv):
         if re.match(r"--?config=", flag):
@@ -334,7 +335,7 @@ def _find_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _find_recipe(value: str) -> str:
-    """The `FILE[:argument]` of a value of `--config`, which may name a recipe for its file."""
+    """Returns `FILE[:argument]` for a value of `--config`, which may name a recipe or a file."""
     if not value.strip():
         raise _empty("config")
     name, *argument = value.split(":", 1)
@@ -352,7 +353,7 @@ def _find_recipe(value: str) -> str:
 
 
 def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
-    """The config of `--config=FILE[:argument]`, loaded apart from absl, whose errors say little."""
+    """Loads the config of `--config=FILE[:argument]`, with clearer errors than absl's."""
     value = None
     for flag, following in zip(argv, [*argv[1:], ""], strict=True):
         match = re.fullmatch(r"--?config(=(.*))?", flag, re.DOTALL)
@@ -370,7 +371,7 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
         config = module.get_config(*argument)
     except UserError:
         raise
-    except Exception as error:  # whatever a file of the user's raises
+    except Exception as error:  # the file of a user can raise anything
         raise UserError(
             f"the config file {path!r} does not load: {type(error).__name__}: {error}"
         ) from error
@@ -390,9 +391,10 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
 
 
 def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> None:
-    """Refuses empty values, which mostly come from variables that are not set.
+    """Refuses empty values, which mostly come from shell variables that are not set.
 
-    Some settings may be made empty, but only where they are not: there it would say nothing.
+    The settings in MAY_BE_EMPTY can be emptied, but only if the recipe has a value for them:
+    otherwise an empty value would change nothing.
     """
     settings = flatten(config or {})
     for flag, following in zip(argv[1:], [*argv[2:], None], strict=False):
@@ -405,11 +407,11 @@ def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> 
 
 
 def _empty(name: str) -> UserError:
-    return UserError(f"--{name} is empty: give it a value; is a variable not set?")
+    return UserError(f"--{name} is empty; give it a value (is a shell variable not set?)")
 
 
 def _expand_paths(config: config_dict.ConfigDict) -> None:
-    """Brings the settings that are paths into the form that flags of paths have."""
+    """Expands the settings that are paths, as the flags that are paths are expanded."""
     for name, text in flatten(config).items():
         if name in PATHS and text:
             try:
@@ -420,7 +422,7 @@ def _expand_paths(config: config_dict.ConfigDict) -> None:
 
 
 def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
-    """Checks what absl does not: it takes any word for a tuple, of numbers too."""
+    """Checks the items of tuples, which absl does not: it accepts any words as a tuple."""
     for name, example in file.items():
         if isinstance(example, list):
             kind = str if any(isinstance(item, str) for item in example) else numbers.Real
@@ -434,7 +436,7 @@ def _wrong_type(name: str, kind: str, example: Any, given: Any) -> str:
 
 
 def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
-    """An error of the command line in words that name the flag, its type and an example."""
+    """Returns the message for an error of the command line: the flag, its type and an example."""
     text = str(error)
     if match := re.match(r"flag --(\S+)=None: .* other than None", text):
         if match[1] == "config":
@@ -449,7 +451,7 @@ def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
 
 
 def _message(error: BaseException) -> str | None:
-    """The message for an error that people can mend; None for one that is the program's."""
+    """Returns the message for an error that the user can fix, or None for one of the program."""
     chain = list(_chain(error))
     for link in chain:
         if isinstance(link, UserError):
@@ -457,7 +459,7 @@ def _message(error: BaseException) -> str | None:
     if any(_is_full_disk(link) for link in chain):
         place = next((name for name in ("out", "workdir") if name in FLAGS), None)
         where = f"writing to {FLAGS[place].value}" if place else "writing"
-        then = ": it goes on from the last good checkpoint" if place == "workdir" else ""
+        then = ", which resumes from the last good checkpoint" if place == "workdir" else ""
         return (
             f"the disk is full: no space was left while {where}. Free some space and run the same "
             f"command again{then}."
@@ -469,16 +471,17 @@ def _message(error: BaseException) -> str | None:
 
 
 def _less_memory() -> str:
-    """What makes a command that computes take less memory."""
+    """Returns the advice on how this command can use less memory."""
     if "config" in FLAGS:
         return (
-            "If it came in a step, raise --config.accumulate (microbatches of a step), which a "
-            "resumed run may do too, or lower --config.batch_size; if in an evaluation, lower "
-            "--config.eval.batch_size. --config.model.remat=full takes less as well."
+            "If this happened in a step, increase --config.accumulate (the microbatches per step), "
+            "which is possible in a resumed run too, or decrease --config.batch_size; if in an "
+            "evaluation, decrease --config.eval.batch_size. --config.model.remat=full also saves "
+            "memory."
         )
     if "batch_size" in FLAGS:
-        return "Lower --batch_size, the images that are computed at a time."
-    return "Free some memory, or use a machine or a device with more."
+        return "Decrease --batch_size, the number of images per batch."
+    return "Free some memory, or use a machine or a device with more memory."
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,12 +1,12 @@
-"""Measures how good the features of a run are.
+"""Measures the quality of the features of a run.
 
     python -m sop_jax.evaluate --workdir=DIR --task=knn [--step=N] [--data.path=PATH]
 
 Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.json.
 
-Without flags the data is the run's. --data.path names other data: a folder of images, a packed
-.npz or a TFDS data set, which --data.source, --data.name, --data.train_split and --data.test_split
-describe where it is not plain. What is used is printed.
+By default the data is that of the run. --data.path names other data: a folder of images, a packed
+.npz file or a TFDS data set. If the path does not determine which data to use, --data.source,
+--data.name, --data.train_split and --data.test_split do. The command prints which data it uses.
 """
 
 import json
@@ -46,49 +46,50 @@ def knn_evaluation(
     between: Callable[[], Any] | None = None,
     unreadable: Callable[[Source, list[int]], Any] | None = None,
 ) -> dict[str, float | int | None]:
-    """Weighted k-NN accuracy of the test images among the train images, as DINO measures it.
+    """Returns the weighted k-NN accuracy of the test images among the train images, as in DINO.
 
     Args:
-        extract: from `features.make_extractor`.
-        params: of the network to judge, the teacher's as a rule.
-        train: images that vote.
-        test: images to classify. Without a test split nothing is measured: there is no
-            leave-one-out on the train images.
-        eval_config: has `knn_k` and `knn_temperature`.
-        mesh: devices that share the train images among them.
-        between: called after each batch of images and chunk of the search; it may raise.
+        extract: the function that `features.make_extractor` returns.
+        params: the parameters of the network to evaluate, usually the teacher's.
+        train: the images that vote.
+        test: the images to classify. Without a test split nothing is measured: the train images
+            are not classified by leave-one-out.
+        eval_config: a config with `knn_k` and `knn_temperature`.
+        mesh: the devices, over which the train images are sharded.
+        between: called after each batch of images and each chunk of the search; it may raise.
         unreadable: called with each source and its records that cannot be read.
 
     Returns:
-        `knn_top1`, the best over k, `knn_k`, the k that gave it, and `knn_top1_k<k>` for each k,
-        all shares in [0, 1]; None for a k above the number of train images. `knn_unreadable`
-        counts images left out. All are None without a test split or without labels.
+        `knn_top1`, the best accuracy over k; `knn_k`, the k that reached it; `knn_top1_k<k>` for
+        each k, None if there are fewer train images than k; and `knn_unreadable`, the number of
+        images that were left out. Accuracies are shares in [0, 1]. All values are None without a
+        test split or without labels.
     """
     ks = tuple(eval_config.knn_k)
     names = ["knn_top1", "knn_k", *(f"knn_top1_k{k}" for k in ks), "knn_unreadable"]
     result: dict[str, float | int | None] = dict.fromkeys(names)
     if test is None or not (train.has_labels and test.has_labels):
         return result
-    known, asked = (extract(params, source, between=between) for source in (train, test))
+    known, queries = (extract(params, source, between=between) for source in (train, test))
     if unreadable:
         unreadable(train, known.corrupt)
-        unreadable(test, asked.corrupt)
+        unreadable(test, queries.corrupt)
     top1 = knn_top1(
         known.vectors,
         known.labels,
-        asked.vectors,
-        asked.labels,
+        queries.vectors,
+        queries.labels,
         ks,
         eval_config.knn_temperature,
         mesh=mesh,
         between=between,
     )
-    best = max(top1, key=lambda k: top1[k])  # the smallest k of equals
+    best = max(top1, key=lambda k: top1[k])  # the first k of those with the same accuracy
     return result | {
         "knn_top1": top1[best],
         "knn_k": best,
         **{f"knn_top1_k{k}": share for k, share in top1.items()},
-        "knn_unreadable": len(known.corrupt) + len(asked.corrupt),
+        "knn_unreadable": len(known.corrupt) + len(queries.corrupt),
     }
 
 
@@ -101,37 +102,38 @@ def knn(
     """Evaluates a checkpoint of a run with k-NN, prints the table and writes the JSON file.
 
     Args:
-        workdir: of the run.
-        step: of which checkpoint; the newest by default.
-        data: other data than the run's, see `data.named.name_data`.
-        batch_size: images at a time, for memory; `eval.batch_size` of the run by default.
+        workdir: the folder of the run.
+        step: the step of the checkpoint; the newest by default.
+        data: data other than the run's, see `data.named.name_data`.
+        batch_size: the number of images that are computed at a time, which bounds the memory;
+            `eval.batch_size` of the run by default.
 
     Returns:
-        What `knn_evaluation` returns, and `task`, `step` and `data`.
+        The result of `knn_evaluation`, and `task`, `step` and `data`.
 
     Raises:
-        UserError: no run, no checkpoint, no data, or data without labels or test split.
+        UserError: there is no run, checkpoint or data, or the data has no labels or test split.
     """
     config = settings_of(workdir)
     config.eval.batch_size = batch_size or config.eval.batch_size
     try:
         train, test = open_labelled(config.data, data or {})
-    except UserError as error:  # whose flags are those of a training
+    except UserError as error:  # its message names the flags of `sop_jax.train`
         raise UserError(str(error).replace("--config.data.", "--data.")) from error
     now = resume.data_of(train, test)
     hosts.check_agreement(resume.facts(now))
     began = None if data else resume.recorded(epath.Path(workdir))
     if began and hosts.is_first():
         for line in resume.differences(began, now):
-            print(f"the data is not what the run was trained with: {line}", file=sys.stderr)
+            print(f"the data is not the data of the run: {line}", file=sys.stderr)
     try:
         paths.check_writable(workdir, "--workdir")
-    except UserError as error:  # no reason not to measure
+    except UserError as error:  # the accuracy can still be measured and printed
         if hosts.is_first():
-            print(f"the accuracy will be printed only, not saved: {error}", file=sys.stderr)
-        saved = False
+            print(f"the accuracy will only be printed, not saved: {error}", file=sys.stderr)
+        writable = False
     else:
-        saved = True
+        writable = True
     _, model, teacher, step = load_network(workdir, step)
     mesh = make_mesh()
     extract = make_extractor(model, config, mesh)
@@ -141,16 +143,17 @@ def knn(
             print_corrupt(source, corrupt, decoding(config.data, source))
 
     result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
-    kept = {name: config.data[name] for name in ("source", *LOOKED_AT[config.data.source])}
-    record = {"task": "knn", "step": step, "data": kept | resume.facts(now), **result}
+    names = ("source", *LOOKED_AT[config.data.source])
+    settings = {name: config.data[name] for name in names}
+    record = {"task": "knn", "step": step, "data": settings | resume.facts(now), **result}
     if not hosts.is_first():
-        return record  # the first process speaks and writes
+        return record  # only the first process prints and writes
     print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
     print(f"of {describe(config.data)}")
     print(table(result))
-    if not saved:
+    if not writable:
         return record
-    other = f"_{test.digest}" if data else ""  # not in place of the numbers of the run's own data
+    other = f"_{test.digest}" if data else ""  # the results on the run's own data are kept
     path = epath.Path(workdir) / f"knn_{step}{other}.json"
     try:
         write_whole(path, json.dumps(record) + "\n")
@@ -163,41 +166,41 @@ def knn(
 
 
 def open_labelled(data_config: Any, given: Mapping[str, str]) -> tuple[Source, Source]:
-    """The train and the test split of a run's data, or of the data that flags name.
+    """Returns the train and the test split of the data of a run, or of the data that flags name.
 
     Args:
-        data_config: `config.data` of the run; changed to what is opened.
-        given: see `data.named.name_data`.
+        data_config: `config.data` of the run; updated to the data that is opened.
+        given: the flags that were given, see `data.named.name_data`.
 
     Raises:
-        UserError: there is no such data, or it lacks the split to classify or labels.
+        UserError: the data does not exist, or it has no labels or no split to classify.
     """
     name_data(data_config, given)
     train = open_source(data_config, "train")
-    assert train is not None  # only a test split may be missing
+    assert train is not None  # only the test split may be missing
     test = open_source(data_config, "test", train)
     if hosts.is_first():
         for note in sources.notes(train, test):
             print(note, file=sys.stderr)
     if test is None:
-        there = ", ".join(sorted(splits_of(data_config).values()))
-        remedy = "name it with --data.test_split" if there else "put it into a folder called val"
+        found = ", ".join(sorted(splits_of(data_config).values()))
+        remedy = "name it with --data.test_split" if found else "put it into a folder called val"
         raise UserError(
             f"there is no split {data_config.test_split!r} to classify in {describe(data_config)}"
-            f"{f', but there are {there}' * bool(there)}. k-NN needs one beside the train split: "
-            f"{remedy}, or name other data that has both with --data.path"
+            f"{f', but there are {found}' * bool(found)}. k-NN needs one besides the train split: "
+            f"{remedy}, or use --data.path to name other data that has both"
         )
     if not (train.has_labels and test.has_labels):
         raise UserError(
             f"the images have no labels ({describe(data_config)}), and k-NN needs them. Sort them "
-            "into one folder per class, in the train and in the test split, or name other data "
-            "that has labels with --data.path"
+            "into one folder per class, in the train and in the test split, or use --data.path to "
+            "name other data that has labels"
         )
     return train, test
 
 
 def table(result: dict[str, float | int | None]) -> str:
-    """Accuracy by k in percent, a line each, the best one marked."""
+    """Returns the accuracy by k in percent, one line for each k, with the best one marked."""
     lines = [f"{'k':>5}  top-1 %"]
     for name, share in result.items():
         k = name.removeprefix("knn_top1_k")
@@ -215,7 +218,7 @@ TASKS = {"knn": knn}
 
 
 def main() -> None:
-    """Evaluates what the flags name."""
+    """Evaluates the run that the flags name."""
     args = flags.FLAGS
     if args.task not in TASKS:
         raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
@@ -229,7 +232,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
     flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
     flags.DEFINE_integer(
-        "batch_size", None, "Images at a time; by default as in the run.", lower_bound=1
+        "batch_size", None, "The images per batch; by default as in the run.", lower_bound=1
     )
     cli.define_data(
         train_split="The split of images whose labels are known.",

@@ -1,13 +1,13 @@
-"""Says whether a run fits its chips and what a step costs, before any chip is paid for.
+"""Reports whether a run fits its chips and what a step costs, before the chips are needed.
 
     python -m sop_jax.plan --config=configs/imagenet_vitb16.py --topology=v5e:16x16
     python -m sop_jax.plan --config=configs/digits.py
 
-Compiles the run's own train step, for a TPU topology on a machine that has no TPU
-(`pip install -e .[tpu]`) or for the devices of this machine. Prints a table and one line of JSON;
-exits with 1 where the step does not fit, on a CPU in the memory that is available now. Needs no
-data: ImageNet's size stands in for it, which decides schedules alone. --largest_batch finds the
-largest batch a chip that fits.
+Compiles the train step of the run, either for a TPU topology, on a machine without TPUs
+(`pip install -e .[tpu]`), or for the devices of this machine. Prints a table and one line of JSON.
+Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the memory that is
+available now. No data is needed: the number of images, which affects only the schedules, is taken
+to be that of ImageNet. --largest_batch finds the largest batch that fits.
 """
 
 import importlib.util
@@ -34,29 +34,30 @@ from sop_jax.objectives.methods import method_of
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training.assemble import Run, assemble, traced_step
 
-IMAGES = 1_281_167  # of ImageNet's train split
+IMAGES = 1_281_167  # in the train split of ImageNet
 MIB = 2**20
 SCOPES = ("teacher", "targets", "student", "losses", "update", "health")  # of every train step
 
 
 class Plan(NamedTuple):
-    """What is known of a train step before it runs. Bytes are those of one chip.
+    """The cost of a train step, known before it runs. Bytes are those of one chip.
 
     Attributes:
-        mesh: chips by axis.
-        kind: of the chips.
-        batch_size: images a step, over all chips.
-        accumulate: microbatches of a step.
-        bound: the largest batch that the objective can take, and the setting that says so; None
-            where it takes any.
-        memory: bytes by part; without temporaries where the compiler gave up.
-        wanted: bytes in all; the compiler's own words for it where it gave up.
-        limit: bytes that a program may use; None when the device does not say.
-        fits: None when that is not known.
-        flops: operations of matrix products a step, all chips together, by scope of the step.
-        rate: operations a second that a chip does at best; None for other devices than TPUs.
-        collectives: of the compiled step; empty where the compiler gave up.
-        compile_s: seconds that compiling took.
+        mesh: the number of chips on each axis.
+        kind: the kind of the chips.
+        batch_size: the images per step, over all chips.
+        accumulate: the microbatches per step.
+        bound: the largest batch that the objective supports, and the setting that limits it; None
+            if there is no limit.
+        memory: the bytes of each part; without temporary arrays if the step did not compile.
+        wanted: the bytes of all parts; the compiler's message if the step did not compile, and the
+            message names no number.
+        limit: the bytes that a program can use; None if the device does not report them.
+        fits: whether the step fits; None if that is unknown.
+        flops: the operations of matrix products per step, over all chips, by scope of the step.
+        rate: the peak operations per second of a chip; None for devices other than TPUs.
+        collectives: the collectives of the compiled step; empty if it did not compile.
+        compile_s: the seconds that compiling took.
     """
 
     mesh: dict[str, int]
@@ -75,56 +76,58 @@ class Plan(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Of the whole mesh."""
+        """The number of chips in the mesh."""
         return math.prod(self.mesh.values())
 
 
 def described_devices(topology: str) -> list[Any]:
-    """The chips of a TPU topology such as v5e:16x16, one device each, none of which need exist.
+    """Returns the chips of a TPU topology such as v5e:16x16, one device each; none need exist.
 
     Raises:
-        UserError: libtpu is not installed, or does not know the topology.
+        UserError: libtpu is not installed or does not support the topology, or the memory of these
+            chips is unknown.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={topology} needs libtpu, whose compiler knows TPUs, and it is not "
+            f"--topology={topology} needs libtpu, which has the compiler for TPUs, and it is not "
             "installed; run: pip install -e .[tpu]"
         )
-    # libtpu would look for TPUs and ask Google's cloud about itself, and let one process in.
+    # Otherwise libtpu would look for TPUs, query the metadata of Google's cloud, and allow only one
+    # process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    # A v4 chip is two devices unless told otherwise, and runs are started with one.
+    # By default a v4 chip is two devices here, but only one in a run.
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         devices: Any = topologies.get_topology_desc(topology, "tpu", **options).devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise UserError(
-            f"libtpu does not know --topology={topology}: {reason}. Expected "
-            "a kind of chip and a size of whole hosts, such as v5e:16x16, v6e:4x4, v5p:4x4x4 or "
-            "v4:2x2x2; the smallest are v5e:2x2, v6e:2x2, v5p:2x2x1 and v4:2x2x1"
+            f"libtpu does not support --topology={topology}: {reason}. Expected a kind of chip and "
+            "a size of whole hosts, such as v5e:16x16, v6e:4x4, v5p:4x4x4 or v4:2x2x2; the "
+            "smallest are v5e:2x2, v6e:2x2, v5p:2x2x1 and v4:2x2x1. Choose one of these"
         ) from error
     if devices[0].device_kind not in CHIPS:
         raise UserError(
-            f"--topology={topology} has chips of a kind whose memory is not known here: "
-            f"{devices[0].device_kind}; expected one of v4, v5e, v5p and v6e"
+            f"--topology={topology} has chips whose memory is not known here: "
+            f"{devices[0].device_kind}; choose one of v4, v5e, v5p and v6e"
         )
     return list(devices)
 
 
 def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
-    """Compiles the train step of a config for devices.
+    """Compiles the train step of a config for some devices, and returns what it costs.
 
     Args:
-        config: see `sop_jax.config`.
-        devices: of this machine, or from `described_devices`.
+        config: the settings, see `sop_jax.config`.
+        devices: the devices of this machine, or those that `described_devices` returns.
 
     Raises:
-        UserError: the config is wrong, or does not match the devices.
+        UserError: the config is invalid, or does not match the devices.
     """
     check_config(config)
     method = method_of(config)
@@ -157,21 +160,21 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
 
 
 def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan | None:
-    """The plan with the largest batch that fits; None when not even one image a chip does.
+    """Returns the plan with the largest batch that fits, or None if one image per chip is too many.
 
-    Halves from what the objective can take, or all images of an epoch, because the compiler is
-    quick to say no, then bisects.
-    The microbatches of a step stay as many as they are.
+    The search starts from the largest batch that the objective supports, or else from all images
+    of an epoch, and halves it until it fits, because the compiler rejects large programs quickly.
+    Then it bisects. The number of microbatches stays the same.
 
     Raises:
-        UserError: as `plan`, or the devices do not say how much memory they have.
+        UserError: as in `plan`, or the devices do not report how much memory they have.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     devices = list(mesh.devices.flat)
     if bytes_limit(devices) is None:
         raise UserError(
-            f"{devices[0].device_kind} devices do not say how much memory they have, so no batch "
-            "is too large; name a --topology"
+            f"{devices[0].device_kind} devices do not report how much memory they have, so the "
+            "largest batch is unknown; name a --topology"
         )
     unit, method = mesh.devices.size * config.accumulate, method_of(config)
     best = None
@@ -187,18 +190,18 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
         return bool(found.fits)
 
     most, _ = method.batch_limit(config) or (IMAGES, "")
-    no = most // unit + 1
-    yes = no - 1
-    while yes and not fits(yes):
-        no, yes = yes, yes // 2
-    while no - yes > 1:
-        middle = (yes + no) // 2
-        yes, no = (middle, no) if fits(middle) else (yes, middle)
+    too_many = most // unit + 1
+    enough = too_many - 1
+    while enough and not fits(enough):
+        too_many, enough = enough, enough // 2
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if fits(middle) else (enough, middle)
     return best
 
 
 def state_bytes(run: Run) -> dict[str, int]:
-    """Bytes a chip of what a step is given, by part."""
+    """Returns the bytes per chip of the arguments of a step, by part."""
     state = run.abstract
     parts = {
         "parameters": (state.student, state.teacher),
@@ -216,7 +219,12 @@ def state_bytes(run: Run) -> dict[str, int]:
 
 
 def program_bytes(analysis: Any, given: int) -> dict[str, int]:
-    """Bytes a chip beyond the `given` arrays, by part, as the compiler counts them."""
+    """Returns the bytes per chip beyond those of the arguments, by part, as the compiler reports.
+
+    Args:
+        analysis: the compiler's memory analysis.
+        given: the bytes per chip of the arguments, from `state_bytes`.
+    """
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {
         "activations": analysis.temp_size_in_bytes,
@@ -228,9 +236,9 @@ def program_bytes(analysis: Any, given: int) -> dict[str, int]:
 def traffic(
     sent: list[Collective], scopes: Container[str]
 ) -> dict[tuple[str, str], tuple[int | None, int | None]]:
-    """How often collectives run in a step, and bytes a step, by their kind and scope.
+    """Returns how often collectives run per step, and their bytes per step, by kind and scope.
 
-    None where the length of a loop is not known.
+    Both are None if a collective is in a loop of unknown length.
     """
     groups = defaultdict(list)
     for collective in sent:
@@ -257,43 +265,43 @@ WORDS = {
 
 
 def table(found: Plan) -> str:
-    """The plan for a person."""
+    """Returns the plan as a table for people."""
     axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     images = found.batch_size // found.chips
     lines = [
-        f"batch {found.batch_size} on {found.chips} {found.kind} ({axes}): {images} images a chip"
+        f"batch {found.batch_size} on {found.chips} {found.kind} ({axes}): {images} images per chip"
         + f", in {found.accumulate} microbatches" * (found.accumulate > 1),
         "",
-        f"{'memory a chip':<36}{'MiB':>10}",
+        f"{'memory per chip':<36}{'MiB':>10}",
     ]
     lines += [f"  {WORDS[name]:<34}{size / MIB:>10.1f}" for name, size in found.memory.items()]
-    lines += ["", f"{'operations a step':<36}{'TFLOP':>10}"]
+    lines += ["", f"{'operations per step':<36}{'TFLOP':>10}"]
     lines += [
         f"  {name or 'elsewhere':<34}{count / 1e12:>10.3f}"
         for name, count in found.flops.items()
         if count
     ]
     total = sum(found.flops.values())
-    lines += [f"  {'in all, of matrix products':<34}{total / 1e12:>10.3f}"]
+    lines += [f"  {'total of matrix products':<34}{total / 1e12:>10.3f}"]
     if found.rate:
         least = total / found.chips / found.rate
         lines += [
-            f"  at the {found.rate / 1e12:.0f} TFLOP/s that a chip does at best, a step takes at "
-            f"least {1000 * least:.3g} ms:",
-            "  a bound, not a prediction",
+            f"  At the peak of {found.rate / 1e12:.0f} TFLOP/s per chip, a step would take "
+            f"{1000 * least:.3g} ms:",
+            "  a lower bound, not a prediction.",
         ]
     if found.collectives:
-        heads = f"{'collectives':<20}{'where':<16}{'a step':>10}{'MiB':>12}"
+        heads = f"{'collectives':<20}{'where':<16}{'per step':>10}{'MiB':>12}"
         lines += ["", heads]
         for (kind, where), (times, size) in sorted(traffic(found.collectives, found.flops).items()):
-            note = "   (steps that measure)" if where == "health" else ""
+            note = "   (only in logged steps)" if where == "health" else ""
             count = "?" if times is None else str(times)
             amount = "?" if size is None else f"{size / MIB:.3f}"
             lines.append(f"  {kind:<18}{where or 'elsewhere':<16}{count:>10}{amount:>12}{note}")
     lines.append("")
     if found.bound:
         bound, key = found.bound
-        lines.append(f"{key} bounds the batch to {bound} images.")
+        lines.append(f"{key} limits the batch to {bound} images.")
     lines += [
         f"Compiled in {found.compile_s:.0f} s.",
         fit_text(found),
@@ -302,16 +310,16 @@ def table(found: Plan) -> str:
 
 
 def fit_text(found: Plan) -> str:
-    """Whether it fits, in words."""
+    """Returns the sentence that says whether the step fits."""
     wanted = found.wanted
-    size = f"{wanted / GIB:.2f} GiB a chip" if isinstance(wanted, int) else wanted
+    size = f"{wanted / GIB:.2f} GiB per chip" if isinstance(wanted, int) else wanted
     if found.limit is None:
-        return f"fits: unknown, {size} wanted, and {found.kind} does not say what it has"
+        return f"fits: unknown, {size} needed, and {found.kind} does not report its memory"
     return f"fits: {'yes' if found.fits else 'no'}, {size} of {found.limit / GIB:.2f} GiB"
 
 
 def record(found: Plan) -> dict[str, Any]:
-    """The plan in numbers, for JSON."""
+    """Returns the plan as an object for JSON."""
     return {
         **found._asdict(),
         "bound": found.bound[0] if found.bound else None,
@@ -326,7 +334,7 @@ def record(found: Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Plans what the flags name."""
+    """Plans the run that the flags describe."""
     args = flags.FLAGS
     check_used(args.config, given := cli.given())
     if args.largest_batch and "batch_size" in given:
@@ -334,7 +342,7 @@ def main() -> None:
             "--config.batch_size would have no effect: --largest_batch tries batches of all sizes"
         )
     if args.topology:
-        jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no chip is taken
+        jax.config.update("jax_platforms", "cpu")  # nothing is computed, so no chip is claimed
         devices = described_devices(args.topology)
     else:
         devices = jax.devices()
@@ -352,7 +360,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "topology",
         "",
-        "TPUs to plan for, such as v5e:16x16; by default the devices of this machine.",
+        "The TPUs to plan for, such as v5e:16x16; by default the devices of this machine.",
     )
     flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits.")
     cli.run(main, devices=False)

@@ -2,8 +2,8 @@
 
     python -m sop_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Any setting can be changed on the command line: --config.batch_size=128. The same command again
-resumes an interrupted run, exactly; a finished one it leaves as it is.
+Any setting can be changed on the command line: --config.batch_size=128. Running the same command
+again resumes an interrupted run exactly, and leaves a finished run as it is.
 """
 
 import contextlib
@@ -51,75 +51,78 @@ from sop_jax.training.assemble import Run, assemble, compiled_step
 from sop_jax.training.owner import Owner, owned
 from sop_jax.training.state import TrainState
 
-IN_FLIGHT = 2  # steps that the host may be ahead of the devices
-UNSEEN = 100  # steps at most whose metrics nobody has looked at
+IN_FLIGHT = 2  # the most steps that the host may be ahead of the devices
+MAX_PENDING = 100  # the most steps whose metrics are kept on the devices before they are fetched
 
 
 def train(
     config: ml_collections.ConfigDict, workdir: epath.PathLike, wait: float = 0.0
 ) -> dict[str, Any]:
-    """Runs a config to its end, from wherever `workdir` stands.
+    """Trains to the end of a run, from its newest checkpoint if `workdir` has one.
 
     Args:
-        config: see `sop_jax.config`.
-        workdir: gets config.json, data.json, metrics.jsonl, tensorboard/, checkpoints/ and
-            summary.json, and while the run goes on the owner file of `sop_jax.training.owner`.
-        wait: seconds to wait for another run that has the workdir.
+        config: the settings, see `sop_jax.config`.
+        workdir: the folder to which the run writes config.json, data.json, metrics.jsonl,
+            tensorboard/, checkpoints/ and summary.json, and, while it trains, the owner file of
+            `sop_jax.training.owner`.
+        wait: the seconds to wait if another run is using the workdir.
 
     Returns:
-        The summary.
+        The summary, as in summary.json.
 
     Raises:
-        UserError: something that the person who started the run can mend.
-        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        UserError: something is wrong that the user can fix.
+        Interrupted: SIGINT or SIGTERM was received; the state is saved.
     """
     check_config(config)
     config, workdir = expand_paths(config), epath.Path(expand(str(workdir)))
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(
-            f"--workdir={workdir} is a file; name a folder, which need not be there yet"
-        )
+        raise UserError(f"--workdir={workdir} is a file; name a folder, which need not exist yet")
     if config.data.path and os.path.realpath(workdir) == os.path.realpath(config.data.path):
         raise UserError(
-            f"--workdir={workdir} is also data.path; a run would write among the images. Name "
+            f"--workdir={workdir} is also data.path, so the run would write among the images; name "
             "another folder for the run"
         )
     with Interruption(ahead=IN_FLIGHT) as interruption:
-        interruption.starting = before_training(workdir)
+        interruption.starting = interrupted_start_text(workdir)
         hosts.check_shared(workdir)
-        standing = resume.check_workdir(config, workdir)
-        if standing.summary is not None:
-            return tell_finished(standing, workdir)
-        if not hosts.several():  # for whom `check_shared` did it
+        status = resume.check_workdir(config, workdir)
+        if status.summary is not None:
+            return report_finished(status, workdir)
+        if not hosts.several():  # with several processes, `check_shared` has checked this
             check_writable(workdir, "--workdir")
         with owned(workdir, wait) as owner, contextlib.ExitStack() as opened:
-            interruption.starting = before_training(workdir)  # after a wait for another run
-            return train_until(interruption, owner, opened, config, workdir)
+            # Another run, for which this one waited, may have changed the workdir.
+            interruption.starting = interrupted_start_text(workdir)
+            return train_owned(interruption, owner, opened, config, workdir)
 
 
-def train_until(
+def train_owned(
     interruption: Interruption,
     owner: Owner,
     opened: contextlib.ExitStack,
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
 ) -> dict[str, Any]:
-    """As `train`; a wish to stop is granted at once during the start, later after a step."""
-    standing = resume.check_workdir(config, workdir)  # again, after a wait for another run
-    if standing.summary is not None:
-        return tell_finished(standing, workdir)
-    parts = prepare(standing, workdir)
-    resumed = take_up(parts, workdir)
+    """Does the work of `train` in a workdir that this run owns.
+
+    A signal stops the run at once during the start, and after the current step later.
+    """
+    status = resume.check_workdir(config, workdir)  # again: see `train`
+    if status.summary is not None:
+        return report_finished(status, workdir)
+    parts = prepare(status, workdir)
+    resumed = restore_or_initialize(parts, workdir)
     progress = Progress(resumed.step, parts.run.steps, shown=hosts.is_first())
     opened.callback(progress.close)
-    for note in (*parts.about(resumed.step), *parts.notes, *resumed.notes):
+    for note in (*parts.describe(resumed.step), *parts.notes, *resumed.notes):
         progress.note(note)
     clock = time.monotonic()
     train_step = compiled_step(parts.config, parts.run, progress.note)
     compile_s = time.monotonic() - clock
-    progress.note(f"The step is compiled, in {compile_s:.1f} s.")
+    progress.note(f"The step was compiled in {compile_s:.1f} s.")
 
-    # Nothing was written so far, so that an error above leaves no trace.
+    # Nothing has been written up to here, so that an error above leaves no trace.
     owner.check()
     if hosts.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -133,16 +136,16 @@ def train_until(
 
 
 class Parts(NamedTuple):
-    """What a run is made of, before there is a state.
+    """The parts of a run that do not depend on its state.
 
     Attributes:
-        config: its settings.
-        run: what follows from them and from the devices.
+        config: the settings.
+        run: the compiled functions and shardings that follow from the settings and the devices.
         train: the images to train on.
-        test: the images to evaluate with, if there are any.
-        data: what identifies the images.
-        batch_rows: of the global batch that this process makes.
-        notes: what a person should know.
+        test: the images to classify in evaluations; None if there are none.
+        data: the identity of the images.
+        batch_rows: the rows of the global batch that this process makes.
+        notes: messages for people, one line each.
     """
 
     config: ml_collections.ConfigDict
@@ -153,18 +156,22 @@ class Parts(NamedTuple):
     batch_rows: list[int]
     notes: list[str]
 
-    def about(self, start: int) -> list[str]:
-        """What is about to run from step `start` on, and what is doubtful about it."""
+    def describe(self, start: int) -> list[str]:
+        """Returns a description of the run from step `start` on, and warnings about it."""
         return [
             describe(self.config, self.run, self.train, self.test, start),
-            *doubts(self.config, len(self.train), start),
+            *warnings_of(self.config, len(self.train), start),
             *optim.beyond_end(self.config, self.run.steps, self.run.epoch),
         ]
 
 
-def prepare(standing: resume.Standing, workdir: epath.Path) -> Parts:
-    """Opens the images and assembles the run; every error of settings and data is raised here."""
-    config = standing.config
+def prepare(status: resume.Status, workdir: epath.Path) -> Parts:
+    """Opens the images and assembles the run.
+
+    Raises:
+        UserError: the settings, the data, the devices or the disk space do not suit the run.
+    """
+    config = status.config
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     train = open_source(config.data, "train")
     assert train is not None  # only the test split may be missing
@@ -172,40 +179,41 @@ def prepare(standing: resume.Standing, workdir: epath.Path) -> Parts:
     data = resume.data_of(train, test)
     devices = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
     hosts.check_agreement({**resume.facts(data), "devices": devices})
-    notes = [*standing.notes, *sources.notes(train, test)]
+    notes = [*status.notes, *sources.notes(train, test)]
     notes += resume.check_data(config, data, workdir)
     run = assemble(config, mesh, len(train))
     check_trace(config.profile_steps, run.steps)
-    batch_rows = host_rows(mesh, config.batch_size)  # of a batch that `assemble` has checked
+    batch_rows = host_rows(mesh, config.batch_size)  # after `assemble` has checked the batch size
     check_shared_memory(config, len(batch_rows))
-    # One more than are kept, for the new one is there before the oldest goes.
-    to_come = max(1, config.checkpoint.keep_last + 1 - len(checkpoint.steps(workdir)))
-    checkpoint.check_space(workdir, to_come * checkpoint_bytes(run.abstract))
+    # One more checkpoint than are kept, because a new one is written before the oldest is deleted.
+    missing = max(1, config.checkpoint.keep_last + 1 - len(checkpoint.steps(workdir)))
+    checkpoint.check_space(workdir, missing * checkpoint_bytes(run.abstract))
     return Parts(config, run, train, test, data, batch_rows, notes)
 
 
 class Resumed(NamedTuple):
-    """Where a run stands.
+    """The point from which a run continues.
 
     Attributes:
-        state: of the newest checkpoint, or a new one.
-        step: steps done.
-        rows: of metrics up to there.
-        owed: whether the evaluation of this step was interrupted and is made first of all.
-        unfinished: what there is of its row.
-        notes: what a person should know.
+        state: the state of the newest checkpoint, or a new one.
+        step: the number of steps that are done.
+        rows: the rows of metrics up to this step.
+        evaluation_due: whether the evaluation of this step was interrupted, so that it is done
+            before the next step.
+        unfinished: the row of this step without that evaluation; {} if there is none.
+        notes: messages for people, one line each.
     """
 
     state: TrainState
     step: int
     rows: list[dict[str, Any]]
-    owed: bool
+    evaluation_due: bool
     unfinished: dict[str, Any]
     notes: list[str]
 
 
-def take_up(parts: Parts, workdir: epath.Path) -> Resumed:
-    """Restores the newest checkpoint and its rows, or starts anew."""
+def restore_or_initialize(parts: Parts, workdir: epath.Path) -> Resumed:
+    """Restores the newest checkpoint and its rows, or initializes a new state."""
     config, run = parts.config, parts.run
     step = hosts.agree(max(checkpoint.steps(workdir), default=0))
     notes: list[str] = []
@@ -214,23 +222,23 @@ def take_up(parts: Parts, workdir: epath.Path) -> Resumed:
     else:
         state, notes = start_from(config, run, run.init(jax.random.key(config.seed)))
     rows = [row for row in read_metrics(workdir) if row["step"] <= step > 0]
-    judged_now = step > 0 and judged(config, step, run.steps)
-    owed = bool(hosts.agree(int(judged_now and is_unjudged(rows, step))))
-    unfinished = rows.pop() if owed and rows and rows[-1]["step"] == step else {}
-    return Resumed(state, step, rows, owed, unfinished, notes)
+    expected = step > 0 and evaluated_at(config, step, run.steps)
+    evaluation_due = bool(hosts.agree(int(expected and lacks_evaluation(rows, step))))
+    unfinished = rows.pop() if evaluation_due and rows and rows[-1]["step"] == step else {}
+    return Resumed(state, step, rows, evaluation_due, unfinished, notes)
 
 
 class Saver:
-    """Saves states, each after the rows up to it and only while the workdir is this run's.
+    """Saves states, each one after its rows, and only while this run owns the workdir.
 
     Args:
-        checkpoints: what writes them.
-        journal: the rows.
-        owner: the right to write.
-        saved: the newest step that is saved; 0 for none.
-        steps: of the run.
-        minutes: a save is overdue when this many have passed since the last one began; 0 for never.
-        clock: gives seconds.
+        checkpoints: writes the states.
+        journal: the rows, which are stored before the state of the same step.
+        owner: checks that this run still owns the workdir.
+        saved: the step of the newest checkpoint; 0 if there is none.
+        steps: the number of steps of the run.
+        minutes: a save is overdue this many minutes after the last one began; 0 for never.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -248,25 +256,29 @@ class Saver:
         self.began = clock()
 
     def overdue(self) -> bool:
-        """Whether this is the process that decides when to save, and it is time to."""
+        """Returns whether it is time to save; always False in processes other than the first."""
         waited = self.clock() - self.began
         return hosts.is_first() and 0 < 60 * self.minutes <= waited
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts to save the state after `step`, unless it is saved already."""
+        """Begins to save the state after `step`, unless it has been saved before."""
         if step > self.saved:
             self.owner.check()
             self.began = self.clock()
-            self.journal.flush()  # a checkpoint's rows are there before it is
+            self.journal.flush()  # so that a checkpoint never exists without its rows
             self.checkpoints.save(step, state)
             self.saved = step
 
     def stop(self, step: int, state: TrainState) -> NoReturn:
-        """Ends the run, which `step` was the last one of, with its state saved."""
+        """Saves the state after `step`, the last one that was done, and ends the run.
+
+        Raises:
+            Interrupted: always.
+        """
         self.save(step, state)
         self.wait()
         raise Interrupted(
-            f"interrupted; step {step} of {self.steps} is saved, and the same command goes on "
+            f"interrupted; step {step} of {self.steps} is saved, and the same command resumes "
             "from there"
         )
 
@@ -276,17 +288,17 @@ class Saver:
 
 
 class Tools(NamedTuple):
-    """What the loop works with, all of it open.
+    """The open resources that the train loop uses.
 
     Attributes:
-        batches: of images, from the first step to take.
-        journal: rows and words.
-        saver: of states.
-        pace: whether devices wait.
-        trace: of some steps.
-        corrupt: images that could not be read.
-        evaluate: (parameters) -> the row of an evaluation.
-        interruption: a wish to stop.
+        batches: the batches of images, beginning with that of the next step.
+        journal: records rows and shows messages.
+        saver: saves states.
+        pace: measures whether devices wait for images.
+        trace: traces the steps of `profile_steps`.
+        corrupt: counts images that could not be read.
+        evaluate: maps the parameters of a network to the row of an evaluation.
+        interruption: reports signals to stop.
     """
 
     batches: Batches
@@ -308,12 +320,14 @@ def open_tools(
     interruption: Interruption,
     workdir: epath.Path,
 ) -> Tools:
-    """Opens what the loop works with; `opened` closes it, the last one first."""
+    """Opens the resources of the train loop, which `opened` closes in reverse order."""
     config, run, keep = parts.config, parts.run, parts.config.checkpoint
     checkpoints = checkpoint.Checkpoints(workdir, keep.keep_last, keep.keep_every)
     opened.callback(checkpoints.close)
-    writer = Writer(workdir, resumed.step - resumed.owed) if hosts.is_first() else None
-    if writer is not None:
+    writer = None
+    if hosts.is_first():
+        # If the evaluation of this step is due, its row is written again.
+        writer = Writer(workdir, resumed.step - resumed.evaluation_due)
         opened.callback(lambda: writer.close(write=not owner.lost))
     journal = Journal(resumed.rows, writer, progress, run.objective.verdict, config.batch_size)
     batches = train_batches(parts.train, config, run.model.patch, resumed.step, parts.batch_rows)
@@ -322,8 +336,8 @@ def open_tools(
     opened.callback(pace.close)
     opened.callback(trace.close)
 
-    def tell_left_out(source: Source, found: list[int]) -> None:
-        """Names, once each, images that an evaluation does without."""
+    def report_unreadable(source: Source, found: list[int]) -> None:
+        """Reports the images that an evaluation leaves out, each of them only once."""
         lines = lines_of(source, found, decoding(config.data, source)) if hosts.is_first() else []
         for line in lines:
             journal.note_once(f"cannot be read, left out of the evaluation: {line}")
@@ -339,7 +353,7 @@ def open_tools(
             config.eval,
             run.mesh,
             between=interruption.check,
-            unreadable=tell_left_out,
+            unreadable=report_unreadable,
         )
 
     how = decoding(config.data, parts.train)
@@ -358,16 +372,16 @@ def open_tools(
 def take_steps(
     train_step: Callable[..., Any], parts: Parts, resumed: Resumed, tools: Tools
 ) -> None:
-    """Trains to the end of the run.
+    """Trains from the resumed step to the end of the run.
 
     Raises:
-        Interrupted: a signal came; the state of the last step is saved.
+        Interrupted: a signal was received; the state of the last step is saved.
     """
     config, run = parts.config, parts.run
     journal, saver, pace = tools.journal, tools.saver, tools.pace
     state, steps = resumed.state, run.steps
     measure = {flag: put(np.array(flag), replicated(run.mesh)) for flag in (False, True)}
-    if resumed.owed or (resumed.step == 0 and config.eval_every):
+    if resumed.evaluation_due or (resumed.step == 0 and config.eval_every):
         journal.record(resumed.step, resumed.unfinished | tools.evaluate(state.teacher))
 
     pending: list[tuple[int, dict[str, jax.Array]]] = []
@@ -377,29 +391,29 @@ def take_steps(
         log = last or due(step, config.log_every)
         batch = next_batch(tools, run.mesh)
         if batch is None:
-            fetch(pending, run.objective.terms, saver.saved, tools.corrupt)  # which must be finite
+            fetch(pending, run.objective.terms, saver.saved, tools.corrupt)  # raises for NaN
             saver.stop(step - 1, state)
         if tools.trace.before(step):
             pace.pause()
         arrived = time.monotonic()
         with (
-            jax.transfer_guard("disallow"),  # nothing waits for the devices unseen
+            jax.transfer_guard("disallow"),  # no implicit transfer makes the host wait
             jax.profiler.StepTraceAnnotation("train", step_num=step),
         ):
             state, metrics = train_step(state, batch, measure[log])
             pace.step(arrived, metrics["loss"])
             pending.append((step, metrics))
-            asked = tools.interruption.poll(save=saver.overdue())
-            stop = asked.stop and not last
+            answer = tools.interruption.poll(save=saver.overdue())
+            stop = answer.stop and not last
         wait_for(pending, first=step <= resumed.step + 2)
         journal.progress.advance()
         if words := tools.trace.after(step, metrics["loss"]):
             journal.note(words)
             pace.pause()
 
-        save = last or stop or asked.save or due(step, config.checkpoint_every)
-        judge = judged(config, step, steps)
-        if not (log or save or judge or len(pending) == UNSEEN):
+        save = last or stop or answer.save or due(step, config.checkpoint_every)
+        evaluate = evaluated_at(config, step, steps)
+        if not (log or save or evaluate or len(pending) == MAX_PENDING):
             continue
         saver.owner.check()
         fetched, unreadable = fetch(pending, run.objective.terms, saver.saved, tools.corrupt)
@@ -412,7 +426,7 @@ def take_steps(
             row = fetched | {"images_per_s": (step - timed) * config.batch_size / elapsed}
             row["idle_share"] = recent.idle_share
         pace.pause()
-        if judge and not stop:
+        if evaluate and not stop:
             found = evaluate_unless_stopped(tools, state.teacher)
             if found is None:
                 stop = save = True
@@ -431,7 +445,7 @@ def take_steps(
 
 
 def next_batch(tools: Tools, mesh: Mesh) -> dict[str, jax.Array] | None:
-    """The images of the next step; None where a signal ended the wait for them."""
+    """Returns the images of the next step, or None if a signal ended the wait for them."""
     try:
         with tools.interruption.at_once():
             made = next(tools.batches)
@@ -440,19 +454,19 @@ def next_batch(tools: Tools, mesh: Mesh) -> dict[str, jax.Array] | None:
             raise
         return None
     batch = to_devices(mesh, made)
-    tools.interruption.starting = None  # from the first step on there is something to save
+    tools.interruption.starting = None  # from the first step on, there is a state to save
     return batch
 
 
 def wait_for(pending: list[tuple[int, dict[str, jax.Array]]], first: bool) -> None:
-    """Keeps the host at most IN_FLIGHT steps ahead of the devices, and with them at `first`."""
+    """Waits until the devices are at most IN_FLIGHT steps behind the host, or none at `first`."""
     ahead = 0 if first else IN_FLIGHT  # so that the time of a step is soon known
     if len(pending) > ahead:
         jax.block_until_ready(pending[-1 - ahead][1]["loss"])
 
 
 def evaluate_unless_stopped(tools: Tools, params: Params) -> dict[str, Any] | None:
-    """The row of an evaluation; None where a signal ended it."""
+    """Returns the row of an evaluation, or None if a signal ended it."""
     try:
         with tools.interruption.at_once():
             return tools.evaluate(params)
@@ -467,7 +481,7 @@ def evaluate_unless_stopped(tools: Tools, params: Params) -> dict[str, Any] | No
 def finish(
     rows: list[dict[str, Any]], steps: int, compile_s: float, owner: Owner, workdir: epath.Path
 ) -> dict[str, Any]:
-    """Writes and prints the summary."""
+    """Writes, prints and returns the summary."""
     summary = summarise(rows, steps, compile_s)
     if hosts.is_first():
         owner.check()
@@ -478,9 +492,9 @@ def finish(
 
 
 def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config with its paths in the form that the commands give them, and absolute.
+    """Returns the config with its paths expanded and absolute.
 
-    The commands that read the workdir later may be started in another folder.
+    The commands that read the workdir later may be started from another folder.
     """
     config, flat = deepcopy(config), flatten(config)
     for key in PATHS:
@@ -491,38 +505,48 @@ def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     return config
 
 
-def tell_finished(standing: resume.Standing, workdir: epath.Path) -> dict[str, Any]:
+def report_finished(status: resume.Status, workdir: epath.Path) -> dict[str, Any]:
     """Prints and returns the summary of a finished run.
 
     Raises:
-        UserError: its data is not what the run used.
+        UserError: the data is not that of the run.
     """
-    assert standing.summary is not None
-    notes = [*standing.notes, *resume.check_finished_data(standing.config, workdir)]
+    assert status.summary is not None
+    notes = [*status.notes, *resume.check_finished_data(status.config, workdir)]
     if hosts.is_first():
         for note in notes:
             print(note, file=sys.stderr)
-        print(f"{workdir} is finished; its summary:\n{json.dumps(standing.summary)}")
-    return standing.summary
+        print(f"{workdir} is finished; its summary:\n{json.dumps(status.summary)}")
+    return status.summary
 
 
-def before_training(workdir: epath.Path) -> str:
-    """What to say when the start of a run is interrupted."""
+def interrupted_start_text(workdir: epath.Path) -> str:
+    """Returns the message for a run that is interrupted during its start."""
     saved = checkpoint.latest_step(workdir)
-    what = f"step {saved} is saved" if saved else "nothing was trained yet"
-    return f"interrupted during the start; {what}, and the same command goes on"
+    what = (
+        f"step {saved} is saved, and the same command resumes from there"
+        if saved
+        else "nothing was trained yet, and the same command starts again"
+    )
+    return f"interrupted during the start; {what}"
 
 
 def start_from(
     config: ml_collections.ConfigDict, run: Run, state: TrainState
 ) -> tuple[TrainState, list[str]]:
-    """The first state, with student and teacher as `config.init_from` has them, if it says so.
+    """Returns the first state of a run, with the weights of `config.init_from` if it is set.
+
+    Args:
+        config: the settings.
+        run: the assembled run.
+        state: the initialized state.
 
     Returns:
-        The state, and what was loaded, what was not and what was resized, for a person.
+        The state, in which both student and teacher have these weights, and messages about what
+        was loaded, what was not and what was resized.
 
     Raises:
-        UserError: these weights cannot be read or are not of this network.
+        UserError: the weights cannot be read, or do not fit this network.
     """
     if not config.init_from:
         return state, []
@@ -534,18 +558,18 @@ def start_from(
     return state, [f"starts from {config.init_from}", *(f"  {line}" for line in start.words)]
 
 
-def judged(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
-    """Whether the network is evaluated after this step."""
+def evaluated_at(config: ml_collections.ConfigDict, step: int, steps: int) -> bool:
+    """Returns whether the network is evaluated after `step` of a run of `steps`."""
     return config.eval_every > 0 and (step == steps or due(step, config.eval_every))
 
 
-def is_unjudged(rows: list[dict[str, Any]], step: int) -> bool:
-    """Whether the rows lack the evaluation of this step."""
+def lacks_evaluation(rows: list[dict[str, Any]], step: int) -> bool:
+    """Returns whether the rows up to `step` lack the evaluation of that step."""
     return not any(row["step"] == step and "knn_top1" in row for row in rows[-1:])
 
 
 def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, 0 for never, happens at this one."""
+    """Returns whether an action that is repeated after `every` steps, or never if 0, is due."""
     return every > 0 and step % every == 0
 
 
@@ -555,19 +579,19 @@ def fetch(
     saved: int,
     corrupt: CorruptImages,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The newest step's metrics, after a look at those of all steps since the last fetch.
+    """Returns the metrics of the newest step, after checking those of all pending steps.
 
     Args:
-        pending: steps and their metrics, still on the devices.
-        terms: the metrics that the loss consists of, which must be finite as it must.
-        saved: the newest checkpoint, for the error; 0 for none.
+        pending: the steps since the last fetch, with their metrics, which are still on the devices.
+        terms: the names of the terms of the loss, which must be finite, as the loss must.
+        saved: the step of the newest checkpoint, for the error; 0 if there is none.
         corrupt: counts images that had to be replaced.
 
     Returns:
-        The metrics, and the images found corrupt, a line each.
+        The metrics, and the images that could not be read, one line each.
 
     Raises:
-        UserError: a loss is not finite, or too many images are corrupt.
+        UserError: a loss or a gradient norm is not finite, or too many images are corrupt.
     """
     lines = []
     row: dict[str, Any] = {}
@@ -579,7 +603,9 @@ def fetch(
         guarded = {name: row[name] for name in (*terms, "loss", "grad_norm")}
         bad = [name for name, value in guarded.items() if not math.isfinite(value)]
         if bad:
-            last = f"The last good checkpoint is step {saved}" if saved else "None was saved yet"
+            last = (
+                f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint"
+            )
             raise UserError(
                 f"step {step}: {bad[0]} is not finite "
                 f"({', '.join(f'{name} {value:.4g}' for name, value in guarded.items())}). {last}; "
@@ -591,7 +617,7 @@ def fetch(
 
 
 def checkpoint_bytes(abstract: TrainState) -> int:
-    """Size of a state in memory and on disk."""
+    """Returns the size of a state in bytes, in memory and on disk."""
     leaves = (
         jax.eval_shape(jax.random.key_data, leaf)
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -608,7 +634,7 @@ def describe(
     test: Source | None,
     start: int,
 ) -> str:
-    """What is about to run, for a person."""
+    """Returns a description of the run from step `start` on, in one line for people."""
     count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.student))
     devices = run.mesh.devices
     views = f"{config.augment.global_crops}x{config.augment.global_size}"
@@ -621,40 +647,46 @@ def describe(
     if config.accumulate > 1:
         where += f" in {config.accumulate} microbatches"
     if test is None:
-        quality = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
+        evaluation = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
     elif not (source.has_labels and test.has_labels):
-        quality = "no k-NN accuracy: the images have no labels"
+        evaluation = "no k-NN accuracy: the images have no labels"
     else:
-        quality = f"k-NN on {len(test)} test images"
+        evaluation = f"k-NN on {len(test)} test images"
         if source.class_names is not None:
-            quality += f" of {len(source.class_names)} classes"
+            evaluation += f" of {len(source.class_names)} classes"
     return (
         f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
         f"{config.batch_size} {where}; steps {start} to {run.steps} "
-        f"({run.steps / run.epoch:.1f} epochs); {quality}."
+        f"({run.steps / run.epoch:.1f} epochs); {evaluation}."
     )
 
 
-def doubts(config: ml_collections.ConfigDict, images: int, start: int) -> list[str]:
-    """What is possible, but probably not meant: of the batch and of the trace."""
+def warnings_of(config: ml_collections.ConfigDict, images: int, start: int) -> list[str]:
+    """Returns warnings about a batch size and a trace that are valid, but probably not intended."""
     words = []
     if images < config.batch_size:
         words.append(
-            f"warning: {images} images are fewer than the batch of {config.batch_size}, so that "
-            "every batch shows some of them more than once; is this all of the data? If it is, "
-            f"set --config.batch_size to {images} or less"
+            f"warning: there are only {images} images, fewer than the batch of {config.batch_size},"
+            " so that every batch shows some of them more than once. Check data.path; if these are "
+            f"all images, set --config.batch_size to {images} or less"
         )
     first, last = config.profile_steps
     if 0 < last <= start:
         words.append(
-            f"warning: nothing is traced, because profile_steps={first},{last} is over: the run "
-            f"goes on after step {start}"
+            f"warning: nothing will be traced, because the steps of profile_steps={first},{last} "
+            f"are done: the run continues after step {start}"
         )
     return words
 
 
 def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[str, Any]:
-    """The summary of a finished run from its logged rows, and the seconds of the last start."""
+    """Returns the summary of a finished run.
+
+    Args:
+        rows: the logged rows.
+        steps: the number of steps of the run.
+        compile_s: the seconds that compiling took in the last start.
+    """
     first, final = (rows[0], rows[-1]) if rows else ({}, {})
     speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
@@ -670,7 +702,7 @@ def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[
 
 
 def summary_text(summary: dict[str, Any], workdir: epath.Path) -> str:
-    """The summary as a person would tell it."""
+    """Returns the summary in words for people."""
     minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
     curves = f"curves: tensorboard --logdir {shlex.quote(str(workdir))}"
     if importlib.util.find_spec("tensorboard") is None:
@@ -683,7 +715,7 @@ def summary_text(summary: dict[str, Any], workdir: epath.Path) -> str:
 
 
 def main() -> None:
-    """Trains what the flags name."""
+    """Trains the run that the flags describe."""
     config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
     made = config_lib.read_config(workdir) if (workdir / "config.json").exists() else None
     check_used(config, cli.given(), made)
@@ -693,6 +725,6 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_config()
     cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
-    wait = "Seconds to wait for another run that has the workdir; launchers wait."
+    wait = "The seconds to wait if another run is using the workdir; the launch scripts wait."
     flags.DEFINE_float("wait", 0.0, wait, lower_bound=0.0)
     cli.run(main)

@@ -195,7 +195,10 @@ CONFIG_FLAG, WORKDIR = "--config=configs/digits.py", "--workdir=runs/a"
             f"there is no config file 'nowhere/cifar_10.py'; did you mean cifar10? {RECIPES}",
         ),
         (["--config=x", WORKDIR], f"there is no config file 'x'. {RECIPES}"),
-        (["--config=", WORKDIR], "--config is empty: give it a value; is a variable not set?"),
+        (
+            ["--config=", WORKDIR],
+            "--config is empty; give it a value (is a shell variable not set?)",
+        ),
         ([CONFIG_FLAG], "--workdir is required: give --workdir=value"),
         (
             [CONFIG_FLAG, WORKDIR, "--data_path=/x"],
@@ -244,7 +247,9 @@ def test_an_empty_value_of_any_flag_is_refused(
     command: pathlib.Path, flags: list[str], name: str
 ) -> None:
     result = run(command, *flags)
-    assert result.stderr == (f"error: --{name} is empty: give it a value; is a variable not set?\n")
+    assert result.stderr == (
+        f"error: --{name} is empty; give it a value (is a shell variable not set?)\n"
+    )
     assert result.returncode == 2
 
 
@@ -344,7 +349,8 @@ def test_a_config_file_that_does_not_load(
             (
                 how,
                 "error: the disk is full: no space was left while writing to runs/a. Free some "
-                "space and run the same command again: it goes on from the last good checkpoint.",
+                "space and run the same command again, which resumes from the last good "
+                "checkpoint.",
                 1,
             )
             for how in ("disk", "tensorstore")
@@ -352,10 +358,10 @@ def test_a_config_file_that_does_not_load(
         *(
             (
                 how,
-                f"error: out of memory: {reason}. If it came in a step, raise --config.accumulate "
-                "(microbatches of a step), which a resumed run may do too, or lower "
-                "--config.batch_size; if in an evaluation, lower --config.eval.batch_size. "
-                "--config.model.remat=full takes less as well.",
+                f"error: out of memory: {reason}. If this happened in a step, increase "
+                "--config.accumulate (the microbatches per step), which is possible in a resumed "
+                "run too, or decrease --config.batch_size; if in an evaluation, decrease "
+                "--config.eval.batch_size. --config.model.remat=full also saves memory.",
                 1,
             )
             for how, reason in (

@@ -379,5 +379,5 @@ def test_a_run_that_is_read_only_is_evaluated_and_not_saved(
     monkeypatch.setattr(paths, "check_writable", refuse)
     evaluate.knn(tmp_path)
     shown = capsys.readouterr()
-    assert "will be printed only, not saved: cannot write to" in shown.err
+    assert "will only be printed, not saved: cannot write to" in shown.err
     assert "best" in shown.out and not list(tmp_path.glob("knn_*"))

@@ -128,14 +128,14 @@ def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
 ) -> None:
     assert "fits: unknown" in table(made(limit=None, fits=None))
     monkeypatch.setattr(plan_lib, "bytes_limit", lambda devices: None)
-    with pytest.raises(UserError, match="do not say how much memory"):
+    with pytest.raises(UserError, match="do not report how much memory"):
         largest_batch(make_config(), jax.devices()[:1])
 
 
 @pytest.mark.medium
 def test_bound_is_that_of_the_smaller_memory(one: Plan) -> None:
     assert one.bound == (32, "sop.patch.memory")
-    assert "sop.patch.memory bounds the batch to 32 images." in table(one)
+    assert "sop.patch.memory limits the batch to 32 images." in table(one)
 
 
 @pytest.mark.medium
@@ -168,16 +168,16 @@ def test_table_and_record_tell_the_same() -> None:
     found = made(collectives=sent)
     words = " ".join(table(found).split())
     for text in (
-        "batch 64 on 8 TPU v5 lite (data 4 x fsdp 2): 8 images a chip",
+        "batch 64 on 8 TPU v5 lite (data 4 x fsdp 2): 8 images per chip",
         "parameters, student and teacher 2048.0",
         "activations and the like 3072.0",
         "student 3.000",
-        "of matrix products 4.000",
-        "at least 500 ms",
+        "total of matrix products 4.000",
+        "a step would take 500 ms",
         "all-reduce student 13 14.000",
         "all-gather prototypes ? ?",
-        "(steps that measure)",
-        "fits: yes, 5.00 GiB a chip of 16.00 GiB",
+        "(only in logged steps)",
+        "fits: yes, 5.00 GiB per chip of 16.00 GiB",
     ):
         assert text in words
     numbers = json.loads(json.dumps(record(found)))
@@ -190,7 +190,7 @@ def test_table_and_record_tell_the_same() -> None:
 
 def test_refusal_is_an_answer() -> None:
     words = table(made(wanted=40 * GIB, fits=False, memory={"parameters": 2 * GIB}))
-    assert words.endswith("fits: no, 40.00 GiB a chip of 16.00 GiB")
+    assert words.endswith("fits: no, 40.00 GiB per chip of 16.00 GiB")
     assert "activations" not in words
 
 
@@ -232,7 +232,7 @@ def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatc
     assert found and found.batch_size == 3
     assert tried[0] == plan_lib.IMAGES
     unbound = made(bound=None)
-    assert "bounds the batch" not in table(unbound)
+    assert "limits the batch" not in table(unbound)
     assert record(unbound)["bound"] is None
 
 
@@ -261,8 +261,8 @@ def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("topology", "words"),
     [
-        ("foo", "libtpu does not know --topology=foo"),
-        ("v5e:3x5", "libtpu does not know --topology=v5e:3x5"),
+        ("foo", "libtpu does not support --topology=foo"),
+        ("v5e:3x5", "libtpu does not support --topology=v5e:3x5"),
         ("v3:2x2", "memory is not known here: TPU v3; expected one of v4, v5e, v5p and v6e"),
         ("v5e:4x6", "batch_size 512 cannot be split over 24 devices"),
     ],

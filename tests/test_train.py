@@ -376,14 +376,14 @@ def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it
     convert(tmp_path / "run", tmp_path / "net")
     images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     for workdir in (tmp_path / "run", tmp_path / "net"):
-        loaded, model, params, _ = pretrained.load(workdir)
+        loaded, model, params, _ = pretrained.load_network(workdir)
         assert loaded.model.pool == "mean"
         (tokens,) = jax.jit(model.features)(params, images)
         expected = np.asarray(tokens, np.float64)[:, 1:].mean(1)
         np.testing.assert_allclose(tokens[:, 0], expected, atol=1e-6)
     words = convert(tmp_path / "run", tmp_path / "timm.safetensors", "timm")
     assert "this network has model.pool=mean, and timm's own is cls" in words
-    with pytest.raises(UserError, match="model.pool: 'mean' made this workdir, 'cls' is asked for"):
+    with pytest.raises(UserError, match="model.pool: the run has 'mean', but 'cls' was requested"):
         train.train(
             small_config(**{"model.pool": "cls", "eval_every": 2, "steps": 2}), tmp_path / "run"
         )
@@ -673,7 +673,7 @@ def test_another_setting_is_named_and_changes_nothing(
     with pytest.raises(UserError) as caught:
         train.train(small_config(**{key: new}), workdir)
     message = str(caught.value)
-    assert f"{key}: {old!r} made this workdir, {new!r} is asked for" in message
+    assert f"{key}: the run has {old!r}, but {new!r} was requested" in message
     assert "another --workdir" in message and "checkpoint_every" in message
     assert len(message.splitlines()) == 3  # no other setting is named
     assert snapshot(workdir) == before
@@ -904,7 +904,7 @@ def test_a_finished_run_that_is_asked_for_more_says_how_to_go_on(
     with pytest.raises(UserError) as caught:
         train.train(small_config(), tmp_path / "run")
     message = str(caught.value)
-    assert "steps: 9 (epochs=0.1) made this workdir, 16 is asked for" in message
+    assert "steps: the run has 9 (epochs=0.1), but 16 was requested" in message
     assert f"--config.init_from={tmp_path / 'run'} --workdir=NEW" in message
 
 
@@ -940,7 +940,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
         assert config_lib.read_config(stopped).sop.pool == "all"
         assert config_lib.made_by(stopped) == "0.1.0"
     assert "sop_jax 0.1.0 began this run, which continues as before" in capsys.readouterr().err
-    with pytest.raises(UserError, match="sop.smoothing: 0.1 made this workdir, 0.2 is asked for"):
+    with pytest.raises(UserError, match="sop.smoothing: the run has 0.1, but 0.2 was requested"):
         train.train(small_config(**{"sop.smoothing": 0.2}), stopped)
 
 
@@ -1380,10 +1380,10 @@ def test_says_that_the_input_is_the_bottleneck(
 
 def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_told() -> None:
     config = small_config(batch_size=32, profile_steps=(3, 4))
-    few, over = train.doubts(config, 3, start=4)
-    assert few.startswith("warning: 3 images are fewer than the batch of 32")
-    assert "profile_steps=3,4 is over" in over
-    assert train.doubts(config, 32, start=3) == []
+    few, over = train.warnings_of(config, 3, start=4)
+    assert few.startswith("warning: there are only 3 images, fewer than the batch of 32")
+    assert "the steps of profile_steps=3,4 are done" in over
+    assert train.warnings_of(config, 32, start=3) == []
 
 
 def test_a_read_only_workdir_is_told_before_anything_else(read_only: pathlib.Path) -> None:

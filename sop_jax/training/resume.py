@@ -26,7 +26,7 @@ _DATA = "data.json"
 Data = dict[str, Identity | None]
 
 
-class Standing(NamedTuple):
+class Status(NamedTuple):
     """What a workdir says about the requested run.
 
     Attributes:
@@ -41,7 +41,7 @@ class Standing(NamedTuple):
     summary: dict[str, Any] | None
 
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Standing:
+def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Status:
     """Checks that the folder of a run is new, or belongs to a run with this config.
 
     Args:
@@ -58,7 +58,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
                 f"{workdir} has checkpoints, but no config.json, from which their settings would "
                 "be read; restore it, or use another --workdir"
             )
-        return Standing(config, [], None)
+        return Status(config, [], None)
     finished = None
     if summary.exists():
         with contextlib.suppress(ValueError):
@@ -79,7 +79,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
         )
     if old.init_from != config.init_from and checkpoint.latest_step(workdir):
         notes.append("init_from has no effect: it is only read at the first step of a run.")
-    return Standing(config, notes, finished)
+    return Status(config, notes, finished)
 
 
 def follow(
@@ -127,16 +127,16 @@ def resumable(config: ml_collections.ConfigDict) -> list[str]:
 def changes(
     old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, but: Sequence[str] = ()
 ) -> list[str]:
-    """What differs between two configs and may not differ in one run, a line each.
+    """Returns the settings that differ between two configs although they must not, one per line.
 
     Args:
-        old: the settings that made a workdir.
-        new: those that are asked for.
-        but: settings that are not compared.
+        old: the config of the run.
+        new: the requested config.
+        but: the names of settings that are not compared.
     """
     before, after = config_lib.flatten(old), config_lib.flatten(new)
     return [
-        f"{key}: {before.get(key)!r} made this workdir, {after.get(key)!r} is asked for"
+        f"{key}: the run has {before.get(key)!r}, but {after.get(key)!r} was requested"
         for key in sorted(before.keys() | after.keys())
         if key not in (*resumable(new), *but) and before.get(key) != after.get(key)
     ]
@@ -167,8 +167,8 @@ def changed_durations(
         if then != now:
             longer = longer or (name == "" and now > then)
             lines.append(
-                f"{name}steps: {_duration_text(before, name, then)} made this workdir, "
-                f"{_duration_text(after, name, now)} is asked for"
+                f"{name}steps: the run has {_duration_text(before, name, then)}, but "
+                f"{_duration_text(after, name, now)} was requested"
             )
     return longer, lines
 

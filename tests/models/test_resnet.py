@@ -568,7 +568,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     (cut / "metrics.jsonl").write_text("".join(rows[:4]))
     other = config.copy_and_resolve_references()
     other.accumulate = 2
-    with pytest.raises(UserError, match="accumulate: 1 made this workdir, 2 is asked for"):
+    with pytest.raises(UserError, match="accumulate: the run has 1, but 2 was requested"):
         train.train(other, cut)
     resumed = train.train(config, cut)
     assert [resumed[name] for name in ("loss", "knn_top1")] == [
