@@ -196,7 +196,7 @@ def test_attention_is_among_the_tokens_of_the_last_stage(model: Model, params: P
     assert (part.sum(-1) < 1).all()  # the rest goes to what the grid was padded with
 
 
-@pytest.mark.slow
+@pytest.mark.medium
 def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
     embed: Any, params: Params
 ) -> None:
