@@ -106,6 +106,7 @@ def test_threads_change_nothing(threads):
     assert_same(take(digits(), small_config(**{"data.threads": threads}), 6), expected)
 
 
+@pytest.mark.medium
 def test_processes_change_nothing(tmp_path):
     source = folder(tmp_path, 30, {7: b"broken"})
     expected = take(source, small_config(), 8, start_step=2)  # all of the second epoch
@@ -169,6 +170,7 @@ def test_settings_reach_the_views():
     assert not batch["mask"].any()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("start", [{"mask.start_steps": 3}, {"mask.start_epochs": 1.5}], ids=str)
 def test_masks_start_at_a_step_and_nothing_else_changes(tmp_path, start):
     source = folder(tmp_path, 16)  # two steps an epoch
@@ -207,6 +209,7 @@ def test_a_data_set_of_rubbish_is_one_clear_error(tmp_path, workers):
         take(source, small_config(**{"data.workers": workers, "data.threads": workers}), 1)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 2])
 def test_close_ends_threads_and_processes(monkeypatch, workers):
     monkeypatch.setattr(pipeline, "PIECE_BYTES", 6000)  # pieces, as large images have
@@ -244,6 +247,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.medium
 def test_a_process_that_closed_its_batches_ends_silently(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py")]

@@ -164,6 +164,7 @@ def test_attention_is_what_the_last_layer_takes(model: Model, params: Params) ->
     np.testing.assert_allclose(weights, jax.nn.softmax(logits), atol=1e-5)
 
 
+@pytest.mark.medium
 def test_registers_take_part_and_are_not_given_back(params: Params) -> None:
     model = small_model(registers=3)
     start = jax.jit(model.init)(jax.random.key(0))
