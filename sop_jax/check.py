@@ -1,4 +1,4 @@
-"""Finds what is wrong with a config before the long work starts."""
+"""Checks a config before any long work starts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -40,9 +40,9 @@ TRACE = Rule(
     "the first and the last step to trace, counted from 1, or 0,0 for none",
 )
 
-# Which values each setting can have, in the order of `config.paper`.
+# The values that each setting can have, in the order of `config.paper`.
 RULES: dict[str, Rule] = {
-    "seed": whole(0, 2**32 - 1),  # of which JAX takes 32 bits
+    "seed": whole(0, 2**32 - 1),  # JAX uses only 32 bits of a seed
     "init_from": TEXT,
     "epochs": NOT_NEGATIVE,
     "steps": unset_or(whole(1, 2**31 - 1)),
@@ -76,7 +76,7 @@ RULES: dict[str, Rule] = {
     "augment.brightness": NOT_NEGATIVE,
     "augment.contrast": NOT_NEGATIVE,
     "augment.saturation": NOT_NEGATIVE,
-    "augment.hue": number(0, 0.5),  # turns of the circle, both ways, as in torchvision
+    "augment.hue": number(0, 0.5),  # of a full turn, in both directions, as in torchvision
     "augment.grayscale": SHARE,
     "augment.blur": each(SHARE, 3),
     "augment.blur_sigma": ascending(POSITIVE),
@@ -87,7 +87,7 @@ RULES: dict[str, Rule] = {
     "mask.start_epochs": NOT_NEGATIVE,
     "mask.start_steps": unset_or(STEPS),
     "model.family": one_of(FAMILIES),
-    "model.size": TEXT,  # `size_of` knows those of each family
+    "model.size": TEXT,  # `size_of` checks that the family has this size
     "model.width": COUNT,
     "model.depth": COUNT,
     "model.heads": COUNT,
@@ -132,17 +132,20 @@ RULES: dict[str, Rule] = {
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for the first setting that cannot work, saying which would."""
+    """Checks that the settings of a config are valid, by themselves and together.
+
+    Raises:
+        UserError: names the first setting that is invalid, and a valid value.
+    """
     check_values(config)
     check_length(config)
     check_sizes(config)
+    check_family(config)
     method_of(config).check(config)
-    if not FAMILIES[config.model.family].patches:
-        check_cls_alone(config)
 
 
 def check_values(config: ml_collections.ConfigDict) -> None:
-    """Each setting is known, and its value is one that it can have."""
+    """Checks that each setting exists and has a value that its rule allows."""
     flat, defaults = flatten(config), flatten(paper())
     if wrong := misnamed(flat):
         raise UserError("; ".join(wrong))
@@ -155,14 +158,15 @@ def check_values(config: ml_collections.ConfigDict) -> None:
 
 
 def _remedy(key: str, default: Any) -> str:
-    """How to set a setting that has a wrong value."""
+    """Returns what to do about a setting that has an invalid value."""
     if default in (None, ""):
         return f"set --config.{key} to such a value, or leave it out"
     shown = ",".join(map(str, default)) if isinstance(default, list) else default
     return f"for example, set --config.{key}={shown}"
 
 
-NUMBERS = ("width", "depth", "heads", "stage_depths", "stage_heads")  # of model.size=custom
+# The settings of `config.model` that only model.size=custom uses.
+CUSTOM_ONLY = ("width", "depth", "heads", "stage_depths", "stage_heads")
 
 
 def check_used(
@@ -170,15 +174,16 @@ def check_used(
     given: Iterable[str],
     made: ml_collections.ConfigDict | None = None,
 ) -> None:
-    """Refuses settings that a person asks for and that have no effect.
+    """Checks that the settings on the command line have an effect.
 
     Args:
-        config: of the run.
-        given: the settings on the command line, by their dotted names.
-        made: the config of the same run when it was started; what it has already may stay.
+        config: the config of the run.
+        given: the dotted names of the settings on the command line.
+        made: the config with which the run began, if it is resumed. A setting that has the same
+            value there is accepted, so that the command can be repeated.
 
     Raises:
-        UserError: names the first of them, and why it has none.
+        UserError: names the first setting that has no effect, and the reason.
     """
     reasons, flat = without_use(config), flatten(config)
     kept = flatten(made or {})
@@ -188,21 +193,23 @@ def check_used(
 
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """The settings that have no effect beside the others of a config, and why."""
+    """Returns the settings that have no effect because of others, and the reason for each."""
     flat, model = flatten(config), config.model
     reasons = {}
     for name in config.data:
         if reason := named.without_use(config.data.source, name):
             reasons[f"data.{name}"] = reason
     if model.size != "custom":
-        for name in NUMBERS:
-            reasons[f"model.{name}"] = f"model.size={model.size} decides; for others choose custom"
+        for name in CUSTOM_ONLY:
+            reasons[f"model.{name}"] = (
+                f"it is for model.size=custom, but model.size is {model.size}"
+            )
     for name in FAMILIES[model.family].unused:
-        reasons[f"model.{name}"] = f"model.family={model.family} has no use for it"
+        reasons[f"model.{name}"] = f"model.family={model.family} does not use it"
     for key in flat:
         steps = f"{key.removesuffix('epochs')}steps"
         if key.endswith("epochs") and flat[steps] is not None:
-            reasons[key] = f"{steps} is {flat[steps]}, and steps win"
+            reasons[key] = f"{steps} is {flat[steps]}, which takes precedence"
     reasons |= method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):
@@ -211,30 +218,30 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 def check_length(config: ml_collections.ConfigDict) -> None:
-    """A run has steps, or epochs."""
+    """Checks that a run has at least one step."""
     if config.steps is None and not config.epochs:
         raise UserError(
-            f"the run has {config.steps} steps and {config.epochs} epochs; set --config.steps or "
-            "--config.epochs to more than 0 (steps win over epochs)"
+            f"the run would have no steps: steps is none and epochs is {config.epochs}; set "
+            "--config.steps or --config.epochs to more than 0 (steps takes precedence)"
         )
 
 
 def check_trace(profile_steps: tuple[int, int], steps: int) -> None:
-    """A trace begins and ends in a run of so many steps."""
+    """Checks that the steps to trace, the first and the last, are in a run of `steps`."""
     first, last = profile_steps
     if last > steps:
         raise UserError(
-            f"profile_steps is {first},{last}, but the run has {steps} steps, so that nothing "
-            f"would be traced after the last one; choose steps of 1 to {steps}"
+            f"profile_steps is {first},{last}, but the run has {steps} steps and the trace would "
+            f"not be complete; choose steps from 1 to {steps}"
         )
 
 
 def check_sizes(config: ml_collections.ConfigDict) -> None:
-    """Images are whole tokens, heads are whole."""
+    """Checks that images consist of whole tokens, and that the network can have its size."""
     size, family = size_of(config.model), FAMILIES[config.model.family]
     side = token_side(config.model)
-    of_patches = "patch" not in family.unused
-    unit = f"model.patch {side}" if of_patches else f"the {side} pixels of a token"
+    has_patch = "patch" not in family.unused
+    unit = f"model.patch {side}" if has_patch else f"the {side} pixels of a token"
     sizes = ["augment.global_size", "eval.crop"]
     if config.augment.local_crops:
         sizes.append("augment.local_size")
@@ -251,7 +258,7 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             raise UserError(
                 f"{key} {pixels} is not a multiple of {unit}; "
                 f"choose {f'{below} or ' if below else ''}{above}"
-                f"{', or another patch' if of_patches else ''}"
+                f"{', or another patch' if has_patch else ''}"
             )
     if config.eval.resize < config.eval.crop:
         raise UserError(
@@ -259,21 +266,34 @@ def check_sizes(config: ml_collections.ConfigDict) -> None:
             "the crop is taken from the resized image"
         )
     family.check_size(size)
-    if config.model.attention == "cudnn" and not family.cudnn:
+
+
+def check_family(config: ml_collections.ConfigDict) -> None:
+    """Checks that a config requests nothing that the networks of its family cannot do."""
+    model, family = config.model, FAMILIES[config.model.family]
+    if model.attention == "cudnn" and not family.cudnn:
         raise UserError(
-            f"model.attention is cudnn, which model.family={config.model.family} has no use for; "
+            f"model.attention is cudnn, which model.family={model.family} does not support; "
             "choose auto"
         )
+    if model.pool != "cls" and "pool" in family.unused:
+        raise UserError(
+            f"model.pool is {model.pool}, but model.family={model.family} always averages its "
+            "tokens, so model.pool must be cls there; set it to cls in the config file, or choose "
+            "model.family=vit"
+        )
+    if not family.patches:
+        check_cls_only(config)
 
 
-def cls_alone(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Settings of a run without patches to learn from, and without drop path, as a ResNet's."""
+def cls_only_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns the settings of a run without patches and drop path, such as that of a ResNet."""
     return {**method_of(config).cls_only, "mask.none": 1.0, "model.drop_path": 0.0}
 
 
-def check_cls_alone(config: ml_collections.ConfigDict) -> None:
-    """What a ResNet has no use for is switched off, so that nobody believes it to be at work."""
-    flat, expected = flatten(config), cls_alone(config)
+def check_cls_only(config: ml_collections.ConfigDict) -> None:
+    """Checks that the settings which a ResNet would ignore are switched off."""
+    flat, expected = flatten(config), cls_only_settings(config)
     others = {key: value for key, value in expected.items() if flat[key] != value}
     if others:
         raise UserError(

@@ -1,8 +1,8 @@
-"""The settings of a run: their defaults, which are the paper's, and their checks.
+"""The settings of a run: their defaults, which are those of the paper, and their files.
 
-A file in `configs/` calls `paper()` and changes what differs. Values that follow from others
-(steps per epoch, peak learning rate, grid sizes) are never stored: they are derived when a run
-starts, so that overriding one key cannot leave another behind.
+A file in `configs/` calls `paper()` and changes the settings that differ. Values that follow from
+others (steps per epoch, peak learning rate, grid sizes) are never stored: they are derived when a
+run starts, so that no setting is left inconsistent when another one is overridden.
 """
 
 import json
@@ -17,7 +17,8 @@ from sop_jax import __version__
 from sop_jax.errors import UserError, nearest
 from sop_jax.paths import write_whole
 
-# Each version's new settings, with the value by which runs of earlier versions behaved.
+# The settings that each version introduced, with the values that match the behaviour of earlier
+# versions.
 BEFORE: dict[str, dict[str, Any]] = {
     "0.2.0": {
         "model.precision": "default",
@@ -29,13 +30,14 @@ BEFORE: dict[str, dict[str, Any]] = {
     "0.3.0": {
         "augment.global_crops": 2,
         "model.pool": "cls",
-        "checkpoint.minutes": 15.0,  # which changes no numbers
+        "checkpoint.minutes": 15.0,  # this does not change the results
     },
 }
-_FIRST = "0.1.0"  # which wrote no version into config.json
+_FIRST = "0.1.0"  # the only version that wrote no version into config.json
 
-# What a resumed run may change: nothing that decides which numbers come out, but for rounding. The
-# images that `data.path` leads to are compared by themselves, and `init_from` is behind it.
+# The settings that a resumed run can change: those that do not affect the results, except for
+# rounding. The images at `data.path` are compared separately, and `init_from` is only read when a
+# run begins.
 RESUMABLE = (
     "init_from",
     "data.path",
@@ -57,44 +59,47 @@ RESUMABLE = (
     "model.attention",
 )
 
-# Settings that are paths, in which the commands expand `~`.
+# The settings that are paths, in which the commands expand `~`.
 PATHS = ("data.path", "init_from")
 
-# Settings that may be empty, which then stands for nothing or a default, and --splits, which stands
-# for none. No other one may be.
+# The only settings and flags that can be empty. An empty value means that there is none, or that a
+# default is used.
 MAY_BE_EMPTY = (*PATHS, "data.name", "data.train_split", "data.test_split", "splits")
 
 _FILE = "config.json"
 
 
 def paper() -> ml_collections.ConfigDict:
-    """The paper's recipe (appendix A; where it is silent, iBOT's) for ViT-S/16 on ImageNet."""
+    """Returns the paper's recipe for ViT-S/16 on ImageNet.
+
+    The values are from appendix A, or from iBOT if the paper does not specify them.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.init_from = ""  # weights to start from: a file, or the folder of a run or of `convert`
     config.epochs = 800.0
-    config.steps = config_dict.placeholder(int)  # wins over `epochs` when set
-    config.batch_size = 1024  # images a step, over all devices
-    config.accumulate = 1  # microbatches of a step, one after another, to save memory
-    config.log_every = 50  # steps, as the two below; 0 means never
+    config.steps = config_dict.placeholder(int)  # takes precedence over `epochs` if set
+    config.batch_size = 1024  # images per step, over all devices
+    config.accumulate = 1  # microbatches per step, computed one after another to save memory
+    config.log_every = 50  # steps, like the next two; 0 means never
     config.eval_every = 12500
     config.checkpoint_every = 2500
-    config.profile_steps = (0, 0)  # the first and last step of a trace; 0 for none
+    config.profile_steps = (0, 0)  # the first and last step of a trace; (0, 0) for no trace
 
     config.data = ml_collections.ConfigDict(
         dict(
             source="tfds",  # tfds | folder | packed | digits
             path="",  # tfds: data_dir; folder: its root; packed: the .npz file
             name="",  # tfds: the data set's name
-            train_split="train",  # of a folder, "" for no splits: all its folders are classes
+            train_split="train",  # for a folder, "" means no splits: all its folders are classes
             test_split="validation",
-            workers=8,  # processes; 0 stays in this one
-            threads=4,  # a process
+            workers=8,  # processes; with 0, the main process makes the batches
+            threads=4,  # per process
             max_corrupt_share=0.01,
             orientation="auto",  # exif | ignore | auto: exif for folders of images, else ignore
-            white=0.0,  # of a single channel of more than 8 bits; 0 for what the file says
-            max_pixels=178_956_970,  # of an image; larger ones are not decoded
-            retry_seconds=60.0,  # to wait for storage that does not answer; 0 for not at all
+            white=0.0,  # for a single channel of more than 8 bits; 0 means as the file specifies
+            max_pixels=178_956_970,  # per image; larger images are not decoded
+            retry_seconds=60.0,  # how long reads from failing storage are retried; 0 for never
         )
     )
     config.augment = ml_collections.ConfigDict(
@@ -119,15 +124,15 @@ def paper() -> ml_collections.ConfigDict:
                 0.5,
             ),  # probabilities: first global view, other global views, local views
             blur_sigma=(0.1, 2.0),  # pixels
-            solarize=0.2,  # global views but the first
+            solarize=0.2,  # for global views except the first
         )
     )
     config.mask = ml_collections.ConfigDict(
         dict(
             kind="block",  # block | random
-            ratio=(0.3, 0.3),  # uniform in this range, a view
-            none=0.0,  # probability that a view stays unmasked
-            start_epochs=0.0,  # nothing is masked before
+            ratio=(0.3, 0.3),  # drawn uniformly from this range for each view
+            none=0.0,  # probability that a view is not masked
+            start_epochs=0.0,  # no view is masked before
             start_steps=config_dict.placeholder(int),
         )
     )
@@ -135,31 +140,34 @@ def paper() -> ml_collections.ConfigDict:
         dict(
             family="vit",  # vit | swin | resnet
             size="s",  # vit: ti | s | b | l | h; swin: t | s | b; resnet: 50; custom
-            width=384,  # custom alone, as the four below; of Swin's first stage, a ResNet's stem
+            # Only for size=custom, like the next four: the width of a ViT, of the first stage of a
+            # Swin, or of the stem of a ResNet.
+            width=384,
             depth=12,  # vit
-            heads=6,
+            heads=6,  # vit
             stage_depths=(2, 2, 6, 2),  # swin, resnet
-            stage_heads=(3, 6, 12, 24),
-            patch=16,  # vit; Swin's is 4, and its tokens stand for 32 pixels
-            window=7,  # swin: patches a side within which it attends
-            registers=0,  # vit: tokens that stand for nothing
-            layer_scale=0.0,  # vit: what branches are scaled by at the start; 0 for no scales
-            pool="cls",  # vit: cls | mean of the patches (table C.2); what stands for an image
+            stage_heads=(3, 6, 12, 24),  # swin
+            patch=16,  # vit; the patches of a Swin have 4 pixels, and its tokens cover 32
+            window=7,  # swin: patches on each side of the windows in which it attends
+            registers=0,  # vit: extra tokens that represent no patch
+            layer_scale=0.0,  # vit: the initial scale of the branches; 0 for no layer scale
+            pool="cls",  # vit: cls | mean (of the patches, table C.2), which represents an image
             positions="ibot",  # vit: ibot | size | antialiased, how positions are resized
-            norm_eps=1e-6,  # of LayerNorm, added to the variance; a ResNet has none
+            norm_eps=1e-6,  # of LayerNorm, added to the variance; not for resnet
             drop_path=0.1,
             init_std=0.02,  # of linear layers
-            position_std=0.02,  # of positional embeddings at the start
-            remat="products",  # none | products | dots | full: how much is computed again
+            position_std=0.02,  # of positional embeddings
+            remat="products",  # none | products | dots | full: how much is recomputed
             attention="auto",  # auto (cudnn where it works) | xla | cudnn
             dtype="bfloat16",  # of the computation; parameters are float32
-            precision="float32",  # of products of float32 numbers: float32 | high | default
+            precision="float32",  # of matrix products in float32: float32 | high | default
         )
     )
     config.head = ml_collections.ConfigDict(dict(hidden=2048, dim=256))
     config.sop = ml_collections.ConfigDict(
         dict(
-            # E_C and E_P: rows, SOPs a task, supports besides the anchor, tasks, votes, lambda.
+            # E_C and E_P: rows of the memory, SOPs per task, supports besides the anchor, tasks,
+            # votes, lambda.
             cls=dict(
                 memory=65536, anchors=4096, supports=8, tasks=2, votes="similarity", weight=1.0
             ),
@@ -169,19 +177,19 @@ def paper() -> ml_collections.ConfigDict:
             anchors="random",  # random | fixed_slots | frozen_rows (the last two: table C.7)
             search_precision="float32",  # float32 | high | bfloat16
             student_temperature=0.1,
-            teacher_temperature=(0.04, 0.07),  # linear over its warm-up
+            teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
             temperature_warmup_epochs=30.0,
             temperature_warmup_steps=config_dict.placeholder(int),
         )
     )
     config.optim = ml_collections.ConfigDict(
         dict(
-            lr=5e-4,  # for 256 images a step; scales with the batch
+            lr=5e-4,  # for 256 images per step; scaled in proportion to the batch size
             min_lr=1e-6,
             warmup_epochs=10.0,
             warmup_steps=config_dict.placeholder(int),
             weight_decay=(0.04, 0.4),
-            clip=3.0,  # 0 for none
+            clip=3.0,  # 0 for no clipping
             clip_kind="tensor",  # tensor | global
             momentum=(0.994, 1.0),  # of the teacher
         )
@@ -191,25 +199,25 @@ def paper() -> ml_collections.ConfigDict:
     )
     config.checkpoint = ml_collections.ConfigDict(
         dict(
-            minutes=15.0,  # saved too when so many have passed since the last save began; 0: never
+            minutes=15.0,  # between the starts of two saves at most; 0 for no limit
             keep_last=2,
             keep_every=0,
         )
     )
     config.mesh = ml_collections.ConfigDict(
         dict(
-            data=0,  # groups of devices that each hold all parameters; 0 for as many as there are
-            fsdp=1,  # devices of a group, which share parameters and optimizer state
+            data=0,  # groups of devices, each with all parameters; 0 for as many as possible
+            fsdp=1,  # devices per group, over which parameters and optimizer state are sharded
         )
     )
     return config
 
 
 def imagenet(large: bool = False) -> ml_collections.ConfigDict:
-    """Returns the paper's recipe for ImageNet-1k, as `sop_jax.data.prepare` prepares it.
+    """Returns the paper's recipe for ImageNet-1k as `sop_jax.data.prepare` converts it.
 
     Args:
-        large: whether it is that of ViT-B and larger, in what does not depend on their size.
+        large: whether the settings that ViT-B and larger networks have in common are used.
     """
     config = paper()
     config.data.update(name="imagenet", test_split="val")
@@ -221,7 +229,7 @@ def imagenet(large: bool = False) -> ml_collections.ConfigDict:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names, tuples as lists, as JSON gives them back."""
+    """Returns the settings by their dotted names, with tuples as lists, as JSON returns them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if hasattr(value, "items"):
@@ -232,22 +240,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes `workdir/config.json`, in which the version that made the workdir stays."""
+    """Writes `workdir/config.json`, and keeps the version that created the workdir."""
     path = workdir / _FILE
     version = _read(path)[0] if path.exists() else __version__
     write_whole(path, json.dumps({"version": version, **config.to_dict()}, indent=2) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """The settings that made a workdir; those that its version did not know are as in BEFORE.
+    """Returns the settings of the run in a workdir; those newer than the run are as in BEFORE.
 
     Raises:
-        UserError: there are none, or they are not settings that this version can read.
+        UserError: there is no config.json, or this version cannot read it.
     """
     path = epath.Path(workdir) / _FILE
     if not path.exists():
         raise UserError(
-            f"{path} is not there, so {workdir} is no folder of a training run; check --workdir"
+            f"{path} does not exist, so {workdir} is not the folder of a run; check --workdir"
         )
     _, settings = _read(path)
     config = paper()
@@ -257,13 +265,13 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
-def made_by(workdir: epath.PathLike) -> str:
-    """The version that made a workdir, whose settings `read_config` gives."""
+def version_of(workdir: epath.PathLike) -> str:
+    """Returns the version that created a workdir."""
     return _read(epath.Path(workdir) / _FILE)[0]
 
 
 def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
-    """The version that wrote a config.json, and all settings by which that version behaved."""
+    """Returns the version that wrote a config.json, and all settings, those in BEFORE included."""
     remedy = "restore it, or use another workdir"
     try:
         saved = json.loads(path.read_text())
@@ -271,7 +279,7 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(saved, dict):
         raise UserError(
-            f"{path} must hold an object of settings, not {json.dumps(saved):.80}; {remedy}"
+            f"{path} must contain an object of settings, not {json.dumps(saved):.80}; {remedy}"
         )
     version = saved.pop("version", _FIRST)
     try:
@@ -297,16 +305,16 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
     for key, value in settings.items():
         if isinstance(value, list) and key != "eval.knn_k" and len(value) != len(default[key]):
             raise UserError(
-                f"{path}: {key} is {value!r}, expected {len(default[key])} numbers; {remedy}"
+                f"{path}: {key} is {value!r}; expected {len(default[key])} numbers; {remedy}"
             )
         if not _fits(value, default[key]):
             kind = "list of numbers" if isinstance(default[key], list) else _kind(default[key])
-            raise UserError(f"{path}: {key} is {value!r}, expected a {kind}; {remedy}")
+            raise UserError(f"{path}: {key} is {value!r}; expected a {kind}; {remedy}")
     return version, settings
 
 
 def later_settings(version: str) -> dict[str, Any]:
-    """The settings that came after a version, with the values by which that version behaved."""
+    """Returns the settings newer than a version, with the values that match its behaviour."""
     return {
         key: list(value) if isinstance(value, tuple) else value
         for later, settings in BEFORE.items()
@@ -316,10 +324,10 @@ def later_settings(version: str) -> dict[str, Any]:
 
 
 def misnamed(settings: dict[str, Any]) -> list[str]:
-    """What is wrong with the names of flattened settings, with the nearest known ones."""
+    """Returns a message for each flattened setting that does not exist, with the nearest name."""
     known = flatten(paper())
     return [
-        f"{key} is {settings[key]!r}, expected a section of settings"
+        f"{key} is {settings[key]!r}; expected a section of settings"
         if any(name.startswith(f"{key}.") for name in known)
         else f"unknown setting {key}{nearest(key, list(known))}"
         for key in settings

@@ -1,4 +1,4 @@
-"""Rules for single settings: which values make sense, and how a message describes them."""
+"""Rules for single settings: the values that a setting can have, and how messages describe them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FLOAT32 = np.finfo(np.float32)  # in which settings are computed with
+FLOAT32 = np.finfo(np.float32)  # the type with which settings are used
 LARGEST, SMALLEST = float(FLOAT32.max), float(FLOAT32.tiny)
 
 
@@ -15,8 +15,8 @@ class Rule(NamedTuple):
     """The values that a setting can have.
 
     Attributes:
-        fits: value -> whether it is one of them. Several values are a list.
-        expected: these values, as part of a sentence.
+        fits: maps a value to whether the setting can have it. Several values are a list.
+        expected: describes these values in a sentence after the word "expected".
     """
 
     fits: Callable[[Any], bool]
@@ -24,7 +24,7 @@ class Rule(NamedTuple):
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is a number of a kind; a truth value is none."""
+    """Whether a value is a number of a kind, other than a truth value."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -33,7 +33,7 @@ def _between(least: int | float, most: int | float) -> str:
 
 
 def whole(least: int, most: int | float = math.inf) -> Rule:
-    """Whole numbers from `least` to `most`."""
+    """Returns the rule for whole numbers from `least` to `most`."""
     return Rule(
         lambda value: _is(value, Integral) and least <= value <= most,
         f"a whole number {_between(least, most)}",
@@ -41,7 +41,7 @@ def whole(least: int, most: int | float = math.inf) -> Rule:
 
 
 def number(least: int | float, most: int | float = math.inf) -> Rule:
-    """Finite numbers from `least` to `most`."""
+    """Returns the rule for finite numbers from `least` to `most`."""
     return Rule(
         lambda value: _is(value, Real) and least <= value <= min(most, LARGEST),
         f"a finite number {_between(least, most)}",
@@ -49,15 +49,15 @@ def number(least: int | float, most: int | float = math.inf) -> Rule:
 
 
 def positive(most: int | float = math.inf) -> Rule:
-    """Finite numbers that are more than 0, in float32 too, and at most `most`."""
+    """Returns the rule for numbers that are more than 0, in float32 too, and at most `most`."""
     return Rule(
         number(SMALLEST, most).fits,
-        "a finite number of more than 0" + f" and at most {most:g}" * math.isfinite(most),
+        "a finite number greater than 0" + f" and at most {most:g}" * math.isfinite(most),
     )
 
 
 def less_than(limit: int | float) -> Rule:
-    """Numbers from 0 to less than `limit`."""
+    """Returns the rule for numbers that are at least 0 and less than `limit`."""
     return Rule(
         lambda value: _is(value, Real) and 0 <= value < limit,
         f"a number of 0 or more and less than {limit:g}",
@@ -65,18 +65,18 @@ def less_than(limit: int | float) -> Rule:
 
 
 def one_of(choices: Iterable[str]) -> Rule:
-    """One of some words."""
+    """Returns the rule for a choice among words."""
     known = tuple(choices)
     return Rule(lambda value: value in known, f"one of {', '.join(known)}")
 
 
 def unset_or(rule: Rule) -> Rule:
-    """Nothing, or what a rule allows."""
+    """Returns the rule for a setting that is unset or has a value that `rule` allows."""
     return Rule(lambda value: value is None or rule.fits(value), f"none or {rule.expected}")
 
 
 def each(rule: Rule, count: int) -> Rule:
-    """So many values, each by the same rule."""
+    """Returns the rule for exactly `count` values that `rule` allows."""
     return Rule(
         lambda values: (
             isinstance(values, list) and len(values) == count and all(map(rule.fits, values))
@@ -86,26 +86,26 @@ def each(rule: Rule, count: int) -> Rule:
 
 
 def some(rule: Rule) -> Rule:
-    """One value or more, each by the same rule."""
+    """Returns the rule for one or more values that `rule` allows."""
     return Rule(
         lambda values: isinstance(values, list) and len(values) > 0 and all(map(rule.fits, values)),
-        f"one value or more, each {rule.expected}",
+        f"one or more values, each {rule.expected}",
     )
 
 
 def ascending(rule: Rule) -> Rule:
-    """The ends of a range, the lower one first."""
+    """Returns the rule for the two ends of a range, the lower one first, that `rule` allows."""
     pair = each(rule, 2)
     return Rule(
         lambda values: pair.fits(values) and values[0] <= values[1],
-        f"the lower and the upper end of a range, in this order, each {rule.expected}",
+        f"the lower and the upper end of a range, in that order, each {rule.expected}",
     )
 
 
-TEXT = Rule(lambda value: isinstance(value, str), "a text")
+TEXT = Rule(lambda value: isinstance(value, str), "a string")
 COUNT = whole(1)
 COUNT_OR_ZERO = whole(0)
 POSITIVE = positive()
 NOT_NEGATIVE = number(0)
 SHARE = number(0, 1)
-STEPS = whole(0, 2**31 - 1)  # a state counts its steps in int32
+STEPS = whole(0, 2**31 - 1)  # the state counts steps in int32

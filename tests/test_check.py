@@ -6,7 +6,14 @@ import ml_collections
 import pytest
 
 from sop_jax import config as config_lib
-from sop_jax.check import RULES, check_config, check_trace, check_used, cls_alone, without_use
+from sop_jax.check import (
+    RULES,
+    check_config,
+    check_trace,
+    check_used,
+    cls_only_settings,
+    without_use,
+)
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
@@ -176,7 +183,7 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
 
 
 # What a choice needs beside itself.
-RESNET = {"model.family": "resnet", "model.size": "50"} | cls_alone(paper())
+RESNET = {"model.family": "resnet", "model.size": "50"} | cls_only_settings(paper())
 WITH = {"resnet": RESNET}
 
 
@@ -195,7 +202,15 @@ BAD = {
     ),
     "cuDNN for a Swin": (
         {"model.family": "swin", "model.size": "t", "model.attention": "cudnn"},
-        r"model\.attention is cudnn, which model\.family=swin has no use for; choose auto",
+        r"model\.attention is cudnn, which model\.family=swin does not support; choose auto",
+    ),
+    "the mean of patches for a Swin": (
+        SWIN | {"model.pool": "mean"},
+        r"model\.pool is mean, but model\.family=swin always averages .*; set it to cls in",
+    ),
+    "the mean of patches for a ResNet": (
+        RESNET | {"model.pool": "mean"},
+        r"model\.pool is mean, but model\.family=resnet always averages .*; set it to cls in",
     ),
     "a trace that ends before it starts": (
         {"profile_steps": (5, 3)},
@@ -244,11 +259,14 @@ BAD = {
         r"eval\.resize 200 is smaller than eval\.crop 224",
     ),
     "no steps": ({"steps": 0}, r"steps is 0; expected none or a whole number from 1 to 2147483647"),
-    "no epochs": ({"epochs": 0.0}, r"None steps and 0\.0 epochs"),
+    "no epochs": (
+        {"epochs": 0.0},
+        r"no steps: steps is none and epochs is 0\.0; set --config\.steps",
+    ),
     "a teacher at zero": (
         {"sop.teacher_temperature": (0.0, 0.07)},
-        r"sop\.teacher_temperature is \(0\.0, 0\.07\); expected 2 values, each a finite number of "
-        r"more than 0; for example, set --config\.sop\.teacher_temperature=0\.04,0\.07$",
+        r"sop\.teacher_temperature is \(0\.0, 0\.07\); expected 2 values, each a finite number "
+        r"greater than 0; for example, set --config\.sop\.teacher_temperature=0\.04,0\.07$",
     ),
     "a ResNet with all that a ViT has": (
         {"model.family": "resnet", "model.size": "50"},
@@ -334,13 +352,13 @@ def test_what_just_works_passes(settings: dict[str, Any]) -> None:
         ({"data.source": "digits"}, "data.path", "it is for data.source=tfds or folder or packed"),
         ({"data.source": "digits"}, "data.test_split", "data.source is digits"),
         ({"data.source": "folder"}, "data.name", "it is for data.source=tfds"),
-        ({}, "model.width", "model.size=s decides"),
-        ({"model.size": "custom"}, "model.window", "model.family=vit has no use for it"),
+        ({}, "model.width", "it is for model.size=custom, but model.size is s"),
+        ({"model.size": "custom"}, "model.window", "model.family=vit does not use it"),
         ({"model.family": "swin", "model.size": "t"}, "model.patch", "model.family=swin"),
         ({"model.family": "swin", "model.size": "t"}, "model.pool", "model.family=swin"),
         ({"model.family": "resnet", "model.size": "50"}, "model.pool", "model.family=resnet"),
         ({"model.family": "resnet", "model.size": "50"}, "model.norm_eps", "model.family=resnet"),
-        ({"steps": 10}, "epochs", "steps is 10, and steps win"),
+        ({"steps": 10}, "epochs", "steps is 10, which takes precedence"),
         ({"optim.warmup_steps": 5}, "optim.warmup_epochs", "optim.warmup_steps is 5"),
         ({"sop.patch.tasks": 0}, "sop.patch.weight", "sop.patch.tasks is 0"),
         ({"augment.local_crops": 0}, "augment.local_size", "augment.local_crops is 0"),

@@ -85,15 +85,15 @@ def test_a_missing_setting_is_as_the_version_that_did_not_know_it(tmp_path, monk
 
 
 FAULTS: dict[str, tuple[dict[str, Any] | list[int], str]] = {
-    "no object": ([1], r"must hold an object of settings, not \[1\]; restore it"),
+    "no object": ([1], r"must contain an object of settings, not \[1\]; restore it"),
     "an unknown section": ({"modle": {"width": 64}}, "unknown setting modle.width; did you mean "),
     "an unknown key": ({"model": {"widht": 64}}, "widht; did you mean model.width?"),
-    "a value for a section": ({"model": 3}, "model is 3, expected a section of settings"),
+    "a value for a section": ({"model": 3}, "model is 3; expected a section of settings"),
     "a section for a value": ({"seed": {"a": 1}}, "unknown setting seed.a"),
-    "another type": ({"batch_size": "many"}, "batch_size is 'many', expected a whole number"),
-    "a fraction": ({"batch_size": 1.5}, "batch_size is 1.5, expected a whole number"),
-    "no value": ({"epochs": None}, "epochs is None, expected a number"),
-    "a number for numbers": ({"eval": {"knn_k": 3}}, "eval.knn_k is 3, expected a list of numbers"),
+    "another type": ({"batch_size": "many"}, "batch_size is 'many'; expected a whole number"),
+    "a fraction": ({"batch_size": 1.5}, "batch_size is 1.5; expected a whole number"),
+    "no value": ({"epochs": None}, "epochs is None; expected a number"),
+    "a number for numbers": ({"eval": {"knn_k": 3}}, "eval.knn_k is 3; expected a list of numbers"),
     "too few numbers": ({"augment": {"global_scale": [1.0]}}, "expected 2 numbers"),
     "words for numbers": ({"profile_steps": ["a", "b"]}, "expected a list of numbers"),
     "a newer version": ({"version": "9.1.0"}, "written by sop_jax 9.1.0, and this is .*: use "),
@@ -125,7 +125,7 @@ def test_a_recipe_with_a_mistyped_setting_is_refused() -> None:
 
 
 def test_a_folder_of_no_run_is_named(tmp_path) -> None:
-    with pytest.raises(UserError, match="config.json is not there.*check --workdir"):
+    with pytest.raises(UserError, match="config.json does not exist.*check --workdir"):
         config_lib.read_config(tmp_path / "nothing")
 
 

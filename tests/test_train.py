@@ -938,7 +938,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
     for _ in range(2):  # a workdir that has been resumed is still of the version that made it
         train.train(small_config(steps=STEPS), stopped)
         assert config_lib.read_config(stopped).sop.pool == "all"
-        assert config_lib.made_by(stopped) == "0.1.0"
+        assert config_lib.version_of(stopped) == "0.1.0"
     assert "sop_jax 0.1.0 began this run, which continues as before" in capsys.readouterr().err
     with pytest.raises(UserError, match="sop.smoothing: the run has 0.1, but 0.2 was requested"):
         train.train(small_config(**{"sop.smoothing": 0.2}), stopped)
@@ -953,7 +953,7 @@ BAD = {
     "broken patches": ({"augment.global_size": 18}, "18 is not a multiple of model.patch 4"),
     "a batch that devices cannot split": ({"mesh.data": 3}, "16 cannot be split over 3 devices"),
     "too many devices": ({"mesh.data": 16}, "16 devices, but 8 are available"),
-    "no steps": ({"steps": 0}, "0 steps.*--config.steps"),
+    "no steps": ({"steps": 0}, "steps is 0; .*--config.steps"),
     "an empty folder": ({"data.source": "folder", "data.path": "empty"}, "empty"),
     "no folder": ({"data.source": "folder", "data.path": "missing"}, "missing"),
     "no path": ({"data.source": "packed", "data.path": ""}, "data.path"),
@@ -1244,7 +1244,9 @@ def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
     assert [line.split("/")[0] for line in marked] == [f"step {step}" for step in steps]
     told = [line for line in lines if "collapsing:" in line]
     assert [line.split(":")[0] for line in told] == [f"step {step}" for step in steps[:1]]
-    assert all("agree 0.05" in line and "sop.teacher_temperature" in line for line in told)
+    assert all(
+        "agreement of views is 0.05" in line and "sop.teacher_temperature" in line for line in told
+    )
 
 
 # Images that cannot be read

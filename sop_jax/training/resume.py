@@ -66,7 +66,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
         if not isinstance(finished, dict):
             finished = None  # the summary is damaged, so the end of the run is repeated
     old = config_lib.read_config(workdir)
-    config, notes = follow(config, old, config_lib.made_by(workdir))
+    config, notes = follow(config, old, config_lib.version_of(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
     different = sorted([*changes(old, config, _names(DURATIONS)), *different])
     if different:
