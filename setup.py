@@ -1,4 +1,4 @@
-"""How pip finds the package and the recipes, and what they need."""
+"""Tells pip where the package and the recipes are, and what they require."""
 
 import pathlib
 import runpy
@@ -14,15 +14,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["sop_jax", "sop_jax.*"]), "sop_jax.configs"],
-    package_dir={"sop_jax.configs": "configs"},  # where --config finds them by name
+    package_dir={"sop_jax.configs": "configs"},  # --config finds recipes here by name
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.92",
         "etils[epath]>=1.12",
-        "filelock>=3.16",  # with which JAX bounds the size of its cache
+        "filelock>=3.16",  # JAX needs it to limit the size of its cache
         "flax>=0.12.8",
         "grain>=0.2.18",
-        "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 needs it and does not say so
+        "importlib_resources>=6.0",  # tensorflow-datasets 4.9.10 imports it but does not require it
         "jax>=0.10.2",
         "jaxtyping>=0.3.11",
         "ml-collections>=1.1",
@@ -43,7 +43,7 @@ setup(
         "test": [
             "beartype>=0.23",
             "hypothesis>=6.100",
-            # The compiler of TPUs, for tests of what it makes of the train step.
+            # The compiler for TPUs, for tests of the compiled train step.
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
             "matplotlib>=3.9",
             "mypy>=2.0",
@@ -58,7 +58,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "heic": ["pillow-heif>=1.0"],
         "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
-        # What tests compare features with; timm wants torchvision beside it.
+        # For tests that compare features with other projects; timm requires torchvision.
         "parity": ["timm>=1.0", "torch>=2.6", "torchvision>=0.21", "transformers>=5.0"],
         "plot": ["matplotlib>=3.9"],
     },

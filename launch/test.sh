@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs the checks of the project: style, types, shell scripts and tests. Its environment is
-# .venv-test: the compiler of TPUs, which it needs, makes every command complain on a machine
-# without TPUs.
+# Runs the checks of the project: style, types, shell scripts and tests. They have an environment of
+# their own, .venv-test, because the tests need the compiler for TPUs, which makes every command
+# print errors on a machine without TPUs.
 #
 #   bash launch/test.sh [--fast | --all] [ARGUMENT ...]
 #
-#   --fast  leaves out the tests that are marked medium or slow: under 4 minutes on 2 CPU cores,
-#           for every edit
-#   (none)  leaves out those marked slow: under 25 minutes
+#   --fast  runs the tests that are not marked medium or slow, for use after every edit: under 4
+#           minutes on 2 CPU cores
+#   (none)  runs the tests that are not marked slow: under 25 minutes
 #   --all   runs all tests, as continuous integration does: under 70 minutes
 #
-# Arguments go to pytest. For example: bash launch/test.sh --all -k checkpoint
+# Arguments are passed to pytest. For example: bash launch/test.sh --all -k checkpoint
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
