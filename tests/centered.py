@@ -1,4 +1,4 @@
-"""A second, tiny objective: learnt prototypes, a center, a dropped patch, a teacher's view."""
+"""A second, tiny objective with learned prototypes, a center and a dropped patch."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from sop_jax.objectives.objective import Method, Objective, Outputs, PatchIndices, Selection
 from sop_jax.schedules import Length, constant
 
-COUNT = 16  # prototypes
-FROZEN = 2  # steps for which the prototypes do not learn
+COUNT = 16  # the number of prototypes
+FROZEN = 2  # the number of first steps in which the prototypes do not learn
 
 
 def frozen_at_first(rate: float) -> optax.GradientTransformation:
-    """Plain gradient descent that starts after FROZEN steps."""
+    """Returns plain gradient descent that starts after FROZEN steps."""
     started = optax.scale_by_schedule(lambda count: jnp.where(count < FROZEN, 0.0, 1.0))
     return optax.chain(optax.sgd(rate), started)
 
@@ -28,7 +28,7 @@ def centered(
     length: Length,
     grid: tuple[int, int],
 ) -> Objective:
-    """All views and patches of the student predict the first view of the teacher's.
+    """Returns the objective: all views and patches of the student predict the teacher's first view.
 
     Targets are centered by the running mean of the teacher's logits, as in DINO. The student drops
     one patch of each image and never sees the first global view.

@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, made without them."""
+"""Makes checkpoints of other projects without their code."""
 
 import collections
 import io
@@ -20,7 +20,7 @@ STORAGES = {
 
 
 class Named:
-    """A class or function that a pickle names, whether or not there is one."""
+    """A class or function that a pickle refers to by name, whether or not it exists."""
 
     def __init__(self, module: str, name: str):
         self.module, self.name = module, name
@@ -30,7 +30,7 @@ class Named:
 
 
 class Call:
-    """What a pickle asks to be made by calling something."""
+    """An object that a pickle makes by calling a function."""
 
     def __init__(self, function: Any, *args: Any):
         self.function, self.args = function, args
@@ -40,21 +40,21 @@ class Call:
 
 
 class Stated:
-    """What a pickle names and gives a state, with which it would change the thing itself."""
+    """A named object to which a pickle assigns a state, which would change the object itself."""
 
     def __init__(self, named: Named, state: Any):
         self.named, self.state = named, state
 
 
 class Storage:
-    """The bytes of an array."""
+    """The bytes of an array, as a storage of PyTorch."""
 
     def __init__(self, key: str, array: np.ndarray):
         self.key, self.array = key, array
 
 
 class Pickler(pickle._Pickler):
-    """Writes what `Named` and `Stated` stand for."""
+    """Pickles `Named`, `Stated` and `Storage` as the objects that they represent."""
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         if isinstance(obj, Named):
@@ -80,7 +80,7 @@ def pickled(content: Any) -> bytes:
 
 
 def as_torch(content: Any, storages: list[np.ndarray]) -> Any:
-    """Containers with arrays, as torch.save would describe them."""
+    """Returns containers in which arrays are described as by torch.save."""
     if isinstance(content, np.ndarray):
         rebuild = Named("torch._utils", "_rebuild_tensor_v2")
         strides = tuple(step // content.itemsize for step in content.strides)
@@ -101,7 +101,7 @@ def as_torch(content: Any, storages: list[np.ndarray]) -> Any:
 
 
 def save_pth(path: pathlib.Path, content: Any, legacy: bool = False) -> pathlib.Path:
-    """What torch.save writes, now or, `legacy`, before version 1.6."""
+    """Writes a file as torch.save does or, with `legacy`, as it did before version 1.6."""
     storages: list[np.ndarray] = []
     data = pickled(as_torch(content, storages))
     if legacy:
@@ -126,7 +126,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def vit(width: int = 32, depth: int = 2, patch: int = 4, rows: int = 17) -> dict[str, np.ndarray]:
-    """A backbone by the names that iBOT, DINO and timm share; no two arrays are the same."""
+    """Returns a ViT under the names that iBOT, DINO and timm share; all its arrays differ."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, rows, width),
@@ -153,7 +153,7 @@ def vit(width: int = 32, depth: int = 2, patch: int = 4, rows: int = 17) -> dict
 
 
 def head(width: int = 32, hidden: int = 24, dim: int = 16) -> dict[str, np.ndarray]:
-    """iBOT's, prototypes too."""
+    """Returns the head of iBOT, including its prototypes."""
     layers = {"0": (hidden, width), "2": (hidden, hidden), "4": (dim, hidden)}
     arrays = {}
     for layer, (outputs, inputs) in layers.items():
@@ -166,7 +166,7 @@ def head(width: int = 32, hidden: int = 24, dim: int = 16) -> dict[str, np.ndarr
 
 
 def ibot(wrapper: str = "", depth: int = 2, rows: int = 17, hidden: int = 24) -> Any:
-    """Backbone and head as iBOT's checkpoints name those of a network."""
+    """Returns a backbone and a head under the names of iBOT's checkpoints."""
     backbone = vit(depth=depth, rows=rows) | {"masked_embed": numbers(1, 32, seed=99)}
     named = {f"{wrapper}backbone.{name}": array for name, array in backbone.items()}
     return named | {f"{wrapper}head.{name}": array for name, array in head(hidden=hidden).items()}
@@ -176,9 +176,9 @@ def bfloat16(array: np.ndarray) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16)
 
 
-# Weights that no network has, and what is said of them.
+# Weights that no network has, and what the message about them says.
 MISSHAPEN: dict[str, tuple[dict[str, np.ndarray | None], tuple[str, ...]]] = {
-    "arrays that tell are not the only ones": (
+    "some arrays are missing and some are unknown": (
         {"pos_embed": None, "blocks.0.mlp.fc1.bias": None, "foo.bar": numbers(3)},
         ("missing: pos_embed; blocks.0.mlp.fc1.bias", "unexpected: foo.bar"),
     ),
@@ -198,6 +198,6 @@ MISSHAPEN: dict[str, tuple[dict[str, np.ndarray | None], tuple[str, ...]]] = {
 
 
 def misshapen(kind: str, depth: int) -> dict[str, np.ndarray]:
-    """A backbone with one of these defects."""
+    """Returns a backbone with one of the defects of MISSHAPEN."""
     changed = vit(depth=depth) | MISSHAPEN[kind][0]
     return {name: array for name, array in changed.items() if array is not None}

@@ -1,4 +1,4 @@
-"""What every test runs under: eight virtual CPU devices, checked types, parsed flags."""
+"""The environment of all tests: eight virtual CPU devices, checked types and parsed flags."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Before JAX is imported, and inherited by the processes that tests start.
+# These are set before JAX is imported, and inherited by the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -22,16 +22,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 # Collectives wait for ever, too, if they occupy all threads of XLA: this many leave some free. See
 # `sop_jax.parallel.hosts.enough_threads`, which does the same for the commands.
 os.environ.setdefault("NPROC", "32")
-# Workers and processes of tests compile the same programs: they share what is compiled.
+# The workers and processes of the tests share compiled programs, because many are the same.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")  # as `keep_compiled` does
-# Most of the time of small tests is XLA's, spent on programs that run for milliseconds.
+# XLA would spend most of the time of small tests on optimizing programs that run for milliseconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# The tests share the cores already.
+# The test processes already use all cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax  # noqa: E402
@@ -39,19 +39,19 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-# No number changes its type unless the code converts it.
+# No number changes its type unless code converts it explicitly.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def parsed_flags() -> None:
-    """Marks absl's flags as parsed, as a command would have: Grain's workers read them."""
+    """Marks the flags of absl as parsed, as in a command, because Grain's workers read them."""
     flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries_promote() -> Iterator[None]:
-    """Exempts from strict types what libraries do not convert: steps in Adam, bfloat16 scores."""
+    """Exempts library functions that promote types: steps in Adam, and bfloat16 scores."""
 
     def exempt(function: Callable[..., Any]) -> Callable[..., Any]:
         def promoting(*args: Any, **kwargs: Any) -> Any:
@@ -68,24 +68,24 @@ def libraries_promote() -> Iterator[None]:
 
 @pytest.fixture
 def promotion() -> Iterator[None]:
-    """Exempts a test from strict types: gradients of JAX's attention in bfloat16 promote."""
+    """Exempts a test, because gradients of JAX's attention in bfloat16 promote types."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of reference numbers and data, or a skip that says where it was looked for."""
+    """The folder of reference data; skips the test if it does not exist, and names its path."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared"
     folder = pathlib.Path(os.environ.get("SOP_SHARED_DIR", beside))
     if not folder.is_dir():
-        pytest.skip(f"needs the reference data: {folder} is no folder; set SOP_SHARED_DIR")
+        pytest.skip(f"needs the reference data, but {folder} is not a folder; set SOP_SHARED_DIR")
     return folder
 
 
 @pytest.fixture
 def read_only() -> Iterator[pathlib.Path]:
-    """A folder that this process may not write to: the superuser becomes somebody else."""
+    """A folder that this process cannot write to; a superuser becomes another user for it."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "file").write_text("")

@@ -1,4 +1,4 @@
-"""A small run that can be laid out on any mesh, and all that its steps compute."""
+"""A small run that can be sharded over any mesh, and the values that its steps compute."""
 
 import contextlib
 import functools
@@ -29,7 +29,7 @@ def make_config(
     remat: str = "products",
     family: str = "vit",
 ) -> ml_collections.ConfigDict:
-    """With drop path, local crops, and memories that a batch does not divide."""
+    """Returns settings with drop path, local crops, and memories that a batch does not divide."""
     config = small_config(
         batch_size=16,
         steps=100,
@@ -41,24 +41,24 @@ def make_config(
         sop=dict(
             cls=dict(memory=40, anchors=6, supports=2, tasks=2),
             patch=dict(memory=24, anchors=5),
-            # Mild, so that rounding stays what it is over some steps.
+            # High temperatures, so that rounding errors do not grow from step to step.
             student_temperature=0.3,
             teacher_temperature=(0.2, 0.25),
             temperature_warmup_steps=10,
         ),
         mask=dict(ratio=(0.5, 0.5)),
     )
-    if family == "swin":  # whose first stage of four moves its windows
+    if family == "swin":  # the first of its four stages shifts its windows
         config.augment.update(dict(global_size=64, local_size=32))
         stages = dict(stage_depths=(2, 2, 2, 2), stage_heads=(1, 2, 2, 2), window=8)
         config.model.update(stages | dict(family=family))
-        # Eight layers, and LayerNorm of small masked patches, would magnify what is rounded.
+        # Eight layers, and LayerNorm of small masked patches, would amplify rounding errors.
         config.model.init_std, config.model.norm_eps, config.optim.lr = 0.05, 0.1, 0.05
     return config
 
 
 def make_batch(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The same random global batch in every process, with masks as large as they are drawn."""
+    """Returns a random global batch, the same in every process; half of its patches are masked."""
     rng = np.random.default_rng(0)
     size, mask = shapes["index"].shape[0], shapes["mask"].shape
     patches = mask[2] * mask[3]
@@ -72,9 +72,9 @@ def make_batch(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def keep_gradients(config: Any, schedules: Any, own: Any) -> optax.GradientTransformation:
-    """Plain gradient descent, in whose state the last gradients stay: no division by tiny sums.
+    """Returns plain gradient descent whose state is the last gradients.
 
-    The optimizers of an objective stay as they are.
+    Unlike Adam, it does not divide by tiny sums. An objective keeps its own optimizers.
     """
 
     def update(gradients: Any, state: Any, params: Any = None) -> Any:
@@ -90,7 +90,7 @@ def keep_gradients(config: Any, schedules: Any, own: Any) -> optax.GradientTrans
 
 
 def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]:
-    """The run and its first state; nearly every parameter is large enough to be shared."""
+    """Returns the run and its first state; most parameters are large enough to be sharded."""
     monkeypatch.setattr(mesh_lib, "SMALL", 64)
     monkeypatch.setattr(optim, "optimizer", keep_gradients)
     config = make_config(**layout)
@@ -99,7 +99,7 @@ def small_run(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> tuple[Run, Any]
 
 
 def trajectory(monkeypatch: pytest.MonkeyPatch, **layout: Any) -> dict[str, np.ndarray]:
-    """Losses, gradients and signs of health of every step, and the last state, by name."""
+    """Returns the metrics and gradients of every step and the arrays of the last state, by name."""
     run, state = small_run(monkeypatch, **layout)
     batch = {name: put(array, split(run.mesh)) for name, array in make_batch(run.batch).items()}
     measure = put(np.array(True), replicated(run.mesh))
@@ -120,10 +120,10 @@ def named(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """To 1e-5 of the scale of each array."""
+    """Asserts that arrays agree to 1e-5 of their scale."""
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        # A correlation near zero is a difference of large sums: its scale is that of its range.
+        # A correlation near zero is a difference of large sums, so its scale is that of its range.
         least = 1.0 if name.endswith("/agreement") else 1e-3
         scale = max(np.abs(array).max(initial=0), least)
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
@@ -131,7 +131,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 @contextlib.contextmanager
 def usual_passes() -> Iterator[None]:
-    """Compiles as for users: with the passes of XLA that tests leave out to save time."""
+    """Compiles as for users, with the passes of XLA that other tests disable to save time."""
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
     jax.config.update(name, False)

@@ -1,4 +1,4 @@
-"""Starts several processes of this machine as the hosts of one run."""
+"""Starts several processes on this machine as the hosts of one run."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-DEVICES = 2  # a process
+DEVICES = 2  # per process
 
 
 class Ended(NamedTuple):
-    """What a process left behind: its exit code, negative for a signal, and its words."""
+    """A process that has ended: its exit code, negative for a signal, and its output."""
 
     code: int
     out: str
@@ -24,14 +24,14 @@ class Ended(NamedTuple):
 
 
 class Processes:
-    """Running processes of one run, by their number."""
+    """The running processes of one run, by their number."""
 
     def __init__(self, running: Sequence[subprocess.Popen[str]], folder: pathlib.Path) -> None:
         self.running = running
         self.folder = folder
 
     def says(self, process: int) -> str:
-        """What a process has printed to stdout so far."""
+        """Returns what a process has printed to stdout so far."""
         return (self.folder / f"{process}.out").read_text()
 
     def wait_for(self, process: int, text: str, timeout: float = 60) -> None:
@@ -46,7 +46,7 @@ class Processes:
         self.running[process].send_signal(number)
 
     def end(self, timeout: float = 60) -> list[Ended]:
-        """Waits for all of them together; what is left after that many seconds is killed."""
+        """Waits until all have ended; after `timeout` seconds, kills those that have not."""
         until = time.monotonic() + timeout
         for popen in self.running:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -68,14 +68,14 @@ def start(
     devices: int = DEVICES,
     folders: Sequence[pathlib.Path] | None = None,
 ) -> Iterator[Processes]:
-    """Runs `python ARGUMENTS` for each of the commands, all at once, in a context that kills them.
+    """Runs `python ARGUMENTS` for all commands at once; on leaving the context, kills them.
 
     Args:
         commands: the arguments of each process.
-        folder: where their output goes, and where they run.
-        environments: added to each one's environment.
-        devices: virtual CPU devices a process.
-        folders: where each runs, if not in `folder`.
+        folder: the folder in which they run, and which their output is written to.
+        environments: variables that are added to the environment of each process.
+        devices: the number of virtual CPU devices per process.
+        folders: the folder in which each process runs, if not in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flag = f"--xla_force_host_platform_device_count={devices}"
@@ -113,13 +113,13 @@ def run(
     devices: int = DEVICES,
     timeout: float = 60,
 ) -> list[Ended]:
-    """`start`, to the end."""
+    """Runs the commands as `start` does, until all have ended."""
     with start(commands, folder, environments, devices) as processes:
         return processes.end(timeout)
 
 
 def among(count: int) -> list[list[str]]:
-    """The flags of so many processes of one run, on a port that is free now."""
+    """Returns the flags of `count` processes of one run, on a port that is free now."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     return [[coordinator, f"--processes={count}", f"--process={i}"] for i in range(count)]
 

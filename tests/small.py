@@ -1,4 +1,4 @@
-"""The settings of a small run, which tests change to their needs."""
+"""The settings of a small run, which tests adapt."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from sop_jax.config import paper
 
 
 def small_config(**changes: Any) -> ml_collections.ConfigDict:
-    """Returns the paper's settings with a network of two layers of width 16, then changed.
+    """Returns the paper's settings with a network of two layers of width 16, and these changes.
 
     Args:
-        changes: settings by name; those of a section are a dictionary.
+        **changes: settings by name; those of a section are a dictionary.
     """
     config = paper()
     config.model.update(size="custom", width=16, dtype="float32")

@@ -1,4 +1,4 @@
-"""Each benchmark runs in its smallest case, and that of the step measures what is asked for."""
+"""Each benchmark runs in its smallest case, and that of the step measures what was requested."""
 
 import importlib
 import json
@@ -35,8 +35,8 @@ SMALL = (
 
 
 def run(name: str, *words: str) -> dict[str, Any]:
-    """Runs a benchmark as a person would, and returns the JSON that it prints last."""
-    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # what is timed is optimized
+    """Runs a benchmark from the command line, and returns the JSON that it prints last."""
+    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # optimized, as for users
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
     done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,7 +84,7 @@ def test_the_input_is_timed() -> None:
 def test_raw_pixels_are_evaluated() -> None:
     found = run("pixels", f"--config={BENCHMARKS.parent / 'configs' / 'digits.py'}")
     assert set(found) == {"k10", "k20", "k100", "k200"}
-    assert found["k10"] > 0.9  # the pixels of digits tell them apart
+    assert found["k10"] > 0.9  # pixels suffice to distinguish digits
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_a_variant_is_trained_and_shown(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(  # JAX needs devices to read the cache, and compiles without it
+@pytest.mark.filterwarnings(  # without devices JAX cannot read the cache
     "ignore:Error reading persistent compilation cache entry"
 )
 def test_the_tables_of_scale_have_no_gaps(
@@ -105,7 +105,7 @@ def test_the_tables_of_scale_have_no_gaps(
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     scale = importlib.import_module("scale")
     config = runpy.run_path(str(BENCHMARKS.parent / "configs" / "digits.py"))["get_config"]()
-    row = scale.planned(config, "v5e:2x2")  # stands for all rows, which take hours
+    row = scale.planned(config, "v5e:2x2")  # one row only, because all rows take hours
 
     def planned(*_: Any) -> dict[str, Any]:
         return row
@@ -120,7 +120,7 @@ def test_the_tables_of_scale_have_no_gaps(
     printed = capsys.readouterr().out
     assert "ViT-L/16 | v5e-256, fsdp 16" in printed and "128*" in printed
     assert "nan" not in printed
-    scale.main()  # again, from what is stored
+    scale.main()  # again, from the stored results
     assert capsys.readouterr().out == printed
 
 

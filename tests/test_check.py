@@ -1,4 +1,4 @@
-"""Each setting that cannot work is named, with a way out, before any work starts."""
+"""Each invalid setting is reported, with a valid one, before any work starts."""
 
 from typing import Any
 
@@ -35,10 +35,10 @@ def test_each_setting_has_a_rule() -> None:
     assert RULES.keys() == flatten(paper()).keys()
 
 
-# Values of each setting that make no sense.
+# Invalid values of each setting.
 NAN, INF = float("nan"), float("inf")
-WHOLE = (-1, 1.5, NAN, True, "3", None)  # what a number of things never is
-# What a number never is; ConfigDict itself makes 1.0 of True where 0.5 was.
+WHOLE = (-1, 1.5, NAN, True, "3", None)  # never valid for a count
+# Never valid for a number. True is not listed, because ConfigDict converts it to 1.0.
 REAL = (-0.1, NAN, INF, -INF, 1e39, "0.5", None)
 PROBABILITY = (*REAL, 1.1)
 NUMBERS = ((), (0.1,), (0.1, 0.2, 0.3, 0.4), 0.1, (0.1, NAN), (0.1, -0.1), (INF, INF))
@@ -166,7 +166,7 @@ def test_a_value_that_makes_no_sense_is_named_with_those_that_do(key: str) -> No
         assert "set --config." in told or key == "model.size", told
 
 
-# Settings that take one of some words.
+# Settings whose values are words, and these words.
 CHOICES = {
     key: rule.expected.removeprefix("one of ").split(", ")
     for key, rule in RULES.items()
@@ -182,7 +182,7 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
     assert all(choice in str(error.value) for choice in CHOICES[key])
 
 
-# What a choice needs beside itself.
+# Other settings that a choice requires.
 RESNET = {"model.family": "resnet", "model.size": "50"} | cls_only_settings(paper())
 WITH = {"resnet": RESNET}
 
@@ -372,7 +372,7 @@ def test_a_setting_that_is_asked_for_and_has_no_effect_is_refused(
     with pytest.raises(UserError, match=rf"--config\.{given} would have no effect: .*{why}"):
         check_used(config, [given])
     check_used(config, ["seed", "data.workers", *changes])
-    check_used(config, [given], made=config)  # which a run must be able to repeat
+    check_used(config, [given], made=config)  # a run can be repeated with its own settings
 
 
 def test_settings_without_use_are_settings() -> None:

@@ -1,4 +1,4 @@
-"""The commands' errors: one short message that says what to do, and no traceback."""
+"""Errors of the commands: one short message that says what to do, without a traceback."""
 
 import getpass
 import os
@@ -238,7 +238,7 @@ def test_an_error_of_the_command_line(
         ([CONFIG_FLAG, WORKDIR, "--config.batch_size="], "config.batch_size"),
         ([CONFIG_FLAG, WORKDIR, "--config.augment.global_scale="], "config.augment.global_scale"),
         ([CONFIG_FLAG, WORKDIR, "--config.data.source", ""], "config.data.source"),
-        # They are empty by default, so that somebody who names them means something.
+        # These are empty by default, so an empty value would have no effect.
         ([CONFIG_FLAG, WORKDIR, "--config.init_from="], "config.init_from"),
         ([CONFIG_FLAG, WORKDIR, "--config.data.name="], "config.data.name"),
     ],
@@ -400,7 +400,7 @@ for module in ("train", "plan", "evaluate", "extract", "convert", "data.prepare"
 """
 
 PROCESSES = "coordinator processes process"
-FLAGS = {  # of every command
+FLAGS = {  # the flags of every command
     "train": f"config workdir {PROCESSES}",
     "plan": "config topology largest_batch",
     "evaluate": "workdir task step data.path data.source data.name data.train_split "

@@ -1,4 +1,4 @@
-"""Settings survive their file, and a run knows which of them changed."""
+"""Settings are unchanged after a file, and those that a run changed are reported."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from sop_jax.errors import UserError
 from sop_jax.training.resume import changes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIRST = ROOT / "tests" / "golden" / "config_0.1.0.json"  # of paper(), by that version
+FIRST = ROOT / "tests" / "golden" / "config_0.1.0.json"  # written by that version for paper()
 
 
 def test_settings_come_back_from_their_file(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The recipes: each loads, can run and tells its command, and the paper's hold its numbers."""
+"""The recipes: each loads, can run and names its command; the paper's have its numbers."""
 
 import ast
 import pathlib
@@ -58,7 +58,7 @@ def test_the_header_tells_the_command(file: pathlib.Path) -> None:
 def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path) -> None:
     config, header = load(file), ast.get_docstring(ast.parse(file.read_text())) or ""
     assert f"Expected after {config.epochs:.0f} epochs" in header
-    assert "k-NN 7" in header or config.model.family == "resnet"  # for which there is no number
+    assert "k-NN 7" in header or config.model.family == "resnet"  # it has no expected accuracy
     assert re.search(r"Cost, .*not\s+measured", header)
 
 
@@ -69,7 +69,7 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
     model, params, memories = run.model, run.abstract.student, run.abstract.carried
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     assert jax.tree.leaves(run.abstract.opt_state)
-    # Views of both sizes pass, and give embeddings of the size that the memories hold.
+    # Views of both sizes give embeddings of the size that the memories store.
     for size in (config.augment.global_size, config.augment.local_size):
         views = jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)
         cls, patches = jax.eval_shape(
@@ -82,10 +82,10 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
     for name in memories:
         lanes, slots, dim = memories[name].rows.shape
         assert (lanes, dim) == (config.batch_size, config.head.dim)
-        assert lanes * slots == config.sop[name].memory  # none wasted
+        assert lanes * slots == config.sop[name].memory  # no row is spare
 
 
-# The paper's
+# The recipes of the paper
 
 
 PAPER = {
@@ -132,11 +132,11 @@ RESNET = {
     "mask.none": 1.0,
     "sop.patch.memory": 0,
     "sop.patch.tasks": 0,
-    "augment.global_scale": [0.14, 1.0],  # DINO's, as the next
+    "augment.global_scale": [0.14, 1.0],  # from DINO, like the next
     "augment.local_scale": [0.05, 0.14],
 }
 
-# Of each recipe: epochs, batch, the learning rate for 256 images, and what is not as in PAPER.
+# For each recipe: epochs, batch, learning rate for 256 images, and settings that differ from PAPER.
 RECIPES: dict[str, tuple[float, int, float, dict[str, Any]]] = {
     "imagenet_vits16": (800, 1024, 5e-4, {}),
     "imagenet_vitb16": (400, 512, 7.5e-4, {"model.size": "b"}),

@@ -1,4 +1,4 @@
-"""The command that brings weights in and takes them out; agreement with other projects."""
+"""The command that converts weights in both directions; agreement with other projects."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ from sop_jax.weights import files, mapping
 
 pytestmark = pytest.mark.medium
 
-TOLERANCE = 2e-4  # absolute, features of unit scale
+TOLERANCE = 2e-4  # absolute; features have unit scale
 
 
 def images(*shape: int) -> np.ndarray:
@@ -109,7 +109,7 @@ def test_known_sizes_have_their_name_and_heads(tmp_path: pathlib.Path) -> None:
     arrays = checkpoints.vit(width=192, depth=12, patch=14, rows=1 + 37 * 37)
     save_file(arrays, tmp_path / "f.safetensors")
     told = convert(tmp_path / "f.safetensors", tmp_path / "net")
-    assert any("--positions=ibot" in line for line in told)  # as DINO's would have it
+    assert any("--positions=ibot" in line for line in told)  # as for weights of DINO
     config = pretrained.load_network(tmp_path / "net")[0]
     assert (config.model.size, config.model.patch, config.model.positions) == (
         *("ti", 14),
@@ -244,7 +244,7 @@ def timm(network: str, **settings: Any) -> Callable[..., Any]:
 
 
 def spatial(network: Any, pixels: Any) -> Any:
-    """Tokens of a network that gives a grid of channels, row by row."""
+    """Returns the tokens, row by row, of a network that returns a grid of channels."""
     return network(pixels).last_hidden_state.flatten(2).transpose(1, 2)
 
 
@@ -264,7 +264,7 @@ HF = {
         lambda network, x: network(x).last_hidden_state[:, [0, *range(4, 4 + count(x, 14))]],
         *(PATCH_14, 2),
     ),
-    # At its own size alone: of others it pads windows otherwise.
+    # Only at its own image size: it pads the windows of other sizes differently.
     "Swin": Peer(
         hf("Swin", embed_dim=16, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], image_size=224),
         lambda network, x: network(x).last_hidden_state,
@@ -325,7 +325,7 @@ def count(pixels: Any, patch: int) -> int:
 def agree(
     peer: Peer, network: Any, folder: pathlib.Path, sizes: tuple[tuple[int, int], ...]
 ) -> None:
-    """Features of a folder's network and of the other project's agree."""
+    """Asserts that the network in a folder has the features of the other project's network."""
     import torch
 
     config, model, params, _ = pretrained.load_network(folder)
@@ -338,11 +338,11 @@ def agree(
             expected = peer.tokens(network, torch.tensor(given)).numpy()
         (tokens,) = model.features(params, jnp.asarray(pixels))
         found = np.asarray(tokens)[:, 1 - (config.model.family == "vit") :]
-        scale = max(1.0, np.abs(expected).mean())  # a ResNet's features have no unit scale
+        scale = max(1.0, np.abs(expected).mean())  # the features of a ResNet do not have unit scale
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * scale)
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # those of the other project
 @pytest.mark.parametrize(
     "project, name", [("hf", name) for name in HF] + [("timm", n) for n in TIMM]
 )
@@ -354,10 +354,10 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     theirs = peer.make(library).eval()
     with torch.no_grad():
         for array in theirs.state_dict().values():
-            if array.ndim == 1:  # which start as ones or zeros
+            if array.ndim == 1:  # these are initialized to ones or zeros
                 array += 0.2 * torch.rand_like(array)
 
-    # Theirs here, and back: from each of their files.
+    # Their weights here, and back, from each of their files.
     weights = {key: array.numpy() for key, array in theirs.state_dict().items()}
     save_file(weights, tmp_path / "theirs.safetensors")
     convert(tmp_path / "theirs.safetensors", tmp_path / "net", heads=peer.heads)
@@ -373,7 +373,7 @@ def test_features_agree_both_ways(project: str, name: str, tmp_path: pathlib.Pat
     rest = weights.keys() - back.keys()
     assert all(key.endswith("num_batches_tracked") for key in rest)
 
-    # Ours there.
+    # Our weights there.
     config = pretrained.load_network(tmp_path / "net")[0]
     model = build(config, config.augment.global_size)
     params = model.init(jax.random.key(7))

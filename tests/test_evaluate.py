@@ -1,4 +1,4 @@
-"""The k-NN evaluation of a run, in training and by its command."""
+"""The k-NN evaluation of a run, during training and by the command."""
 
 import json
 import pathlib
@@ -53,7 +53,7 @@ def make_config(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: Any) -> Any:
-    """A workdir with checkpoints of an untrained network, other parameters in each."""
+    """Makes a workdir with checkpoints of an untrained network, each with other parameters."""
     config = make_config(**changes)
     workdir.mkdir(exist_ok=True)
     config_lib.save(config, epath.Path(workdir))
@@ -70,7 +70,7 @@ def make_run(workdir: pathlib.Path, steps: tuple[int, ...] = (3, 7), **changes: 
 
 
 class Unlabelled(DigitsSource):
-    """Digits of which nobody says what they are."""
+    """Digits without labels."""
 
     def __init__(self, split: str) -> None:
         super().__init__(split)
@@ -78,7 +78,7 @@ class Unlabelled(DigitsSource):
 
 
 def fake_extract(params: Any, source: Any, between: Any = None) -> Features:
-    """Raw pixels for features; `params` says which records are corrupt."""
+    """Returns raw pixels as features; `params` names the corrupt records."""
     corrupt = params.get("corrupt", [])
     index = np.setdiff1d(np.arange(len(source)), corrupt).astype(np.int32)
     vectors = source.images[index].reshape(len(index), -1).astype(np.float32)
@@ -205,7 +205,7 @@ def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:
 
 
 def colours(root: pathlib.Path, labelled: bool) -> None:
-    """Train and test splits of two classes, red and blue, or a bare folder of the same."""
+    """Makes train and test splits of two classes, red and blue, or a folder without classes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 5)) if labelled else ((".", 12),):
         for channel, name in enumerate(("red", "green")):
@@ -226,7 +226,7 @@ def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
     found = evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data")})
     assert found["knn_top1"] == 1.0 and found["step"] == 7
     assert found["data"]["train images"] == 24
-    # Beside the numbers of the run's own data, not in their place.
+    # The results on the data of the run are kept next to these.
     (written,) = (tmp_path / "run").glob("knn_7*.json")
     assert written.name != "knn_7.json" and json.loads(written.read_text()) == found
     assert found["knn_top1_k100"] is None  # 24 train images
@@ -257,7 +257,7 @@ def test_a_tree_of_classes_only_is_told_how_to_hold_images_out(tmp_path: pathlib
 
 
 def test_a_setting_of_decoding_may_be_given(tmp_path: pathlib.Path) -> None:
-    """As the message about such an image says."""
+    """The message about such an image names these flags."""
     make_run(tmp_path / "run")
     for split in ("train", "val"):
         for channel, name in enumerate(("dark", "bright")):
@@ -306,13 +306,13 @@ def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -
 def test_a_flag_that_names_data_is_never_ignored(
     tmp_path: pathlib.Path, data: dict[str, str], message: str
 ) -> None:
-    make_run(tmp_path, steps=())  # the data is opened before a checkpoint is looked for
+    make_run(tmp_path, steps=())  # the data is opened before the checkpoint
     with pytest.raises(UserError, match=message):
         evaluate.knn(tmp_path, data=data)
 
 
 def pack(root: pathlib.Path, file: pathlib.Path) -> None:
-    """The images of `colours` in one file."""
+    """Writes the images of `colours` to one file."""
     arrays: dict[str, Any] = {"class_names": np.array(["green", "red"])}
     for split in ("train", "val"):
         images = sorted((root / split).rglob("*.png"))

@@ -240,7 +240,7 @@ def test_command(run: pathlib.Path, tree: pathlib.Path) -> None:
 def test_fewer_images_at_a_time_can_be_asked_for(
     run: pathlib.Path, tree: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where memory runs out, whose message says so."""
+    """When memory runs out, the message names this flag."""
 
     def refuse(model: Any, config: Any, mesh: Any, patches: bool) -> None:
         raise UserError(f"{config.eval.batch_size} at a time")

@@ -23,14 +23,14 @@ from sop_jax.parallel.mesh import make_mesh
 FOLDER = Path(os.environ.get("SOP_GOLDEN_DIR", Path(__file__).parent / "golden"))
 SMOOTHING = 0.1
 MESH = make_mesh(1)
-METHOD_TOLERANCE = 1e-5  # of the largest magnitude
-BACKBONE_TOLERANCE = 2e-4  # absolute, outputs of unit scale
+METHOD_TOLERANCE = 1e-5  # relative to the largest magnitude
+BACKBONE_TOLERANCE = 2e-4  # absolute; outputs have unit scale
 
 METHOD_INPUTS = (
     *("assign_memory", "assign_anchors", "assign_u", "cls_student", "cls_teacher"),
     *("mim_student", "mim_teacher", "mim_mask", "mim_anchors", "fifo_0"),
 )
-# Numbers of methods that are not in the package.
+# Expected numbers of methods that the package does not have.
 OTHER_METHODS = ("collapse_", "koleo_", "sk_", "pc_")
 BACKBONE_INPUTS = (
     *("vit/config", "vit/image", "vit/mask", "vit/local_image", "vit/wide_image"),
@@ -52,7 +52,7 @@ def single(x: np.ndarray) -> jax.Array:
 
 
 def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """What the package makes of the inputs of method.npz, by the names of the expected arrays."""
+    """Computes the expected arrays of method.npz from its inputs, by name."""
     computed = {}
     rows, anchors = single(golden["assign_memory"]), jnp.asarray(golden["assign_anchors"])
     u = single(golden["assign_u"])
@@ -97,7 +97,7 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     )
 
     start = single(golden["fifo_0"])
-    bank = memory.init_memory(jax.random.key(0), *start.shape, lanes=1)  # an undivided ring
+    bank = memory.init_memory(jax.random.key(0), *start.shape, lanes=1)  # one lane: a single ring
     bank = bank._replace(rows=start[None])
     for n in range(1, 1 + sum(key.startswith("fifo_push_") for key in golden)):
         pushed = single(golden[f"fifo_push_{n}"])
@@ -107,7 +107,7 @@ def method_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 class Torch:
-    """Weights of backbone.npz under the names and layouts of the package."""
+    """The weights of backbone.npz under the names and in the layouts of the package."""
 
     def __init__(self, golden: dict[str, np.ndarray], family: str):
         self.golden, self.family = golden, family
@@ -187,7 +187,7 @@ def features(
     image_size: int,
     backbone: models.Params,
 ) -> Callable[..., list[jax.Array]]:
-    """A function of the name of an image in the file."""
+    """Returns a function of the name of an image in the file."""
     config = paper()
     config.model.update(settings | dict(family=family, size="custom", dtype="float32"))
     config.head.update(dict(hidden=8, dim=8))
@@ -195,7 +195,7 @@ def features(
     params = model.init(jax.random.key(0)) | {"backbone": jax.tree.map(jnp.asarray, backbone)}
 
     def tokens(image: str, **options: Any) -> list[jax.Array]:
-        # The images of the file are normalised already: undo what the package does to pixels.
+        # The images of the file are normalized: this inverts the normalization of the package.
         pixels = golden[f"{family}/{image}"].transpose(0, 2, 3, 1)
         pixels = (pixels * np.array(models.STD) + np.array(models.MEAN)) * 255
         return model.features(params, single(pixels), **options)
@@ -204,7 +204,7 @@ def features(
 
 
 def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """What the package makes of the inputs of backbone.npz."""
+    """Computes the expected arrays of backbone.npz from its inputs, by name."""
     image_size, patch, width, depth, heads = (int(x) for x in golden["vit/config"])
     size = dict(width=width, depth=depth, heads=heads, patch=patch)
     vit = features(golden, "vit", size, image_size, vit_params(golden, depth))
@@ -235,7 +235,7 @@ def backbone_numbers(golden: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def difference(key: str, expected: np.ndarray, got: jax.Array) -> str | None:
-    """What is wrong with a computed array, or None."""
+    """Returns a message if a computed array is not as expected, or None."""
     if expected.shape != got.shape:
         return f"{key}: shape {got.shape}, expected {expected.shape}"
     if np.issubdtype(expected.dtype, np.integer):
@@ -248,7 +248,7 @@ def difference(key: str, expected: np.ndarray, got: jax.Array) -> str | None:
 
 
 def differences(golden: dict[str, np.ndarray], computed: dict[str, jax.Array]) -> list[str]:
-    """Every expected array that has no computed one, or another; inputs are left out."""
+    """Returns messages about expected arrays, except inputs, that are not computed or differ."""
     found = []
     for key, expected in golden.items():
         if method_inputs(key) or key in BACKBONE_INPUTS or "/weights/" in key:
@@ -276,7 +276,7 @@ def test_every_number(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_changed_number_fails(name):
-    """Changes each expected number array in turn: none may pass unnoticed."""
+    """Changes each expected array in turn: every change must be noticed."""
     golden, computed = load(name), computed_numbers(name)
     for key in computed:
         changed = np.array(golden[key])

@@ -1,4 +1,4 @@
-"""The launch scripts: what they would do, what they do to a cloud that is made up, how they fail.
+"""The launch scripts: what they would do, what they do to a simulated cloud, and how they fail.
 
 No script finds anything here but the tools that are linked into its PATH and the stand-ins below.
 """
@@ -33,7 +33,8 @@ NEEDED = {
 RECORD = """#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$WORLD/calls"
 """
-# Ends as the next line of `endings` says: with an exit code, by a preemption, later; or with 0.
+# Ends as the next line of `endings` says: with an exit code, by a preemption, or when `now` exists.
+# Without a further line it ends with 0.
 TRAINING_PROGRAM = """#!/usr/bin/env bash
 printf '%s\\0' "$@" > "$WORLD/argv"
 echo "a line of the log"
@@ -45,7 +46,7 @@ case "$code" in
   *) exit "${code:-0}" ;;
 esac
 """
-# One host stands for all: what they are told runs here, with its folder for a home.
+# One host represents all: their commands run here, with its folder as the home folder.
 GCLOUD = (
     RECORD
     + """
@@ -90,7 +91,7 @@ echo 'mkdir -p ~/.local/bin && cp "$WORLD/bin/uv" ~/.local/bin/uv'
 
 
 class World:
-    """A checkout, and a PATH that holds what a test puts there."""
+    """A checkout, and a PATH with only the programs that a test puts there."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -106,7 +107,7 @@ class World:
         for name in ("setup.py", "pyproject.toml", "configs/digits.py", "sop_jax/__init__.py"):
             (self.checkout / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.checkout / name)
-        # Nothing is installed in a test.
+        # A test installs nothing.
         (self.checkout / "launch" / "environment.sh").write_text('use_environment() { uv "$1"; }\n')
 
     def put(self, **programs: str) -> None:
@@ -116,7 +117,7 @@ class World:
             program.chmod(0o755)
 
     def cloud(self, *endings: str, state: str = "") -> None:
-        """gcloud with a slice in some state, and how its trainings end; afterwards they succeed."""
+        """Simulates gcloud with a slice, whose trainings end as given, and succeed after that."""
         self.put(gcloud=GCLOUD, python=TRAINING_PROGRAM, uv=UV, curl=CURL, pkill=RECORD)
         (self.folder / "endings").write_text("".join(f"{ending}\n" for ending in endings))
         if state:
@@ -148,7 +149,7 @@ class World:
         )
 
     def verbs(self) -> list[str]:
-        """What gcloud was asked to change, in order."""
+        """Returns the changes that gcloud was asked for, in order."""
         verbs = []
         for call in self.calls():
             if call[0] != "gcloud" or call[4] == "describe":
@@ -159,7 +160,7 @@ class World:
         return [verb for verb in verbs if verb != "look"]
 
     def argv(self) -> list[str]:
-        """What the training was given."""
+        """Returns the arguments of the training."""
         return (self.folder / "argv").read_text().split("\0")[:-1]
 
 
@@ -169,7 +170,7 @@ def world(tmp_path: pathlib.Path) -> World:
 
 
 def commands(text: str) -> list[list[str]]:
-    """What a dry run printed."""
+    """Returns what a dry run printed."""
     return [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
 
 
@@ -193,7 +194,7 @@ def test_help_does_nothing_else_and_has_an_example(world: World, script: str, fl
     assert not list(world.checkout.glob(".venv*"))
 
 
-# Makes virtual environments whose Python is another of its own.
+# Makes virtual environments, whose Python is this program again.
 PYTHON = (
     RECORD
     + """
@@ -203,7 +204,7 @@ PYTHON = (
 
 
 def test_tests_have_an_environment_of_their_own(world: World) -> None:
-    """Their compiler of TPUs makes every command complain on a machine without TPUs."""
+    """Their compiler for TPUs makes every command print errors on a machine without TPUs."""
     shutil.copy(ROOT / "launch" / "environment.sh", world.checkout / "launch")
     world.put(python3=PYTHON, ruff=RECORD, mypy=RECORD, shellcheck=RECORD, cmp="exit 1")
     environments = {}
@@ -335,10 +336,10 @@ class TestSlurm:
         lines = (ROOT / "launch" / "gpu_slurm.sh").read_text().splitlines()
         asked = [line.split()[1] for line in lines if line.startswith("#SBATCH")]
         before = lines[: lines.index("set -euo pipefail")]
-        assert sum(line.startswith("#SBATCH") for line in before) == len(asked)  # SLURM stops there
+        assert sum(line.startswith("#SBATCH") for line in before) == len(asked)  # SLURM stops here
         values = dict(option.partition("=")[::2] for option in asked)
         assert values["--ntasks-per-node"] == values["--gpus-per-node"]
-        assert values["--signal"] == "INT@120"  # of the tasks: no B:
+        assert values["--signal"] == "INT@120"  # to the tasks: no B:
         assert "--requeue" in values and values["--open-mode"] == "append"
         assert not [option for option in values if option.startswith("--gpus-per-task")]
 
@@ -347,7 +348,7 @@ class TestSlurm:
         environment, srun, requeue = commands(done.stdout)
         assert environment == ["use_environment", ".[cuda,gcs]"]
         assert srun[0] == "srun" and "--cpus-per-task=8" in srun and "--gpu-bind=none" in srun
-        waiting = ["sop_jax.train", "--wait=600"]  # for the job before, which may still save
+        waiting = ["sop_jax.train", "--wait=600"]  # for the previous job, which may still be saving
         assert srun[-7:] == [".venv/bin/python", "-m", *waiting, *TRAINING]
         assert requeue[-3:] == ["scontrol", "requeue", "JOB"]
 
@@ -399,7 +400,7 @@ class TestKubernetes:
         return service, job
 
     def consistent(self, service: dict, job: dict, hosts: int) -> dict:
-        """Checks what holds for all; returns the pods' spec."""
+        """Checks what all jobs have in common, and returns the spec of the pods."""
         name = job["metadata"]["name"]
         spec = job["spec"]
         pod = spec["template"]["spec"]
@@ -424,7 +425,7 @@ class TestKubernetes:
         processes += ["--process=$(JOB_COMPLETION_INDEX)"]
         expected = processes if hosts > 1 else ["--processes=1"]
         assert container["command"][3:-3] == [*expected, "--wait=600"]
-        # Kubernetes reads $$ as $ and looks behind a single one.
+        # Kubernetes reads $$ as $, and expands variables after a single $.
         given = container["command"][-3:]
         assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", " ".join(given))
         assert [argument.replace("$$", "$") for argument in given] == TRAINING
@@ -664,7 +665,7 @@ class TestTpu:
         assert "describe sop-jax" in done.stdout and not world.verbs()
 
     def test_what_gcloud_cannot_tell_is_waited_for(self, world: World) -> None:
-        """Neither made anew nor given back: the slice may well train."""
+        """The slice is neither created again nor deleted, because it may be training."""
         world.cloud(state="READY")
         (world.folder / "offline").touch()
         with pytest.raises(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Paths as people write them, and folders that cannot be written to."""
+"""Paths as users write them, and folders that cannot be written to."""
 
 import os
 import pathlib

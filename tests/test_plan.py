@@ -1,4 +1,4 @@
-"""Whether a step fits, what it costs, and what is said where that cannot be known."""
+"""Whether a step fits, what it costs, and what is reported if that cannot be known."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def make_config(batch_size: int = 16, fsdp: int = 1) -> ml_collections.ConfigDic
 
 
 def made(**changes: object) -> Plan:
-    """A plan that nothing was compiled for."""
+    """Returns a plan without compiling anything."""
     values = dict(
         mesh={"data": 4, "fsdp": 2},
         kind="TPU v5 lite",
@@ -76,7 +76,7 @@ def eight() -> Plan:
 
 @pytest.mark.medium
 def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> None:
-    # A layer has 12 D^2 weights; beside two of them are embeddings, head, biases and norms.
+    # A layer has 12 D^2 weights; besides two layers there are embeddings, head, biases and norms.
     layers = 2 * 12 * 128**2 * 4
     assert 2 * layers < one.memory["parameters"] < 2 * 1.6 * layers
     assert one.memory["optimizer"] == pytest.approx(one.memory["parameters"], abs=16)
@@ -91,13 +91,13 @@ def test_parameters_and_optimizer_take_what_their_numbers_take(one: Plan) -> Non
 @pytest.mark.medium
 def test_devices_share_memory_and_not_work(one: Plan, eight: Plan) -> None:
     assert eight.mesh == {"data": 2, "fsdp": 4}
-    for part in ("parameters", "optimizer"):  # all but the small ones by a quarter
+    for part in ("parameters", "optimizer"):  # all but the small ones are divided by four
         assert 1 / 4 < eight.memory[part] / one.memory[part] < 0.3
     for part in ("carried", "batch"):
         assert eight.memory[part] == pytest.approx(one.memory[part] / 8, abs=16)
     assert eight.flops == one.flops
     assert eight.flops["student"] > 2 * eight.flops["teacher"] > 0
-    # Every anchor with every row, and for the votes with its two supports.
+    # Every anchor with every row, and with its two supports for the votes.
     assert eight.flops["prototypes"] == 2 * 8 * (64 + 2) * 128
 
 
@@ -116,7 +116,7 @@ def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) 
 
 @pytest.mark.medium
 def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
-    """By the memory that its machine has left."""
+    """Devices of a CPU share the memory that the machine has left."""
     assert one.limit is not None and 2**28 < one.limit < 2**46
     assert one.fits is True
     assert table(one).splitlines()[-1].startswith("fits: yes, ")
@@ -201,7 +201,7 @@ def test_refusal_is_an_answer() -> None:
 def test_largest_batch_is_found_up_to_what_the_memories_take(
     most: int, accumulate: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`most` images fit a microbatch on one device; the memories take 32."""
+    """Here `most` images per microbatch fit one device, and the memories limit the batch to 32."""
 
     def pretend(config: ml_collections.ConfigDict, devices: list) -> Plan:
         assert config.batch_size <= 32
@@ -218,7 +218,7 @@ def test_largest_batch_is_found_up_to_what_the_memories_take(
 
 
 def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search starts from all images of ImageNet then."""
+    """The search then starts from all images of ImageNet."""
     tried = []
 
     def pretend(config: ml_collections.ConfigDict, devices: list) -> Plan:
@@ -243,7 +243,7 @@ def test_without_libtpu_the_install_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
-    """The command, in a process that the settings of the tests do not reach."""
+    """Runs the command in a process without the settings of the tests."""
     settings = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
     environment = {name: value for name, value in os.environ.items() if name not in settings}
     return subprocess.run(
@@ -319,14 +319,14 @@ def test_vit_b_with_the_papers_recipe_fits_256_chips_of_v5e() -> None:
     found = json.loads(numbers)
     assert (found["kind"], found["mesh"]) == ("TPU v5 lite", {"data": 256, "fsdp": 1})
     assert found["batch_size"] == 512
-    # 86 M parameters and a head, in float32, of student, teacher and two moments.
+    # Student and teacher have 86 M parameters and a head each, in float32.
     assert 2 * 86e6 * 4 < found["memory"]["parameters"] < 2 * 95e6 * 4
     assert 1e9 < found["wanted"] < found["limit"] < 16 * GIB
-    # Two global views cost the teacher 35 GFLOP each; a training step is three forwards.
+    # Each of two global views costs the teacher 35 GFLOP.
     assert found["flops"]["teacher"] == pytest.approx(512 * 2 * 36e9, rel=0.1)
     search = 2 * 2 * 4096 * 65536 * 256
     assert found["flops"]["prototypes"] == pytest.approx(search, rel=0.01)
     sent = {(c["kind"], c["where"]): c for c in found["collectives"]}
     assert all(c["times"] is not None for c in found["collectives"])
     assert sent["all-reduce", "student"]["bytes"] > 86e6 * 2  # gradients, in bfloat16 at least
-    assert sent["all-to-all", "prototypes"]["times"] == 2  # the winners of either task
+    assert sent["all-to-all", "prototypes"]["times"] == 2  # the winners of both tasks

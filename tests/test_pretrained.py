@@ -1,4 +1,4 @@
-"""Networks of runs and of files: what a training starts from."""
+"""Networks of runs and of files, with which training starts."""
 
 import pathlib
 import shutil
@@ -27,14 +27,14 @@ SHORT = {"steps": 4, "eval_every": 0, "log_every": 1, "checkpoint_every": 2}
 
 
 def ibot_file(path: pathlib.Path, rows: int = 17) -> pathlib.Path:
-    """A checkpoint of the network of `small_config`; the student's weights are others."""
+    """Returns a checkpoint of the network of `small_config`, whose student has other weights."""
     teacher = checkpoints.ibot(depth=1, rows=rows, hidden=32)
     student = {f"module.{name}": -array for name, array in teacher.items()}
     return save_pth(path, {"student": student, "teacher": teacher, "epoch": 7})
 
 
 def start_of(source: pathlib.Path, **changes: Any) -> tuple[Run, dict[str, np.ndarray], list[str]]:
-    """The first state of a run that starts from there, by the paths of its leaves, and words."""
+    """Returns a run that starts from `source`, the leaves of its first state, and its messages."""
     config = small_config(**SHORT, init_from=str(source), **changes)
     run = assemble(config, make_mesh(1), images=100)
     fresh = run.init(jax.random.key(config.seed))
@@ -100,7 +100,7 @@ def test_a_converted_folder_gives_what_its_file_does(tmp_path: pathlib.Path) -> 
         _, found, told = start_of(folder, **settings)
         for path, leaf in expected.items():
             np.testing.assert_array_equal(found[path], leaf)
-        assert told[1].split(", ")[0] == words[1].split(", ")[0]  # how many parameters
+        assert told[1].split(", ")[0] == words[1].split(", ")[0]  # the number of parameters
         assert told[2] == words[2]
         assert (
             "it has model.positions=ibot, but this network has size, so its features will"
@@ -126,7 +126,7 @@ def test_training_from_a_file_resumes_without_it(
     assert "starts from" not in capfd.readouterr().err
     assert_same_run(whole, stopped)
 
-    # A run may start from another, whose teacher it takes; and from what was converted of it.
+    # A run can start from the teacher of another run, or from the network converted from it.
     teacher = named_leaves(pretrained.load_network(whole)[2])
     convert(whole, tmp_path / "slim", step=2)
     convert(whole, tmp_path / "slim4")

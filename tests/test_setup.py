@@ -1,4 +1,4 @@
-"""What an installation has: the package, and the recipes where `--config` finds them."""
+"""An installation has the package, and the recipes where `--config` finds them."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Which file may import which: what keeps the rooms of this project apart."""
+"""Which file can import which: the rules that keep the rooms of the project apart."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sop_jax"
 
-# A module imports from the layers above its own alone, or from its own package.
+# A module imports only from the layers above its own, or from its own package.
 LAYERS = [
     {"errors", "rules", "schedules", "compiled"},
     {"paths"},
@@ -25,7 +25,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports(file: pathlib.Path) -> set[str]:
-    """The modules that a file imports, in functions too."""
+    """Returns the modules that a file imports, including imports in functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +38,7 @@ def imports(file: pathlib.Path) -> set[str]:
 
 
 def ours(file: pathlib.Path) -> set[str]:
-    """The modules of sop_jax that a file imports, without that prefix."""
+    """Returns the modules of sop_jax that a file imports, without that prefix."""
     return {name for name in map(_module_of_import, imports(file)) if name}
 
 
@@ -72,7 +72,7 @@ def test_imports_run_one_way(file: pathlib.Path) -> None:
     assert room in layer, f"{room} has no layer: give it one in LAYERS"
     for other in {name.split(".")[0] for name in ours(file)} - {room}:
         if module(file) == "data.prepare" and other == "cli":
-            continue  # a command, which nothing imports
+            continue  # a command, which no module imports
         assert layer[other] < layer[room], f"{room} may not import {other}"
 
 

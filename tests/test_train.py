@@ -1,4 +1,4 @@
-"""Runs from their start to their end, by way of everything that may go wrong in between."""
+"""Runs from start to end, and everything that can go wrong in between."""
 
 import errno
 import functools
@@ -97,7 +97,7 @@ def small_config(**changes: Any) -> ml_collections.ConfigDict:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The workdir of an uninterrupted run; tests copy what they change."""
+    """The workdir of an uninterrupted run; tests that change it make a copy."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     train.train(small_config(), workdir)
     return workdir
@@ -105,7 +105,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture
 def stopped(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A workdir of the same run as a kill in step 15 would have left it."""
+    """The workdir of the same run as if it had been killed in step 15."""
     workdir = tmp_path / "stopped"
     shutil.copytree(finished, workdir)
     (workdir / "summary.json").unlink()
@@ -124,7 +124,7 @@ def rows(workdir: pathlib.Path, without: tuple[str, ...] = ()) -> list[dict[str,
 
 
 def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """Every leaf of a checkpoint, the newest by default."""
+    """Returns every leaf of a checkpoint, by default the newest."""
     abstract = assemble(config_lib.read_config(workdir), make_mesh(1), images=100).abstract
     state = checkpoint.restore(workdir, abstract, step)
     named, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -137,7 +137,7 @@ def saved_state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.
 
 
 def assert_same_state(one: pathlib.Path, other: pathlib.Path) -> None:
-    """The same last state, bit by bit."""
+    """Asserts that the last states have the same bits."""
     states = [saved_state(workdir) for workdir in (one, other)]
     bits = [{name: leaf.tobytes() for name, leaf in state.items()} for state in states]
     assert [name for name in bits[0] if bits[0][name] != bits[1][name]] == []
@@ -145,14 +145,14 @@ def assert_same_state(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """The same last state and the same rows, bit by bit, timings aside."""
+    """Asserts that the last states and all rows, except for timings, have the same bits."""
     assert checkpoint.steps(one) == checkpoint.steps(other)
     assert_same_state(one, other)
     assert rows(one, TIMINGS) == rows(other, TIMINGS)
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
-    """Times and contents of everything in a folder."""
+    """Returns the modification time and content of every file in a folder."""
     return {
         str(path.relative_to(folder)): (
             path.stat().st_mtime_ns,
@@ -163,7 +163,7 @@ def snapshot(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
 
 
 def paint(folder: pathlib.Path, count: int, broken: tuple[int, ...] = ()) -> None:
-    """A folder of coloured noise, of which some files are cut short."""
+    """Makes a folder of images of coloured noise, some of which are truncated."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -190,21 +190,21 @@ def test_labels_of_a_packed_file_without_class_names_are_announced(tmp_path: pat
     assert train.describe(config, run, source, test, 0).endswith("; k-NN on 4 test images.")
 
 
-# What a run leaves
+# The files of a run
 
 
 def test_a_run_writes_its_settings_and_checkpoints(finished: pathlib.Path) -> None:
     saved = json.loads((finished / "config.json").read_text())
     assert saved.pop("version") == sop_jax.__version__
     assert saved == json.loads(json.dumps(small_config().to_dict()))
-    # The last two of 3, 6, .., 15, 16, and every sixth.
+    # The last two of 3, 6, ..., 15, 16, and every sixth.
     assert checkpoint.steps(finished) == [6, 12, 15, 16]
     assert not list(finished.glob("*.tmp"))
 
 
 def test_each_logged_step_is_one_row(finished: pathlib.Path) -> None:
     logged = rows(finished)
-    # Every second step, every seventh for the k-NN accuracy, the untrained network and the last.
+    # Every second step; for the k-NN accuracy every seventh step, the first and the last.
     assert [row["step"] for row in logged] == [0, 2, 4, 6, 7, 8, 10, 12, 14, 16]
     health = {
         *("log_k", "entropy", "entropy_of_mean", "winning_sops", "support_cosine"),
@@ -315,14 +315,14 @@ def test_a_data_set_smaller_than_the_batch_is_repeated(
     paint(tmp_path / "images", 5)
     folder = {"data.source": "folder", "data.path": str(tmp_path / "images")}
     config = small_config(steps=None, epochs=9.0, **folder)
-    assert train.train(config, tmp_path / "run")["steps"] == 3  # 45 images, 16 a step
+    assert train.train(config, tmp_path / "run")["steps"] == 3  # 45 images, 16 per step
 
 
 @pytest.mark.medium
 def test_steps_win_over_epochs(tmp_path: pathlib.Path, fake_step: None) -> None:
     assert train.train(small_config(epochs=0.1), tmp_path / "a")["steps"] == STEPS
     config = small_config(steps=None, epochs=0.1)
-    assert train.train(config, tmp_path / "b")["steps"] == 9  # 143.7 images, 16 a step
+    assert train.train(config, tmp_path / "b")["steps"] == 9  # 143.7 images, 16 per step
 
 
 @pytest.mark.medium
@@ -401,7 +401,7 @@ def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
 
 
 def start(workdir: pathlib.Path, **changes: Any) -> subprocess.Popen[str]:
-    """The command in a process group of its own, as a shell starts it."""
+    """Starts the command in its own process group, as a shell does."""
     return subprocess.Popen(
         command(workdir, **changes),
         cwd=ROOT,
@@ -476,7 +476,7 @@ def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
     assert all(row["cls"] > 0 for row in logged if "cls" in row)
     early, late = saved_state(tmp_path / "whole", 3), saved_state(tmp_path / "whole")
     still = [name for name in late if np.array_equal(early[name], late[name])]
-    # The memories were full at step 4, and nothing else may stay.
+    # The memories were full at step 4; everything else must change.
     assert still == [".key"], still
 
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -492,7 +492,7 @@ def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
 def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     tmp_path: pathlib.Path, finished: pathlib.Path, number: signal.Signals, workers: int
 ) -> None:
-    """As Ctrl-C in a terminal, and a cluster that signals the workers too."""
+    """Signals the whole process group, as Ctrl-C in a terminal and some clusters do."""
     process = start(tmp_path, eval_every=1, log_every=0, **{"data.workers": workers})
     wait_for_step(process, tmp_path, 4)
     os.killpg(process.pid, number)
@@ -545,7 +545,7 @@ def test_a_signal_while_a_run_is_taken_up_says_what_is_saved(
 
 
 def signal_after(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """Has one stage of the start end with a signal."""
+    """Makes one stage of the start end with a signal."""
     whole = getattr(train, stage)
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
@@ -561,7 +561,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
 def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
-    """Of the untrained network, of a step that is not logged, of one that is, and of the last."""
+    """Interrupts the evaluations of the untrained network, of two steps, and of the last one."""
     evaluate, evaluated = train.knn_evaluation, [0, 7, 14, 16]
 
     def interrupted(*args: Any, between: Callable[[], None], **kwargs: Any) -> Any:
@@ -593,7 +593,7 @@ def test_a_signal_while_images_are_waited_for_saves_the_last_step(
     make = train.train_batches
 
     class Stalled:
-        """Batches of which the sixth does not come, as when a disk is gone."""
+        """Yields batches until the sixth, which never comes, as if a disk were gone."""
 
         def __init__(self, *args: Any) -> None:
             self.batches, self.made = make(*args), 0
@@ -748,17 +748,17 @@ def test_a_job_that_comes_back_waits_for_the_one_that_still_saves(
     assert_same_state(tmp_path, finished)
 
 
-# What decides a run is kept with it
+# The record of the settings and the data
 
 
 def folder_config(images: pathlib.Path | str, **changes: Any) -> ml_collections.ConfigDict:
-    """A short run on a folder of images without evaluations."""
+    """Returns the settings of a short run on a folder of images, without evaluations."""
     folder = {"data.source": "folder", "data.path": str(images), "eval_every": 0}
     return small_config(**folder | {"checkpoint_every": 2} | changes)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, config: Any, workdir: pathlib.Path) -> int:
-    """Trains until the first save and leaves the workdir as a kill after it would."""
+    """Trains until the first save, and leaves the workdir as if the run was then killed."""
     with monkeypatch.context() as patch:
 
         def killed(*_: Any, **__: Any) -> None:
@@ -931,11 +931,11 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(
     (stopped / "config.json").write_text(json.dumps(made))
     assert small_config().sop.pool == "non_anchors"
     monkeypatch.setitem(config_lib.BEFORE["0.2.0"], "sop.pool", "all")
-    with pytest.raises(UserError, match="lacks sop.pool"):  # as a version that knows it
+    with pytest.raises(UserError, match="lacks sop.pool"):  # this version has the setting
         (stopped / "config.json").write_text(json.dumps(made | {"version": "0.2.0"}))
         train.train(small_config(), stopped)
     (stopped / "config.json").write_text(json.dumps(made))
-    for _ in range(2):  # a workdir that has been resumed is still of the version that made it
+    for _ in range(2):  # a resumed run keeps the version that created it
         train.train(small_config(steps=STEPS), stopped)
         assert config_lib.read_config(stopped).sop.pool == "all"
         assert config_lib.version_of(stopped) == "0.1.0"
@@ -974,7 +974,7 @@ def test_bad_input_is_told_before_anything_is_written(
 
 
 def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
-    """What steps take in all and for temporary arrays, one after another, in GiB."""
+    """Returns a `fit_of_step` for steps of these sizes in GiB, in total and of temporary arrays."""
     left = iter(of_steps)
 
     def compiled(run: Any) -> Fit:
@@ -988,7 +988,7 @@ def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
 def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what would fit, compiled: four parts by the first estimate, eight by the second."""
+    """The message suggests a compiled `accumulate`: the first estimate is 4, the second 8."""
     steps = (10, 8), (5, 3), (3.5, 1.5)
     monkeypatch.setattr(assembly, "fit_of_step", fits(*steps, limit=4))
     with pytest.raises(UserError) as caught:
@@ -1022,7 +1022,7 @@ def test_a_step_of_several_processes_is_estimated(monkeypatch: pytest.MonkeyPatc
     fit = fits((10, 8), limit=4)(made)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     words = assembly.too_large(config, made, fit, lambda text: None)
-    assert "(by estimate): --config.accumulate=4, " in words  # 2 GiB and 8/4 more
+    assert "(by estimate): --config.accumulate=4, " in words  # 2 GiB, and 8/4 GiB in addition
     assert "or --config.batch_size=16, " in words
 
 
@@ -1091,7 +1091,7 @@ def test_a_disk_without_space_for_checkpoints_is_told_first(
     with pytest.raises(UserError, match="need .* MB, and the disk .*Free some space"):
         train.train(small_config(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    train.train(small_config(), stopped)  # what it needs is there already
+    train.train(small_config(), stopped)  # its checkpoints already have most of the space
     assert_same_run(stopped, finished)
 
 
@@ -1111,21 +1111,21 @@ def test_a_disk_that_fills_up_loses_nothing(
     monkeypatch.setattr(metrics.Writer, "write", write_to_full_disk)
     with pytest.raises(OSError) as caught:
         train.train(small_config(), tmp_path)
-    assert caught.value.errno == errno.ENOSPC  # for which the command line has a message
+    assert caught.value.errno == errno.ENOSPC  # `cli` has a message for it
     assert checkpoint.latest_step(tmp_path) == 9
     monkeypatch.undo()
     train.train(small_config(), tmp_path)
     assert_same_run(tmp_path, finished)
 
 
-# What is not finite
+# Values that are not finite
 
 
 Metrics = dict[str, jax.Array]
 
 
 def patch_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Metrics], Any]) -> None:
-    """Puts a step in place of the real one that compiles at once and learns nothing.
+    """Replaces the step by one that compiles at once and learns nothing.
 
     Args:
         monkeypatch: undoes it.
@@ -1166,7 +1166,7 @@ def test_a_checkpoint_is_saved_when_its_minutes_have_passed(
     every: int,
     saved: list[int],
 ) -> None:
-    """By a clock that runs a minute per step, and counts anew from every save."""
+    """The clock of this test advances one minute per step."""
     ticks = itertools.count(0, 60)
     monkeypatch.setattr(train, "Saver", functools.partial(train.Saver, clock=ticks.__next__))
     never = {"eval_every": 0, "checkpoint_every": every, "checkpoint.keep_last": 9}
@@ -1238,7 +1238,7 @@ def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
     patch_step(monkeypatch, collapse)
     train.train(small_config(), tmp_path)
     lines = capsys.readouterr().err.splitlines()
-    logged = [4, 6, 8, 10, 12, 14, 16] if collapsing else []  # steps 0 and 7 have no signs
+    logged = [4, 6, 8, 10, 12, 14, 16] if collapsing else []  # not logged: 0 and 7
     steps = logged[PATIENCE - 1 :]
     marked = [line for line in lines if "health collapsing" in line]
     assert [line.split("/")[0] for line in marked] == [f"step {step}" for step in steps]
@@ -1332,7 +1332,7 @@ def test_too_many_corrupt_images_stop_the_run_with_a_list(
     assert "--config.data.max_corrupt_share" in message
 
 
-# How fast it goes
+# Speed
 
 
 @pytest.mark.medium

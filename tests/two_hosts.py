@@ -1,4 +1,4 @@
-"""What tests let two processes do together: `python two_hosts.py TASK OUT.npz ... FLAGS`."""
+"""Tasks that two processes of a test do together: `python two_hosts.py TASK OUT.npz ... FLAGS`."""
 
 import sys
 
@@ -19,7 +19,7 @@ from sop_jax.training.assemble import assemble
 
 
 def trajectory(folder: str) -> None:
-    """Saves what the steps of the small run compute, on all eight devices and on pairs of them."""
+    """Saves the trajectories of the small run on eight devices, for mesh.fsdp=1 and mesh.fsdp=2."""
     assert (jax.process_count(), jax.device_count()) == (2, 8)
     for fsdp in (1, 2):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -27,7 +27,7 @@ def trajectory(folder: str) -> None:
 
 
 def restore(out: str, workdir: str) -> None:
-    """Saves the newest state of a run and the batch that its next step takes."""
+    """Saves the newest state of a run and the batch of its next step."""
     config = config_lib.read_config(workdir)
     config.mesh.data = 0
     mesh = make_mesh()
@@ -44,7 +44,7 @@ def restore(out: str, workdir: str) -> None:
 
 
 def shuffle(out: str) -> None:
-    """Saves a batch that both put on devices in another order than theirs, and who had what."""
+    """Saves a batch put on devices in an unusual order, and the rows that each process made."""
     batch = np.arange(24).reshape(8, 3)
     found = {}
     for order in ((0, 2, 1, 3), (3, 0, 2, 1)):
