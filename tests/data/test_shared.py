@@ -52,6 +52,7 @@ def test_threads_that_start_workers_share_one_copy_which_goes_with_its_source() 
         files = [str(link) for link in pathlib.Path("/proc/self/fd").glob("*") if link.is_symlink()]
         return len({os.stat(file).st_ino for file in files if "sop_jax" in os.readlink(file)})
 
+    gc.collect()  # what earlier tests left
     before, source = copies(), large()
     pickles: list[bytes] = []
     threads = [
