@@ -175,7 +175,7 @@ def parts_of(
         return jax.value_and_grad(loss)(student)
 
     def teach(carried: Any, outputs: Outputs) -> Any:
-        return objective.teach({}, {}, carried, outputs, batch["index"], now, key)
+        return objective.teach({}, {}, carried, outputs, selection.masked, batch["index"], now, key)
 
     outputs = part("teacher", teacher, state.teacher, batch)
     shared, targets, _ = part("targets", teach, state.carried, outputs)

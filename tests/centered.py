@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -44,18 +45,22 @@ def centered(
         order = jax.vmap(lambda key: jax.random.permutation(key, h * w))(keys)
         kept = jnp.broadcast_to(jnp.sort(order[:, None, 1:]), (batch, views, h * w - 1))
         among = jnp.broadcast_to(jnp.arange(h * w - 1), kept.shape)
-        return Selection(PatchIndices(among, kept), PatchIndices(kept), jnp.ones(kept.shape, bool))
+        # Only the first global view, which the student does not see, has no masked patch.
+        masked = jnp.broadcast_to(jnp.arange(views)[:, None] > 0, kept.shape)
+        return Selection(PatchIndices(among, kept), PatchIndices(kept), masked)
 
     def teach(
-        student: Any,
-        teacher: Any,
+        student_params: Any,
+        teacher_params: Any,
         carried: Any,
-        outputs: Outputs,
+        teacher: Outputs,
+        masked: jax.Array,
         index: jax.Array,
         now: Any,
         key: jax.Array,
     ) -> tuple[Any, Any, Any]:
-        logits = outputs.cls @ teacher["prototypes"]["kernel"]
+        chex.assert_equal_shape_prefix((masked, teacher.cls), 2)  # of all global views
+        logits = teacher.cls @ teacher_params["prototypes"]["kernel"]
         center = 0.5 * carried["center"] + 0.5 * logits.mean((0, 1))
         targets = jax.nn.softmax((logits[:, 0] - carried["center"]) / now["temperature"])
         return {}, targets, {"center": center}

@@ -141,10 +141,14 @@ def sum_over_views(
         carry, last = add(carry, tuple(x[whole * at_once :] for x in inputs))
         by_student = jnp.concatenate([by_student, last])
     value, by_learnt = carry
-    return value + linear(learnt, fixed, by_learnt) + linear(student, inputs[0], by_student)
+    return (
+        value
+        + zero_with_gradient(learnt, fixed, by_learnt)
+        + zero_with_gradient(student, inputs[0], by_student)
+    )
 
 
-def linear(variables: Any, fixed: Any, gradients: Any) -> Array:
+def zero_with_gradient(variables: Any, fixed: Any, gradients: Any) -> Array:
     """Returns zero, with `gradients` as its gradient with respect to `variables`.
 
     `fixed` has the values of `variables`, without their gradient.

@@ -98,10 +98,11 @@ class Teach(Protocol):
 
     def __call__(
         self,
-        student: Params,
-        teacher: Params,
+        student_params: Params,
+        teacher_params: Params,
         carried: Any,
-        outputs: Outputs,
+        teacher: Outputs,
+        masked: Bool[Array, "B Q M"],
         index: Int[Array, " B"],
         now: Now,
         key: Key[Array, ""],
@@ -113,10 +114,11 @@ class Teach(Protocol):
         since the probabilities of a large batch take gigabytes. `carried` goes to the next step.
 
         Args:
-            student: the objective's parameters in the student.
-            teacher: their moving average in the teacher.
+            student_params: the objective's parameters in the student.
+            teacher_params: their moving average in the teacher.
             carried: what the step before returned, or `init`.
-            outputs: the teacher's outputs.
+            teacher: the teacher's outputs.
+            masked: which of the student's selected patches are masked, of all global views.
             index: the index of each image in the data set.
             now: the values of all schedules.
             key: the key of this step.
@@ -143,7 +145,7 @@ class Loss(Protocol):
             shared: what all images share, from `teach`.
             targets: the targets of these images, from `teach`.
             student: the student's outputs.
-            masked: which of the student's selected patches are masked.
+            masked: which of the student's selected patches are masked, of the views it sees.
             now: the values of all schedules.
         """
 

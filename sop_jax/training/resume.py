@@ -14,12 +14,11 @@ from sop_jax import schedules
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
+from sop_jax.objectives.methods import method_of
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 
 SPLITS = ("train", "test")
-# The durations that are given as `<name>steps` or `<name>epochs`; the first is that of the run.
-DURATIONS = ("", "optim.warmup_", "sop.temperature_warmup_", "mask.start_")
 
 _DATA = "data.json"
 
@@ -68,7 +67,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
     old = config_lib.read_config(workdir)
     config, notes = follow(config, old, config_lib.version_of(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
-    different = sorted([*changes(old, config, _names(DURATIONS)), *different])
+    different = sorted([*changes(old, config, _names(durations(old))), *different])
     if different:
         raise UserError(
             f"{workdir} belongs to a run with other settings:\n  "
@@ -80,6 +79,14 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
     if old.init_from != config.init_from and checkpoint.latest_step(workdir):
         notes.append("init_from has no effect: it is only read at the first step of a run.")
     return Status(config, notes, finished)
+
+
+def durations(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns the settings that are given in steps or epochs, without `steps` or `epochs`.
+
+    The first is the duration of the run, the others end with an underscore.
+    """
+    return ["", "optim.warmup_", "mask.start_", *(f"{key}_" for key in method_of(config).warmups)]
 
 
 def follow(
@@ -159,7 +166,7 @@ def changed_durations(
     """
     before, after = config_lib.flatten(old), config_lib.flatten(new)
     longer, lines = False, []
-    for name in DURATIONS:
+    for name in durations(old):
         keys = _names([name])
         if all(before[key] == after[key] for key in keys):
             continue

@@ -64,6 +64,8 @@ def make_train_step(
             },
         )
 
+        seen = [view for view in objective.student_views if view < batch["mask"].shape[1]]
+
         def teacher(part: Any) -> tuple[Params, Outputs]:
             """Returns the running statistics after a microbatch, and the teacher's outputs."""
             outputs, statistics = embed_views(
@@ -77,10 +79,11 @@ def make_train_step(
 
         with jax.named_scope("targets"):
             shared, targets, carried = objective.teach(
-                student=state.student.get(OWN, {}),
-                teacher=state.teacher.get(OWN, {}),
+                student_params=state.student.get(OWN, {}),
+                teacher_params=state.teacher.get(OWN, {}),
                 carried=state.carried,
-                outputs=outputs,
+                teacher=outputs,
+                masked=selection.masked,
                 index=batch["index"],
                 now=now,
                 key=targets_key,
@@ -104,7 +107,7 @@ def make_train_step(
                     shared=shared,
                     targets=part["targets"],
                     student=outputs,
-                    masked=part["selection"].masked,
+                    masked=pick(part["selection"].masked, seen),
                     now=now,
                 )
             return loss, (terms, statistics, outputs.cls)

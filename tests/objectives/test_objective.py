@@ -58,7 +58,8 @@ def teach(
     key: jax.Array,
     index: jax.Array = INDEX,
 ) -> Any:
-    return jax.jit(method.teach)({}, {}, memories, teacher, index, NOW, key)
+    masked = jnp.zeros((BATCH, 2, PATCHES), bool)
+    return jax.jit(method.teach)({}, {}, memories, teacher, masked, index, NOW, key)
 
 
 def first_memories(method: Objective, seed: int = 0) -> dict:

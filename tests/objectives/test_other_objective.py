@@ -77,6 +77,7 @@ def test_it_learns(taken: Taken) -> None:
     assert losses[-1] < losses[0] - 0.05
     row = taken.metrics[0]
     assert row["loss"] == pytest.approx(row["views"] + row["patches"] + row["features"], rel=1e-6)
+    assert row["patches"] > 0  # the masks are those of the views that the student sees
     assert row["temperature"] == 0.5
 
 

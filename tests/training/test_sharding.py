@@ -342,8 +342,10 @@ def test_prototypes_are_the_same_on_any_devices_and_never_of_rows_too_old(size: 
             rows = unit(jax.random.normal(jax.random.key(step), (16, 4)))
             index = 16 * step + jnp.arange(16, dtype=jnp.int32)
             memory = memories["cls"]
-            outputs = views_of(rows)
-            sops, _, memories = teach(memories, outputs, index, {}, jax.random.key(1))
+            masked = jnp.zeros((16, 2, 1), bool)
+            sops, _, memories = teach(
+                memories, views_of(rows), masked, index, {}, jax.random.key(1)
+            )
         sops = sops["cls"].embeddings
         cosine = jnp.einsum("tskd,nd->tskn", sops, flat_rows(memory))
         np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)

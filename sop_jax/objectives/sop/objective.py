@@ -202,10 +202,11 @@ def sop(
         return drawn
 
     def teach(
-        student: Params,
-        teacher: Params,
+        student_params: Params,
+        teacher_params: Params,
         carried: dict[str, Any],
-        outputs: Outputs,
+        teacher: Outputs,
+        masked: Bool[Array, "B Q M"],
         index: Int[Array, " B"],
         now: Now,
         key: Key[Array, ""],
@@ -215,13 +216,13 @@ def sop(
         The SOPs are drawn before the memories take the embeddings of this step: the [CLS] and the
         random patch of the second global view (appendix A).
         """
-        del student, teacher, now
+        del student_params, teacher_params, masked, now
         with jax.named_scope("prototypes"):
             sops = prototypes(carried, key)
-        targets, rows = {"cls": outputs.cls}, {"cls": outputs.cls[:, 1]}
+        targets, rows = {"cls": teacher.cls}, {"cls": teacher.cls[:, 1]}
         if takes_patches:
-            targets["patch"] = outputs.patches[:, :, :-1]
-            rows["patch"] = outputs.patches[:, 1, -1]
+            targets["patch"] = teacher.patches[:, :, :-1]
+            rows["patch"] = teacher.patches[:, 1, -1]
         with jax.named_scope("memories"):
             pushed = {name: push(carried[name], rows[name], index) for name in levels}
         return sops, targets, carried | pushed
