@@ -135,7 +135,7 @@ attend() { # does the work of `up` or `create`, from the current state
     case "$now" in
       NONE) request ;;
       PREEMPTED | TERMINATED | STOPPED | SUSPENDED) give_back && mine="" tries=0 ;;
-      FAILED) finish 1 "for the reason run: gcloud compute tpus queued-resources describe $name" ;;
+      FAILED) finish 1 "the request failed; to see why, run: gcloud compute tpus queued-resources describe $name" ;;
       READY)
         [[ "$action" == up ]] || exit 0
         report="$(on 0 "$look")" || report=unreachable

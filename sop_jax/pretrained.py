@@ -26,11 +26,11 @@ from sop_jax.weights.tables import Arrays
 
 
 class InitialWeights(NamedTuple):
-    """What a network starts from.
+    """The initial weights of a network.
 
     Attributes:
-        leaves: by their paths; the network's own start stays where there is none.
-        words: for a person, a line each: what was loaded, what was not, what was resized.
+        leaves: the leaves by path; absent leaves keep their initial values.
+        words: lines for the user: what was loaded, what was not, and what was resized.
     """
 
     leaves: Arrays
@@ -54,10 +54,10 @@ _ENDINGS = (".safetensors", ".bin", ".pth")  # of files of weights
 
 
 def settings_of(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-    """Reads the settings of a run, or of a folder that `sop_jax.convert` has made.
+    """Reads the settings of a run, or of a folder that `sop_jax.convert` created.
 
     Raises:
-        UserError: the folder is not of a run.
+        UserError: the folder is not that of a run.
     """
     folder = epath.Path(workdir)
     weights = [x for x in folder.iterdir() if x.suffix in _ENDINGS] if folder.is_dir() else []

@@ -209,7 +209,7 @@ def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     row = np.zeros(hsv.shape[1:], np.uint8)
     row[:, 0] = int(turns * 255) % 256
-    hsv += row  # wraps around the circle; adding to every third byte only takes twice as long
+    hsv += row  # wraps around the circle; adding to just every third byte takes twice as long
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -219,7 +219,7 @@ def grayscale(image: np.ndarray) -> np.ndarray:
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of `sigma` pixels, cut at 3 sigma, edges repeated; uint8 [h, w, 3] in, out."""
+    """Returns a uint8 [h, w, 3] image blurred by `sigma` pixels, truncated at 3 sigma."""
     weights = cv2.getGaussianKernel(round(6 * sigma) | 1, sigma)
     return cv2.sepFilter2D(image, -1, weights, weights, borderType=cv2.BORDER_REPLICATE)
 

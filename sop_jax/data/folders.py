@@ -300,7 +300,7 @@ class Contents(NamedTuple):
 
     folders: list[str]
     files: list[str]
-    broken: list[str]  # broken links, and what is neither a file nor a folder
+    broken: list[str]  # broken links and special files
     hidden: list[str]
 
 

@@ -13,7 +13,7 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
     """Draws the mask of one view: empty with probability `none`, else of a ratio ~ U(*ratio).
 
     Args:
-        grid: the number of patches (high, wide).
+        grid: the number of patches (height, width).
         rng: the generator of all draws.
         mask_config: has `kind` ("block" | "random"), `ratio` (low, high) and `none`.
 
@@ -57,7 +57,7 @@ def block_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) ->
     stay unmasked; a grid that is one patch high or wide always does, because no block is smaller.
 
     Args:
-        grid: the number of patches (high, wide).
+        grid: the number of patches (height, width).
         rng: the generator of all draws.
         ratio: the share of patches to mask.
 

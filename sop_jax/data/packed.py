@@ -49,7 +49,7 @@ class PackedSource(Labelled):
         ascending = len(offsets) > 1 and bool(np.all(np.diff(offsets) >= 0))
         if not ascending or offsets[0] < 0 or offsets[-1] > len(self._blob):
             raise UserError(
-                f"{path} is damaged: {split}_offsets does not cut {split}_blob into records. "
+                f"{path} is damaged: {split}_offsets does not divide {split}_blob into records. "
                 f"Expected ascending numbers from 0 to at most {len(self._blob)}, the length of "
                 f"{split}_blob. Copy or make the file again."
             )

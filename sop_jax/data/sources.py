@@ -38,7 +38,7 @@ class Source(Protocol):
         """Whether the records have labels; does not read them."""
 
     def label(self, index: int) -> int:
-        """Returns the label of a record, if there are labels; free once the record was read."""
+        """Returns the label of a record, if there are labels; free after the record was read."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -111,7 +111,7 @@ def notes(train: Source, test: Source | None = None) -> list[str]:
     return found
 
 
-# The embedded default
+# The built-in data set
 
 
 class DigitsSource(Labelled):

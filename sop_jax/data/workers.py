@@ -95,7 +95,7 @@ def kill() -> None:
 
 @contextlib.contextmanager
 def losses_in_words() -> Iterator[None]:
-    """Replaces Grain's error about a dead worker by one that says what happened.
+    """Replaces Grain's error about a dead worker with one that says what happened.
 
     Raises:
         Lost: a worker was killed or has crashed, and a restart may succeed.

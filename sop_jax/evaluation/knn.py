@@ -37,7 +37,7 @@ def knn_top1(
     20, 100 and 200.
 
     Args:
-        train_features: features of any norm; they are normalised here.
+        train_features: features of any norm; they are normalized here.
         train_labels: any integers.
         test_features: features of at least one image.
         test_labels: any integers; a class that no train image has counts as an error.

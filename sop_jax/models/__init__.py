@@ -38,8 +38,8 @@ class Family(NamedTuple):
         backbone: maps (size, config.model, image size, gather, start, rngs) to the network, which
             has a `width` and maps images to tokens and attention weights as `vit.ViT` does.
         check_size: raises UserError for a size that no network can have.
-        unused: the settings of `config.model` that its networks do not have, not counting the
-            numbers of a size by name.
+        unused: the settings of `config.model` that its networks do not have, other than the
+            dimensions that a named size fixes.
         patches: whether it has tokens of patches, which can be masked.
         drops_patches: whether patches can be left out of the encoder.
         batch_norm: whether it normalizes by the statistics of the (micro)batch, and keeps running
@@ -243,18 +243,18 @@ def build(
         return nnx.merge(graph, state)
 
     def embed(params, images, mask=None, keys=None, patches=True):
-        pixels = normalise(images, start.dtype)
+        pixels = normalize(images, start.dtype)
         return network(params).embed(pixels, mask, keys, patches, None, training=False)[0][:2]
 
     def embed_training(params, images, mask=None, keys=None, patches=True, kept=None):
-        pixels = normalise(images, start.dtype)
+        pixels = normalize(images, start.dtype)
         return network(params).embed(pixels, mask, keys, patches, kept, training=True)
 
     def features(params, images, mask=None, last=1):
-        return network(params).backbone(normalise(images, start.dtype), mask, last=last)
+        return network(params).backbone(normalize(images, start.dtype), mask, last=last)
 
     def attention(params, images):
-        return network(params).backbone.attention(normalise(images, start.dtype))
+        return network(params).backbone.attention(normalize(images, start.dtype))
 
     return Model(init, embed, embed_training, features, attention, patch, dim)
 
@@ -271,7 +271,7 @@ def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Param
     return jax.tree_util.tree_map_with_path(whole, params)
 
 
-def normalise(images: Array, dtype: jnp.dtype) -> Float[Array, "B H W 3"]:
+def normalize(images: Array, dtype: jnp.dtype) -> Float[Array, "B H W 3"]:
     """Returns pixels from 0 to 255 normalized by ImageNet's mean and standard deviation."""
     pixels = images.astype(jnp.float32) / 255
     return ((pixels - jnp.array(MEAN)) / jnp.array(STD)).astype(dtype)

@@ -73,7 +73,7 @@ def refuses(dtype: str, head: int, device: Any) -> str | None:
     if device.platform != "gpu":
         return f"the device is {device.device_kind}, not an NVIDIA GPU"
     if dtype == "float32":
-        return "cuDNN's attention has no float32"
+        return "cuDNN's attention does not support float32"
 
     def loss(x: Array) -> Array:
         return attend(x, x, x, implementation="cudnn").astype(jnp.float32).sum()

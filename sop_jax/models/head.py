@@ -9,7 +9,7 @@ from sop_jax.models.layers import Start, dense
 
 
 class Head(nnx.Module):
-    """An MLP of three layers with GELU and no norm, whose output is L2-normalised in float32.
+    """An MLP of three layers with GELU and no norm, whose output is L2-normalized in float32.
 
     This is the head of the authors' code, which is iBOT's without prototypes, with 2048 hidden
     units and 256 outputs.

@@ -1,4 +1,4 @@
-"""A linear layer whose products may be in bfloat16, but the gradients of its parameters never."""
+"""A linear layer whose products may be in bfloat16, with parameter gradients in float32."""
 
 import functools
 

@@ -270,7 +270,7 @@ class ResNet(nnx.Module):
         """Returns tokens in float32, and the running statistics after the pass.
 
         Args:
-            images: normalised pixels, in images of any size.
+            images: normalized pixels, in images of any size.
             training: whether to normalize by the batch.
 
         Returns:

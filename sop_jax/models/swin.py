@@ -59,7 +59,7 @@ def custom(config: ml_collections.ConfigDict) -> Size:
 
 
 def check_size(size: Size) -> None:
-    """There are four stages, layers come in pairs, heads are whole."""
+    """Raises UserError unless four stages have pairs of layers and heads that divide them."""
     if not len(size.depths) == len(size.heads) == 4:
         raise UserError(
             f"model.stage_depths is {size.depths} and stage_heads {size.heads}; expected four "
@@ -430,7 +430,7 @@ class Swin(nnx.Module):
         `get_intermediate_layers`.
 
         Args:
-            images: normalised pixels; PATCH divides the height and the width.
+            images: normalized pixels; PATCH divides the height and the width.
             mask: the tokens of 32 x 32 pixels to replace by the mask token.
             keys: a key per image, with which drop path is on (training of the student).
             last: the number of last layers to return, the final one last.

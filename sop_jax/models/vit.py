@@ -56,7 +56,7 @@ def custom(config: ml_collections.ConfigDict) -> Size:
 
 
 def check_size(size: Size) -> None:
-    """Heads are whole."""
+    """Raises UserError if the heads do not divide the width."""
     if size.width % size.heads:
         raise UserError(
             f"model.width {size.width} cannot be split over model.heads {size.heads}; "
@@ -189,7 +189,7 @@ class ViT(nnx.Module):
         """Returns [CLS], registers and patches; positions are added to all except the registers.
 
         Args:
-            images: normalised pixels.
+            images: normalized pixels.
             mask: the patches whose embedding is replaced by the mask token.
             kept: the indices of the patches to keep; all by default.
         """
@@ -223,7 +223,7 @@ class ViT(nnx.Module):
         """Returns the tokens of the `last` layers, each after the final norm; see `tokens`.
 
         Args:
-            images: normalised pixels; the patch divides the height and the width.
+            images: normalized pixels; the patch divides the height and the width.
             mask: the patches to replace by the mask token; none by default.
             keys: a key per image, with which drop path is on (training of the student).
             last: the number of last layers to return, the final one last.
@@ -246,7 +246,7 @@ class ViT(nnx.Module):
         return [self.tokens(states[i]) for i in range(depth - last, depth)]
 
     def tokens(self, x: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
-        """Returns, after the final norm, what stands for the image, and then its patches.
+        """Returns the image token and then the patch tokens, after the final norm.
 
         The first is [CLS], or with `pool="mean"` the mean of the patches that entered the encoder,
         masked ones included (table C.2 of the paper). Registers are left out of both.

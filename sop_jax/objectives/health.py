@@ -44,7 +44,7 @@ def embedding_std(x: Float[Array, "B d"]) -> Float[Array, ""]:
 def effective_rank(x: Float[Array, "B d"]) -> Float[Array, ""]:
     """Returns the effective rank of the centred rows, from 1 to d (Roy & Vetterli, 2007).
 
-    This is the exponential of the entropy of the singular values, normalised to sum to 1.
+    This is the exponential of the entropy of the singular values, normalized to sum to 1.
     """
     x = x - x.mean(0)
     sums = "bi,bj->ij" if len(x) > x.shape[1] else "ij,kj->ik"  # the smaller of the two products

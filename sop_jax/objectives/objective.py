@@ -246,7 +246,7 @@ class Method(NamedTuple):
         batch_limit: a function of the config that returns the number of images in the largest
             batch that the objective's state can hold, and the setting that limits it; None if
             there is no limit.
-        any_batch: the settings with which any batch up to that limit is valid.
+        any_batch: overrides of settings that make every batch size up to that limit valid.
         cls_only: the settings with which it learns from [CLS] only, for networks without patches.
         warmups: the settings that are durations, without `_steps` or `_epochs`, and what happens
             during each.

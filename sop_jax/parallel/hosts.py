@@ -112,8 +112,8 @@ def start(
         process: the number of this process, from 0.
 
     Raises:
-        UserError: the arguments are invalid (see `check`), the other processes did not join within
-            START_TIMEOUT seconds, or they have other versions.
+        UserError: the arguments are invalid (see `check_flags`), the other processes did not join
+            within START_TIMEOUT seconds, or they have other versions.
     """
     check_flags(coordinator, processes, process)
     enough_threads()
@@ -170,7 +170,7 @@ def several() -> bool:
 
 
 def name() -> str:
-    """Returns the name of this process for people: its number and its host."""
+    """Returns a human-readable name of this process: its number and its host."""
     return f"process {distributed().process_id} ({socket.gethostname()})"
 
 

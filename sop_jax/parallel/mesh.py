@@ -102,7 +102,7 @@ def share_parameter(shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 # How the leaves of a train state are sharded, by their path; the first matching pattern decides.
-RULES: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
+SHARDING: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
     (r"carried/(\w+/)*(rows|image)$", lambda shape, mesh: P(AXES)),  # memories, by lane
     # The axis of stacked layers is never split, because only one layer is used at a time.
     (r".*/blocks/", lambda shape, mesh: P(None, *share_parameter(shape[1:], mesh))),
@@ -112,11 +112,11 @@ RULES: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
 
 
 def with_shardings(abstract: Any, mesh: Mesh) -> Any:
-    """Returns an abstract train state whose leaves have the shardings that RULES gives them."""
+    """Returns an abstract train state whose leaves have the shardings that SHARDING gives them."""
 
     def lay(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = next(rule for pattern, rule in RULES if re.match(pattern, name))
+        spec = next(rule for pattern, rule in SHARDING if re.match(pattern, name))
         sharding = NamedSharding(mesh, spec(leaf.shape, mesh))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

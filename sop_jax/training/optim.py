@@ -51,9 +51,9 @@ def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> l
         asked = duration(config[section], f"{name}_", epoch)
         if asked > steps:
             found.append(
-                f"warning: {key} is {asked} steps, but the run has only {steps}: {happens} within "
-                f"these, {asked / steps:.3g} times as fast. Set a shorter one with "
-                f"--config.{key}_steps=N"
+                f"warning: {key} is {asked} steps, but the run has only {steps}, so it is "
+                f"shortened to {steps} steps: {happens} {asked / steps:.3g} times as fast. Set a shorter one "
+                f"with --config.{key}_steps=N"
             )
     start = duration(config.mask, "start_", epoch)
     if start >= steps and config.mask.none < 1:

@@ -29,8 +29,8 @@ from sop_jax.parallel import hosts
 BEAT = 10  # between two heartbeats
 DEAD = 60  # without a heartbeat, an owner on another machine counts as dead
 POLL = 0.5  # between two checks of the file
-SURE = 1  # for which an owner need not check again that it still is the owner
-ROUND = 2  # after which the processes of a run exchange how their wait goes
+SURE = 1  # for which a check of the ownership remains valid
+ROUND = 2  # between two exchanges of the processes that wait
 
 
 class Claim(NamedTuple):
@@ -68,7 +68,7 @@ class Disk:
         return None
 
     def take(self, found: Claim | None, text: str) -> Claim | None:
-        """Replaces the file `found` by a new one; returns None if another process was faster."""
+        """Replaces the file `found` with a new one; returns None if another process was first."""
         self.made += [p for p in (*reversed(self.folder.parents), self.folder) if not p.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.folder.stat().st_mtime_ns
@@ -143,7 +143,7 @@ class Bucket:
         return Claim(read.stamp.generation, read.value.decode(), read.stamp.generation)
 
     def take(self, found: Claim | None, text: str) -> Claim | None:
-        """Replaces the file `found` by a new one; returns None if another process was faster."""
+        """Replaces the file `found` with a new one; returns None if another process was first."""
         return self._write(found.key if found else self.absent, text)
 
     def beat(self, claim: Claim) -> Claim | None:
@@ -196,7 +196,7 @@ class Owner:
             )
 
     def release(self) -> None:
-        """Gives the workdir back."""
+        """Releases the ownership of the workdir."""
         if self.claim is None:
             return
         self._end.set()

@@ -1,4 +1,4 @@
-"""The train state: everything that a run is, in one pytree."""
+"""The train state: everything that a run carries from step to step, in one pytree."""
 
 from typing import Any, NamedTuple
 

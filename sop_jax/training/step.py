@@ -258,7 +258,7 @@ def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:
 
 
 def deal(x: Shaped[Array, "B ..."], parts: int) -> Shaped[Array, "{parts} b ..."]:
-    """Deals out a batch: image i goes into microbatch i % parts, so that devices keep images."""
+    """Splits a batch: image i joins microbatch i % parts, so that images stay on their devices."""
     return jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0)
 
 

@@ -192,7 +192,7 @@ def _content(path: epath.Path, file: Any) -> Any:
 
 def _from_safetensors(entry: Mapping[str, Any]) -> Tensor:
     if entry["dtype"] not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"it has numbers of type {entry['dtype']}")
+        raise ValueError(f"it has the unsupported dtype {entry['dtype']}")
     flat = np.frombuffer(entry["data"], _SAFETENSORS_DTYPES[entry["dtype"]])
     return _loaded(flat.reshape(entry["shape"]))
 

@@ -1,7 +1,7 @@
 """Reads PyTorch's checkpoint files, without PyTorch and without running what they contain.
 
 A `.pth` file is a pickle, which is a program, together with the raw bytes of its arrays. Here the
-pickle can only build plain containers and describe arrays; training settings are replaced by gaps,
+pickle can only build plain containers and describe arrays; training settings become placeholders,
 and nothing else can be called. Two formats are read: the zip archive that `torch.save` has written
 since version 1.6, and the sequence of pickles that it wrote before (`torch/serialization.py`,
 `_save` and `_legacy_save`).
@@ -197,7 +197,7 @@ def load(file: Any) -> Any:
         return _load_zip(zipfile.ZipFile(file))
     file.seek(0)
     if file.read(2) == b"PK":
-        raise ValueError("it ends too soon")
+        raise ValueError("it is truncated")
     file.seek(0)
     return _load_legacy(file)
 
@@ -225,7 +225,7 @@ def _load_legacy(file: Any) -> Any:
     def read(storage: _Storage) -> bytes:
         file.seek(offsets[storage.key])
         if len(data := file.read(storage.size)) != storage.size:
-            raise ValueError("it ends too soon")
+            raise ValueError("it is truncated")
         return data
 
     def following() -> Any:
@@ -245,8 +245,8 @@ def _load_legacy(file: Any) -> Any:
         count = int.from_bytes(file.read(8), "little")
         storage = content.storages[key]
         if count != storage.length:
-            raise ValueError("it ends too soon, or is damaged")
+            raise ValueError("it is truncated, or is damaged")
         offsets[key] = file.tell()
         if file.seek(storage.size, 1) > size:
-            raise ValueError("it ends too soon")
+            raise ValueError("it is truncated")
     return tree

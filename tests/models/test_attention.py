@@ -42,7 +42,7 @@ def test_cudnn_without_a_gpu_is_refused() -> None:
 
 
 def test_cudnn_in_float32_is_refused_and_auto_does_without() -> None:
-    with pytest.raises(UserError, match="cuDNN's attention has no float32"):
+    with pytest.raises(UserError, match="cuDNN's attention does not support float32"):
         choose(settings("cudnn", "float32"), 64, gpu())
     assert choose(settings("auto", "float32"), 64, gpu()) == "xla"
 

@@ -138,7 +138,7 @@ def peer(params: Params) -> Any:
 
 
 def pixels_of(batch: jax.Array) -> Any:
-    """Normalised pixels as PyTorch takes them."""
+    """Normalized pixels as PyTorch takes them."""
     import torch
 
     pixels = (np.asarray(batch, np.float64) / 255 - MEAN) / STD

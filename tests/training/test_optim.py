@@ -110,8 +110,8 @@ def test_any_warm_up_gives_finite_rates(config: ml_collections.ConfigDict, warmu
     [
         (
             {"optim.warmup_steps": 1000},
-            "optim.warmup is 1000 steps, but the run has only 50: the learning rate reaches its "
-            "peak within these, 20 times as fast",
+            "optim.warmup is 1000 steps, but the run has only 50, so it is shortened to 50 steps: "
+            "the learning rate reaches its peak 20 times as fast",
         ),
         (
             {"optim.warmup_epochs": 10.0, "optim.warmup_steps": None},

@@ -24,7 +24,7 @@ from sop_jax.objectives.sop.prototypes import (
 from sop_jax.parallel.search import nearest, take
 from sop_jax.schedules import Length, Schedule, constant, duration, ramp
 
-SLOTS = 2**31  # folded into the seed's key to draw fixed slots; no other key of a run is
+SLOTS = 2**31  # folded into the seed's key to draw fixed slots; nothing else folds in this value
 
 LOGITS = 2**28  # bytes per device of the student's logits that are in memory at the same time
 
