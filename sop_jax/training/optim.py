@@ -52,8 +52,8 @@ def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> l
         if asked > steps:
             found.append(
                 f"warning: {key} is {asked} steps, but the run has only {steps}, so it is "
-                f"shortened to {steps} steps: {happens} {asked / steps:.3g} times as fast. Set a shorter one "
-                f"with --config.{key}_steps=N"
+                f"shortened to {steps} steps: {happens} {asked / steps:.3g} times as fast. Set a "
+                f"shorter one with --config.{key}_steps=N"
             )
     start = duration(config.mask, "start_", epoch)
     if start >= steps and config.mask.none < 1:
