@@ -1,4 +1,4 @@
-"""Compiled programs are kept where the user's caches are, and found there again."""
+"""Compiled programs are cached in the folder of the user's caches, and found there again."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ shutil.disk_usage = lambda folder: types.SimpleNamespace(free=0)
 def start(
     cache: pathlib.Path, function: str = "sin", before: str = "", least: float = 0.0, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """A new process that computes something, where XDG_CACHE_HOME is `cache`."""
+    """Runs a new process that computes something, with `cache` as XDG_CACHE_HOME."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
     program = PROGRAM.format(function=function, before=before, least=least)
     return subprocess.run(
@@ -46,20 +46,20 @@ def start(
 
 
 def run(cache: pathlib.Path, **more: Any) -> pathlib.Path:
-    """The folder that a new process uses, which says nothing."""
+    """Returns the folder that a new process uses, and asserts that it prints no error."""
     done = start(cache, **more)
     assert done.stderr == ""
     return pathlib.Path(done.stdout.strip())
 
 
 def entries(folder: pathlib.Path) -> dict[str, int]:
-    """Programs in a cache, and when they were written."""
+    """Returns the programs in a cache, and when they were written."""
     return {file.name: file.stat().st_mtime_ns for file in folder.rglob("*-cache")}
 
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A user's caches after a first program; tests change copies."""
+    """The caches of a user after a first program; tests that change them make a copy."""
     cache = tmp_path_factory.mktemp("cache")
     run(cache)
     return cache
@@ -71,7 +71,7 @@ def copied(warm: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_programs_are_kept_in_the_users_cache(copied: pathlib.Path) -> None:
-    """And found again, at another place too."""
+    """A copy of the cache in another place is used too."""
     kept = entries(copied)
     assert any(name.startswith("jit__lambda") for name in kept)
     folder = run(copied)

@@ -1,4 +1,4 @@
-"""Collectives read from programs that XLA compiles here, and from text as TPUs have it."""
+"""Collectives read from programs that XLA compiles here, and from the text of TPU programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ def mesh() -> Mesh:
 
 
 def compiled(mesh: Mesh, function: Callable, *args: Any) -> list[Collective]:
-    """Of a function of one device's part of 8."""
+    """Returns the collectives of a function of the shards on 8 devices."""
     spread = jax.shard_map(
         function, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
     )
@@ -29,7 +29,7 @@ def compiled(mesh: Mesh, function: Callable, *args: Any) -> list[Collective]:
         return collectives(jax.jit(spread).lower(*args).compile().as_text())
 
 
-X = jnp.ones((64, 32))  # a device has 8 x 32 float32, 1 KiB
+X = jnp.ones((64, 32))  # each device has 8 x 32 float32 numbers, 1 KiB
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def program(entry: str, before: str = "") -> list[Collective]:
     )
 
 
-# The loop of TPUs, which carries no note of how often it runs.
+# A loop of a TPU program, without a note of how often it runs.
 LOOP = """
 %body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
   %b = (s32[]{:T(128)}, f32[8]{0:T(256)S(1)}) parameter(0)

@@ -1,4 +1,4 @@
-"""What a program takes of a device, what the device has, and what is said where that is less."""
+"""The memory that a program needs and a device has, and the message if it does not fit."""
 
 import pathlib
 from types import SimpleNamespace
@@ -19,11 +19,11 @@ from sop_jax.compiled.device_memory import (
 )
 
 GIB = 2**30
-NO_LIMIT = 2**63 - 4096  # of version 1
+NO_LIMIT = 2**63 - 4096  # in version 1 of control groups
 
 
 def machine(root: pathlib.Path, files: dict[str, object], groups: str) -> pathlib.Path:
-    """A root with 20 GiB available and these files of control groups."""
+    """Makes a root with 20 GiB available and these files of control groups."""
     given = {
         "proc/meminfo": f"MemTotal: 30000000 kB\nMemAvailable:   {20 * 2**20} kB\n",
         "proc/self/cgroup": groups,

@@ -1,4 +1,4 @@
-"""Operations counted against hand-made numbers."""
+"""Counted operations, compared with numbers computed by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -99,7 +99,7 @@ def test_every_device_of_a_shard_map_counts() -> None:
     def product(spec: P) -> Any:
         return jax.shard_map(lambda x: x @ W, mesh=mesh, in_specs=spec, out_specs=spec)
 
-    assert flops.flops(product(P(("data", "fsdp"))), X) == PRODUCT  # each device an eighth
+    assert flops.flops(product(P(("data", "fsdp"))), X) == PRODUCT  # an eighth per device
     assert flops.flops(product(P("data")), X) == 2 * PRODUCT
     assert flops.flops(product(P()), X) == 8 * PRODUCT
     data_alone = jax.shard_map(
@@ -129,7 +129,7 @@ def test_scopes_share_out_what_there_is() -> None:
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(W)
     shares = flops.by_scope(jaxpr, ("student", "losses", "teacher"))
-    # Forward and both gradients each, but X needs none; the last product has one.
+    # Each has a forward pass and two gradients; X needs no gradient, and the last product has one.
     assert shares == {
         "student": 3 * 5 * PRODUCT,
         "losses": (3 + 3) * PRODUCT,

@@ -1,4 +1,4 @@
-"""Each operation beside Pillow's, and the recipe's probabilities, sizes and crop statistics."""
+"""Each operation compared with Pillow's; probabilities, sizes and crop statistics of a recipe."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ from sop_jax.data import augment
 
 
 def recipe(**changes: object) -> SimpleNamespace:
-    """iBOT's recipe at a small size."""
+    """Returns iBOT's recipe at a small size."""
     values = dict(
         resample="opencv",
         global_size=32,
@@ -36,13 +36,13 @@ def recipe(**changes: object) -> SimpleNamespace:
 
 
 def plain(**changes: object) -> SimpleNamespace:
-    """A recipe that only crops."""
+    """Returns a recipe that only crops."""
     off = dict(flip=0.0, jitter=0.0, grayscale=0.0, blur=(0.0, 0.0, 0.0), solarize=0.0)
     return recipe(**{**off, **changes})
 
 
 def photo(height: int = 64, width: int = 80) -> np.ndarray:
-    """Smooth and colourful, as photographs are; reaches 0 and 255."""
+    """Returns an image that is smooth and colourful, as a photo is, with values from 0 to 255."""
     raw = np.random.default_rng(0).normal(size=(height, width, 3))
     smooth = cv2.GaussianBlur(raw, (0, 0), 3)
     return (128 + 600 * smooth).clip(0, 255).astype(np.uint8)
@@ -72,7 +72,7 @@ def test_hue_matches_torchvisions_shift_of_pillows_hsv(turns):
     turned = Image.fromarray(np.asarray(hue) + shift)
     theirs = Image.merge("HSV", (turned, saturation, value))
     off = difference(augment.adjust_hue(photo(), turns), theirs)
-    assert off.mean() < 1.2 and np.quantile(off, 0.99) <= 8  # both keep hue in 8 bits
+    assert off.mean() < 1.2 and np.quantile(off, 0.99) <= 8  # both store hue in 8 bits
 
 
 def test_grayscale_and_solarize_match_pillow():
@@ -87,7 +87,7 @@ def test_grayscale_and_solarize_match_pillow():
 def test_blur_is_close_to_pillows(sigma):
     theirs = Image.fromarray(photo()).filter(ImageFilter.GaussianBlur(sigma))
     off = difference(augment.gaussian_blur(photo(), sigma), theirs)
-    assert off.max() <= 8 and off.mean() < 0.8  # Pillow's is three box filters
+    assert off.max() <= 8 and off.mean() < 0.8  # Pillow uses three box filters
     edges = cv2.BORDER_REPLICATE
     exact = cv2.GaussianBlur(detailed().astype(float), (0, 0), sigma, borderType=edges)
     assert np.abs(augment.gaussian_blur(detailed(), sigma) - exact).max() < 1.5
@@ -106,7 +106,7 @@ def test_resize_matches_pillow(size):
 
 
 def detailed(height: int = 260, width: int = 240) -> np.ndarray:
-    """Amplitudes fall with frequency as those of photos do, but no detail is missing."""
+    """Returns noise whose amplitudes decrease with frequency, as in photos."""
     frequency = np.hypot(*np.meshgrid(np.fft.rfftfreq(width), np.fft.fftfreq(height)))
     white = np.fft.rfft2(np.random.default_rng(0).normal(size=(3, height, width)))
     pink = np.fft.irfft2(white * np.maximum(frequency, 1 / width) ** -1.2, (height, width))
@@ -123,7 +123,7 @@ def test_fast_shrinking_is_nearer_to_pillows_than_areas_are(h, w):
     off, reference = (np.sqrt(np.mean((x - pillows) ** 2.0)) for x in (ours, areas))
     assert off < reference and off < 3
     assert abs(ours.mean() - pillows.mean()) < 0.1
-    # what lies outside the box has no part in it
+    # pixels outside the box do not contribute
     np.testing.assert_array_equal(ours, augment.resize(cut, (0, 0, h, w), size, "opencv"))
     np.testing.assert_array_equal(pillows, augment.resize(cut, (0, 0, h, w), size, "pillow"))
 
@@ -182,7 +182,7 @@ def test_multi_crop_shapes_and_determinism(resample, local_crops):
 
 def test_multi_crop_leaves_the_image_alone():
     image = photo()
-    image.flags.writeable = False  # as Pillow hands it out
+    image.flags.writeable = False  # as Pillow returns it
     for seed in range(20):
         augment.multi_crop(image, np.random.default_rng(seed), recipe())
     np.testing.assert_array_equal(image, photo())
@@ -196,11 +196,11 @@ def test_local_views_see_less_than_global_ones():
         views = augment.multi_crop(ramp, rng, plain())
         spans.append([np.mean([np.ptp(view) / 255 for view in views[i]]) for i in (0, 1)])
     seen = np.mean(spans, axis=0)
-    assert 0.70 < seen[0] < 0.85 and 0.33 < seen[1] < 0.45  # about the root of the mean area
+    assert 0.70 < seen[0] < 0.85 and 0.33 < seen[1] < 0.45  # about the square root of the mean area
 
 
 def share(image: np.ndarray, c: SimpleNamespace, changed, draws: int = 1500) -> np.ndarray:
-    """How often `changed(view)` holds for the first and second global view and the local ones."""
+    """Returns how often `changed(view)` holds for both global views and for local views."""
     rng, hits = np.random.default_rng(0), np.zeros(3)
     for _ in range(draws):
         (first, second), locals_ = augment.multi_crop(image, rng, c)
@@ -214,7 +214,7 @@ def test_probabilities_of_every_operation():
     board = np.repeat(checked[..., None], 3, axis=2).astype(np.uint8)
     ramp = np.tile(np.arange(0, 240, 6, dtype=np.uint8)[None, :, None], (40, 1, 3))
     whole = dict(global_size=40, local_size=40, global_scale=(1.0, 1.0), local_scale=(1.0, 1.0))
-    tolerance = 0.045  # over 3.5 standard errors of 1500 draws
+    tolerance = 0.045  # more than 3.5 standard errors of 1500 draws
     cases = [
         (flat, dict(grayscale=0.2), lambda v: v[0, 0, 0] == v[0, 0, 2], (0.2, 0.2, 0.2)),
         (flat, dict(jitter=0.8), lambda v: (v[0, 0] != flat[0, 0]).any(), (0.8, 0.8, 0.8)),

@@ -1,4 +1,4 @@
-"""From stored bytes to pixels: which values are white, which side is up, and why not."""
+"""From bytes to pixels: white, orientation, and the reasons why an image cannot be read."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def tiff(values: np.ndarray, **tags: float) -> bytes:
-    """A TIFF of one channel; tags by their names."""
+    """Returns a TIFF image of one channel; tags are given by name."""
     numbers = {"photometric": 262, "black": 340, "white": 341}
     told = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in tags.items():
@@ -37,7 +37,7 @@ def tiff(values: np.ndarray, **tags: float) -> bytes:
 
 
 def packed_12_bits(values: np.ndarray) -> bytes:
-    """A TIFF whose BitsPerSample is 12, two values in three bytes."""
+    """Returns a TIFF image of 12 bits per sample, with two values in three bytes."""
     height, width = values.shape
     pairs = values.reshape(-1, 2).astype(np.uint32)
     words = pairs[:, 0] << 12 | pairs[:, 1]
@@ -55,7 +55,7 @@ def photo(height: int = 40, width: int = 50) -> Image.Image:
 
 
 def turned(orientation: int) -> bytes:
-    """A JPEG with an EXIF orientation."""
+    """Returns a JPEG image with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encoded(photo(), "JPEG", exif=exif)
@@ -71,7 +71,7 @@ def config_of(root: pathlib.Path, **changes: Any) -> Any:
 
 
 def source_of(root: pathlib.Path, records: list[bytes]) -> Source:
-    """A folder of records, whatever they are."""
+    """Makes a folder of records with any content."""
     for i, record in enumerate(records):
         (root / f"{i:02}.png").write_bytes(record)
     source = open_source(config_of(root).data, "train")
@@ -79,7 +79,7 @@ def source_of(root: pathlib.Path, records: list[bytes]) -> Source:
     return source
 
 
-# Which value is white
+# White
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_grey_values_whose_white_is_unknown_are_refused_with_the_setting_that_sa
         (tiff(GREY.astype(np.int32)), 255.0),
         (tiff(GREY.astype(np.uint16) * 16), 4080.0),
         (encoded(Image.fromarray(GREY.astype(np.uint16) * 16), "PNG"), 4080.0),
-        (encoded(Image.fromarray(GREY), "PNG"), 7.0),  # 8 bits have one white
+        (encoded(Image.fromarray(GREY), "PNG"), 7.0),  # white is always 255 in 8 bits
     ],
     ids=["float32", "int32", "16-bit TIFF", "16-bit PNG", "8-bit PNG"],
 )
@@ -138,7 +138,7 @@ def test_16_bits_of_other_formats_keep_their_high_byte():
 
 
 def test_16_bit_colours_that_end_earlier_are_refused():
-    # Pillow writes no colours of 16 bits: the bits of an 8-bit TIFF are renamed.
+    # Pillow cannot write colours of 16 bits, so the header of an 8-bit TIFF is changed.
     told = TiffImagePlugin.ImageFileDirectory_v2()
     told[341] = (4095, 4095, 4095)
     record = encoded(photo(), "TIFF", tiffinfo=told)
@@ -161,7 +161,7 @@ def test_a_folder_of_floats_is_refused_by_name_and_read_when_white_is_said(tmp_p
     assert np.abs(batch["image"] - expected).max() <= 1
 
 
-# Which side is up
+# Orientation
 
 
 def assert_upright(image: np.ndarray, record: bytes) -> None:
@@ -224,7 +224,7 @@ def test_16_bit_images_are_turned_too():
     np.testing.assert_array_equal(decode(record, decoding.Decoding(upright=True)), expected)
 
 
-# Which `decode` does not show: tests see it again, because they make errors of all warnings.
+# `decode` hides this warning; it is visible here because tests turn all warnings into errors.
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "block", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x09ab"]
@@ -238,7 +238,7 @@ def test_a_broken_exif_block_does_not_make_an_image_corrupt(block):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that stops after its size."""
+    """Returns a PNG image that ends after its header."""
     record = bytearray(encoded(Image.new("L", (1, 1)), "PNG"))
     record[16:24] = struct.pack(">2I", width, height)
     record[29:33] = struct.pack(">I", zlib.crc32(bytes(record[12:29])))
@@ -255,7 +255,7 @@ def test_an_image_of_too_many_pixels_says_so_and_names_the_setting():
 
 
 def test_pillow_does_not_warn_of_large_images():
-    with pytest.raises(ValueError) as caught:  # of 100 M pixels, of which none is there
+    with pytest.raises(ValueError) as caught:  # 100 M pixels by the header
         decode(png_header(10000, 10000))
     assert "Warning" not in str(caught.value)
 

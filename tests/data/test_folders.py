@@ -1,4 +1,4 @@
-"""Folders of images: which files are read, which folders are splits and classes, what is told."""
+"""Folders of images: which files are read, which folders are splits or classes, and messages."""
 
 import collections
 import os
@@ -37,7 +37,7 @@ def test_folder_with_splits_and_classes(tmp_path):
     assert all(decode(source[i]).shape == (12, 10, 3) for i in range(4))
     test = opened(config, "test")
     assert test.class_names == source.class_names
-    np.testing.assert_array_equal(test.labels, [1, 2])  # train's ids, though `a` is not there
+    np.testing.assert_array_equal(test.labels, [1, 2])  # labels of train; `a` is absent
 
 
 def test_folder_without_splits_is_the_train_set(tmp_path):
@@ -187,7 +187,7 @@ def test_labels_of_a_tree_with_splits_come_from_the_folders_in_them(tmp_path):
 def test_every_folder_is_read_once_whatever_links_to_it(tmp_path):
     write_tree(tmp_path, [f"{name}/{i}.png" for name in "ab" for i in range(3)])
     (tmp_path / "a" / "up").symlink_to("..")
-    (tmp_path / "b" / "up").symlink_to(tmp_path)  # two of them never end
+    (tmp_path / "b" / "up").symlink_to(tmp_path)  # two endless links
     (tmp_path / "c").symlink_to("b")
     listing = list_images(str(tmp_path))
     assert listing.files == [f"{name}/{i}.png" for name in "ab" for i in range(3)]
@@ -201,10 +201,10 @@ def test_links_that_lead_nowhere_are_told(tmp_path):
     write_tree(tmp_path, ["a/1.png", "b/2.png"])
     (tmp_path / "c").symlink_to("/unmounted")
     (tmp_path / "d").symlink_to("d")
-    os.mkfifo(tmp_path / "e.png")  # to read it would wait forever
+    os.mkfifo(tmp_path / "e.png")  # reading it would wait forever
     (tmp_path / "a" / "3.png").symlink_to("/unmounted/3.png")
     listing = list_images(str(tmp_path))
-    assert listing.files == ["a/1.png", "a/3.png", "b/2.png"]  # to read it says why
+    assert listing.files == ["a/1.png", "a/3.png", "b/2.png"]  # reading 3.png says why
     assert len(listing.notes) == 1 and listing.notes[0].endswith("special files: c, d, e.png")
 
 
@@ -254,7 +254,7 @@ def test_many_files_are_listed_in_seconds(tmp_path):
 # Formats
 
 
-@pytest.mark.filterwarnings("ignore:IM image format is deprecated")  # until Pillow drops it
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")  # until Pillow removes it
 def test_every_listed_ending_is_decoded():
     picture = Image.fromarray(noise(0, 16, 16))
     checked = set()
@@ -351,7 +351,7 @@ def test_printable_names():
 
 
 class Bucket(fsspec.implementations.memory.MemoryFileSystem):
-    """A bucket in memory, of which one folder cannot be listed."""
+    """A bucket in memory that has a folder which cannot be listed."""
 
     store, pseudo_dirs, unlisted = {}, [""], "/no"
 

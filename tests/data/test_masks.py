@@ -1,4 +1,4 @@
-"""Masks: how much they cover, on any grid, and what they are made of."""
+"""Masks: how much of any grid they cover, and their shapes."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ def config(
 
 
 def draws(grid: tuple[int, int], c: SimpleNamespace, count: int = 4000) -> np.ndarray:
-    """bool [count, high, wide]."""
+    """Returns masks, bool [count, high, wide]."""
     rng = np.random.default_rng(0)
     return np.stack([view_mask(grid, rng, c) for _ in range(count)])
 
@@ -43,7 +43,7 @@ def test_random_masks_cover_exactly():
     for ratio, count in ((0.7, 137), (0.3, 58)):
         masks = draws((14, 14), config("random", (ratio, ratio)), 200)
         assert (masks.sum((1, 2)) == count).all()
-        assert masks.any(0).all()  # every place has its turn
+        assert masks.any(0).all()  # every patch is masked at some time
     rectangular = draws((3, 5), config("random", (0.5, 0.5)), 50)
     assert (rectangular.sum((1, 2)) == 7).all()
 
@@ -55,7 +55,7 @@ def test_ratio_is_drawn_for_every_view():
 
 
 def test_block_masks_are_made_of_blocks():
-    """Masked patches lie together: far more masked neighbours than random masks have."""
+    """Masked patches form blocks: they have far more masked neighbours than in random masks."""
 
     def together(masks: np.ndarray) -> float:
         return (masks[:, :, 1:] & masks[:, :, :-1]).mean() / masks.mean()
@@ -70,7 +70,7 @@ def test_small_and_oblong_grids_end_and_mask_something(grid):
     for ratio in (0.3, 0.5, 0.7):
         masks = np.stack([block_mask(grid, rng, ratio) for _ in range(500)])
         assert masks.mean((1, 2)).max() <= ratio
-        assert masks.any((1, 2)).mean() > 0.95  # ten tries may be in vain
+        assert masks.any((1, 2)).mean() > 0.95  # ten tries can all fail
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 8), (5, 1)])

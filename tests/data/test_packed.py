@@ -1,4 +1,4 @@
-"""Packed files: each fault of an array has one message that names it, and one copy is read."""
+"""Packed files: each fault of an array is reported by name, and arrays are read only once."""
 
 import io
 import multiprocessing
@@ -81,7 +81,7 @@ def test_a_flipped_byte_is_told_of_the_array_that_has_it(
 ) -> None:
     path = write(tmp_path, compressed, train_labels=LABELS)
     content = bytearray(path.read_bytes())
-    place = content.index(f"{name}.npy".encode()) + 60  # behind the header of the member
+    place = content.index(f"{name}.npy".encode()) + 60  # after the header of the member
     place = place + 140 if not compressed else place
     content[place] ^= 0xFF
     path.write_bytes(content)

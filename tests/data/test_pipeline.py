@@ -1,4 +1,4 @@
-"""Batches: what is in them, and that nothing but the seed and the step decides it."""
+"""Batches: their content, which is a function of the seed and the step only."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from sop_jax.errors import UserError
 
 
 def small_config(**changes: Any) -> Any:
-    """Digits at 16 and 8 pixels, batches of 8."""
+    """Returns settings for digits at 16 and 8 pixels in batches of 8."""
     config = paper()
     config.batch_size = 8
     config.data.update(source="digits", workers=0, threads=0)
@@ -39,7 +39,7 @@ def digits(split: str = "train") -> Source:
 
 
 def folder(root: pathlib.Path, count: int, broken: dict[int, bytes] | None = None) -> Source:
-    """`count` images, 0000.png and so on; those in `broken` have other contents."""
+    """Makes `count` images, 0000.png and so on; those in `broken` have other contents."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
     for i, picture in enumerate(pixels):
         buffer = io.BytesIO()
@@ -109,7 +109,7 @@ def test_threads_change_nothing(threads):
 @pytest.mark.medium
 def test_processes_change_nothing(tmp_path):
     source = folder(tmp_path, 30, {7: b"broken"})
-    expected = take(source, small_config(), 8, start_step=2)  # all of the second epoch
+    expected = take(source, small_config(), 8, start_step=2)  # the whole second epoch
     config = small_config(**{"data.workers": 2, "data.threads": 1})
     assert_same(take(source, config, 8, start_step=2), expected)
     assert 7 in np.concatenate([batch["corrupt"] for batch in expected])
@@ -117,7 +117,7 @@ def test_processes_change_nothing(tmp_path):
 
 def test_a_batch_in_pieces_is_the_same_batch(monkeypatch):
     expected = take(digits(), small_config(), 3)
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 6000)  # three images, hence pieces of two
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 6000)  # pieces of two images
     assert_same(take(digits(), small_config(), 3), expected)
 
 
@@ -142,7 +142,7 @@ def test_each_epoch_is_another_permutation(tmp_path):
 
 
 def test_views_are_new_every_epoch_and_differ_within_a_batch(tmp_path):
-    source = folder(tmp_path, 1)  # a data set smaller than the batch is repeated
+    source = folder(tmp_path, 1)  # a data set that is smaller than the batch is repeated
     first, second = take(source, small_config(), 2)
     views = np.concatenate([first["global_views"], second["global_views"]]).reshape(32, -1)
     assert len(np.unique(views, axis=0)) == 32
@@ -173,7 +173,7 @@ def test_settings_reach_the_views():
 @pytest.mark.medium
 @pytest.mark.parametrize("start", [{"mask.start_steps": 3}, {"mask.start_epochs": 1.5}], ids=str)
 def test_masks_start_at_a_step_and_nothing_else_changes(tmp_path, start):
-    source = folder(tmp_path, 16)  # two steps an epoch
+    source = folder(tmp_path, 16)  # two steps per epoch
     always = take(source, small_config(), 5)
     expected = [dict(batch) for batch in always]
     for batch in expected[:3]:
@@ -212,7 +212,7 @@ def test_a_data_set_of_rubbish_is_one_clear_error(tmp_path, workers):
 @pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, 2])
 def test_close_ends_threads_and_processes(monkeypatch, workers):
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 6000)  # pieces, as large images have
+    monkeypatch.setattr(pipeline, "PIECE_BYTES", 6000)  # several pieces, as for large images
     config = small_config(**{"data.workers": workers, "data.threads": 2})
     batches = pipeline.train_batches(digits(), config, 4)
     next(batches)

@@ -1,4 +1,4 @@
-"""An image tree becomes a TFDS data set that opens again, without TensorFlow."""
+"""A tree of images is converted to a TFDS data set, and opened, without TensorFlow."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from sop_jax.errors import UserError
 
 FILES = ["train/n01/a.JPEG", "train/n01/b.JPEG", "train/n02/c.JPEG", "train/n02/d.png"]
 FILES += ["val/n01/e.JPEG", "val/n02/f.JPEG"]
-MODES = ["RGB", "L", "CMYK", "RGBA", "RGB", "L"]  # as in ImageNet, and worse
+MODES = ["RGB", "L", "CMYK", "RGBA", "RGB", "L"]  # as in ImageNet, and more
 
 
 def write_tree(root: pathlib.Path, files: list[str] = FILES) -> str:
@@ -33,7 +33,7 @@ def write_tree(root: pathlib.Path, files: list[str] = FILES) -> str:
 
 
 def reopen(config_flags: str, split: str = "train") -> Source | None:
-    """Opens what the printed flags name."""
+    """Opens the data set that the printed flags name."""
     values = dict(
         flag.removeprefix("--config.data.").split("=", 1) for flag in config_flags.split()
     )

@@ -1,4 +1,4 @@
-"""Records whose storage fails: waited for, and never taken for corrupt ones."""
+"""Records whose storage fails: they are read again, and never counted as corrupt."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from sop_jax.errors import Interrupted, Unreachable, UserError
 
 
 class Shaky:
-    """One record, which fails so many times with an error of the file system."""
+    """A source of one record, whose first reads fail with an error of the file system."""
 
     class_names, has_labels, digest = None, False, "shaky"
 

@@ -1,4 +1,4 @@
-"""What worker processes get of a large data set: a pointer to one copy, which nothing outlives."""
+"""Worker processes share one copy of a large data set, which is deleted after the last of them."""
 
 import gc
 import multiprocessing
@@ -63,7 +63,7 @@ def test_threads_that_start_workers_share_one_copy_which_goes_with_its_source() 
     for thread in threads:
         thread.join()
     assert len(set(pickles)) == 1
-    assert copies() == before + 3  # names, where they end, labels
+    assert copies() == before + 3  # the names, their ends, and the labels
     del source, threads, thread
     gc.collect()
     assert copies() == before

@@ -1,4 +1,4 @@
-"""Input workers: they end with their parent and never see a signal; a loss is told in words."""
+"""Input workers: they end with their parent, ignore signals, and their loss is reported."""
 
 import contextlib
 import multiprocessing
@@ -22,14 +22,14 @@ from sop_jax.data import pipeline
 from sop_jax.data.sources import open_source
 from sop_jax.errors import UserError
 
-# Its top level is run by each worker too, as the first thing that it does.
+# Each worker first runs the top level of this script too.
 SCRIPT = """
 import multiprocessing, os, signal, sys, time
 from multiprocessing import shared_memory
 from sop_jax.config import paper
 from sop_jax.data import pipeline, sources
 
-shared_memory._SHM_NAME_PREFIX = sys.argv[1]  # tells this test's memory from that of others
+shared_memory._SHM_NAME_PREFIX = sys.argv[1]  # the memory of this test only
 if __name__ == "__mp_main__" and "signals" in sys.argv:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     config.augment.update(global_size=16, local_size=8, local_crops=2)
     batches = pipeline.train_batches(sources.open_source(config.data, "train"), config, 4)
     next(batches)
-    while len(multiprocessing.active_children()) < 2:  # the second may start after the first batch
+    while len(multiprocessing.active_children()) < 2:  # the second can start after the first batch
         time.sleep(0.01)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
     sys.stdin.read()
@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
 @contextlib.contextmanager
 def started(folder: pathlib.Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """The script, in a group of its own, of which nothing is left afterwards."""
+    """Runs the script in its own process group, all of which is killed afterwards."""
     (folder / "script.py").write_text(SCRIPT)
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen(
@@ -114,7 +114,7 @@ def test_a_killed_worker_is_told_in_words_and_as_lost() -> None:
         (child,) = multiprocessing.active_children()
         child.kill()
         with pytest.raises(UserError, match=r"killed.*memory.*data\.workers") as caught:
-            for _ in range(20):  # what the dead one had made is still there
+            for _ in range(20):  # batches that the dead worker has made are still available
                 next(batches)
     assert isinstance(caught.value, errors.Lost)
 
@@ -153,7 +153,7 @@ def test_how_a_worker_ended_is_told_in_words(code: int, words: str, lost: bool) 
 def test_dockers_shared_memory_is_too_small_for_workers(
     monkeypatch: pytest.MonkeyPatch, free: int, workers: int, fits: bool
 ) -> None:
-    """Four workers, batches of 64 of 2x224 + 10x96, 64 MiB."""
+    """Batches of 64 images with views 2x224 + 10x96 need more than the 64 MiB of a container."""
     config = paper()
     config.data.workers = workers
     config.augment.update(global_size=224, local_size=96, local_crops=10)

@@ -1,4 +1,4 @@
-"""Features of a source: whole, in order, and the same for any batch and number of devices."""
+"""Features of a source: complete, in order, and the same for any batch size and device count."""
 
 import functools
 from typing import Any
@@ -74,7 +74,7 @@ def test_do_not_depend_on_devices_or_batch() -> None:
     model, params = network("float32")
     source = Some(45)
     one = make_extractor(model, make_config(), make_mesh(1))(params, source)
-    for batch_size in (1, 10):  # rounded up to what the devices divide
+    for batch_size in (1, 10):  # rounded up to a multiple of the devices
         config = make_config(**{"eval.batch_size": batch_size})
         mesh = make_mesh()
         many = make_extractor(model, config, mesh)(params, source)
@@ -145,6 +145,6 @@ def test_hosts_share_the_images(count: int) -> None:
                 expected = whole["image"][batch["index"][row]]
                 np.testing.assert_array_equal(batch["image"][row], expected)
                 assert batch["label"][row] == source.labels[batch["index"][row]]
-    assert len(set(batches)) == 1  # or some would wait for others for ever
+    assert len(set(batches)) == 1  # otherwise some would wait for others for ever
     assert sorted(corrupt) == sorted({0, count - 1})
     assert sorted(seen + corrupt) == list(range(count))

@@ -1,4 +1,4 @@
-"""The k-NN classifier against a plain loop, and the sizes that other implementations trip over."""
+"""The k-NN classifier compared with a plain loop, also for sizes that are easy to get wrong."""
 
 import functools
 
@@ -9,14 +9,14 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation import knn
 from sop_jax.parallel.mesh import make_mesh
 
-# Over eight devices, which divide neither the train images nor the test images of most tests.
+# Eight devices, which divide neither the train nor the test images of most tests.
 knn_top1 = functools.partial(knn.knn_top1, mesh=make_mesh())
 
 
 def clusters(
     seed: int, count: int, classes: int = 5, dim: int = 8, noise: float = 1.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noisy points around one centre a class; the centres are the same for every seed."""
+    """Returns noisy points around one centre per class; centres are the same for every seed."""
     centres = np.random.default_rng(99).normal(size=(classes, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count).astype(np.int32)
@@ -32,7 +32,7 @@ def reference(
     k: int,
     temperature: float,
 ) -> float:
-    """One test image after the other, in float64."""
+    """Classifies one test image after the other, in float64."""
     train = train.astype(float) / np.linalg.norm(train, axis=1, keepdims=True)
     right = 0
     for query, truth in zip(test.astype(float), test_labels, strict=True):
@@ -49,7 +49,7 @@ def reference(
 def test_agrees_with_a_loop_for_any_number_of_test_images(
     tests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knn, "CHUNK", 8)  # so that 16 fills chunks, and 33 leaves one image
+    monkeypatch.setattr(knn, "CHUNK", 8)  # 16 images fill whole chunks; of 33 one is left
     train, test = clusters(0, 200), clusters(1, tests)
     found = knn_top1(*train, *test, ks=(1, 10, 20, 100), temperature=0.07)
     for k, share in found.items():
@@ -59,7 +59,7 @@ def test_agrees_with_a_loop_for_any_number_of_test_images(
 @pytest.mark.parametrize("temperature", [0.001, 0.07, 10.0])
 def test_agrees_with_a_loop_at_any_temperature(temperature: float) -> None:
     train, test = clusters(0, 300, noise=2.5), clusters(1, 150, noise=2.5)
-    if temperature == 0.001:  # the nearest one decides; exp(1000) is no float32
+    if temperature == 0.001:  # only the nearest one counts; exp(1000) overflows float32
         expected = knn_top1(*train, *test, ks=(1,), temperature=1.0)[1]
     else:
         expected = reference(*train, *test, 20, temperature)
@@ -128,7 +128,7 @@ def test_a_class_without_train_images_is_an_error() -> None:
 
 
 def test_a_tie_goes_to_the_class_of_the_nearer_neighbour() -> None:
-    angles = np.radians([40, 20, -20, -40])  # two classes, their votes alike
+    angles = np.radians([40, 20, -20, -40])  # two classes with equal votes
     train = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     labels = np.array([1, 2, 1, 2])
     test = np.array([[np.cos(0.01), np.sin(0.01)], [np.cos(0.01), -np.sin(0.01)]], np.float32)

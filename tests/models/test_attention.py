@@ -1,4 +1,4 @@
-"""Which attention a run takes, and what it says where one does not work."""
+"""The attention that a run uses, and messages if an implementation does not work."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ def settings(asked: str, dtype: str = "bfloat16") -> ml_collections.ConfigDict:
 
 
 def gpu() -> Any:
-    """What `choose` looks at of a GPU."""
+    """The attributes of a GPU that `choose` reads."""
     return SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
 
 
@@ -48,7 +48,7 @@ def test_cudnn_in_float32_is_refused_and_auto_does_without() -> None:
 
 
 def test_auto_takes_what_a_trial_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that fails, as cuDNN's does where there is none, then one that works."""
+    """The first trial fails, as without cuDNN, and the second works."""
     assert choose(settings("auto"), 64, gpu()) == "xla"
     with pytest.raises(UserError, match="does not work here: .*; choose auto or xla"):
         choose(settings("cudnn"), 64, gpu())

@@ -1,4 +1,4 @@
-"""Backbones and heads: shapes, precision, masks, drop path, and memory for time."""
+"""Backbones and heads: shapes, precision, masks, drop path, and recomputation."""
 
 import functools
 import re
@@ -36,7 +36,7 @@ def images(height: int = SIDE, width: int = SIDE, seed: int = 0) -> jax.Array:
 
 
 def keys(seed: int) -> jax.Array:
-    """One for each image."""
+    """Returns one key for each image."""
     return jax.random.split(jax.random.key(seed), BATCH)
 
 
@@ -51,7 +51,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def params(model: Model) -> Params:
-    """Where the mask token is no longer zero."""
+    """Returns parameters with a mask token that is not zero."""
     params = jax.jit(model.init)(jax.random.key(0))
     params["backbone"]["mask_token"] = jax.random.normal(jax.random.key(1), (WIDTH,))
     return params
@@ -90,7 +90,7 @@ def test_features_are_normed_tokens_of_the_last_layers(model: Model, params: Par
 
 
 def test_patches_run_row_by_row(model: Model, params: Params) -> None:
-    """Only the token of a changed patch changes before tokens mix."""
+    """Without attention, only the token of a changed patch changes."""
     positions = jnp.zeros_like(params["backbone"]["pos_embed"])
     still = jax.tree.map(jnp.zeros_like, params["backbone"]["blocks"])  # layers that add nothing
     params = params | {"backbone": params["backbone"] | {"pos_embed": positions, "blocks": still}}
@@ -156,7 +156,7 @@ def test_attention_is_what_the_last_layer_takes(model: Model, params: Params) ->
     weights = jax.jit(model.attention)(params, images())
     assert weights.shape == (BATCH, 2, 17, 17) and weights.dtype == jnp.float32
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-    before, _ = model.features(params, images(), last=2)  # normed by a norm of no effect
+    before, _ = model.features(params, images(), last=2)  # after a norm without effect
     last = jax.tree.map(lambda leaf: leaf[-1], params["backbone"]["blocks"])
     qkv = before @ last["qkv"]["kernel"] + last["qkv"]["bias"]
     q, k, _ = jnp.moveaxis(qkv.reshape(BATCH, 17, 3, 2, WIDTH // 2), 2, 0)
@@ -199,7 +199,7 @@ def test_the_mean_of_the_patches_can_stand_for_an_image(registers: int) -> None:
             expected = np.asarray(tokens, np.float64)[:, 1:].mean(1)
             np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
             assert np.abs(expected - tokens[:, 0]).max() > 1e-2
-    # In training it is what the head sees in place of [CLS], whatever patches the head sees.
+    # In training the head sees it in place of [CLS], whichever patches enter the head.
     (embedded, _, before_head, _), _ = jax.jit(mean.embed_training, static_argnames="patches")(
         params, images(), mask, patches=False
     )
@@ -224,7 +224,7 @@ def test_scales_multiply_the_branches_of_their_layer(params: Params) -> None:
     start = jax.jit(model.init)(jax.random.key(0))["backbone"]["blocks"]
     for name in ("ls1", "ls2"):
         assert (start[name]["scale"] == 0.25).all() and start[name]["scale"].shape == (3, WIDTH)
-    # The same as branches whose last linear layers are a quarter.
+    # This equals branches whose last linear layers are scaled by a quarter.
     blocks = dict(params["backbone"]["blocks"])
     scaled = blocks | {name: start[name] for name in ("ls1", "ls2")}
     for name in ("proj", "fc2"):
@@ -346,7 +346,7 @@ def test_recomputing_costs_the_more_the_less_is_stored(params: Params) -> None:
 
     none, dots, full = map(operations, ("none", "dots", "full"))
     assert none < dots < full
-    # `dots` computes the products of attention again, `full` the linear layers too.
+    # `dots` recomputes the products of attention, and `full` the linear layers too.
     assert dots - none < 0.3 * (full - none)
 
 
@@ -354,7 +354,7 @@ def test_recomputing_costs_the_more_the_less_is_stored(params: Params) -> None:
 @pytest.mark.medium
 @pytest.mark.usefixtures("promotion")
 def test_gradients_of_a_half_precision_network_are_sums_in_float32(params: Params) -> None:
-    """No gradient is rounded to bfloat16 before devices would add it to those of others."""
+    """No gradient is rounded to bfloat16 before it would be summed over devices."""
     model = small_model(dtype="bfloat16")
 
     def loss(params: Params) -> jax.Array:
@@ -378,7 +378,7 @@ def test_some_patches_are_those_of_all(model: Model, params: Params) -> None:
 
 
 def precisions(program: Any, *arguments: Any) -> set[tuple[str, str]]:
-    """Kinds and precisions of all products of a jitted function, as XLA gets them."""
+    """Returns the kinds and precisions of all products that a jitted function passes to XLA."""
     lines = program.lower(*arguments).as_text().splitlines()
     found = [(line, re.search(r"dot_general|convolution(?=\()", line)) for line in lines]
     return {
@@ -390,7 +390,7 @@ def precisions(program: Any, *arguments: Any) -> set[tuple[str, str]]:
 
 
 def gradients(**changed: Any) -> set[tuple[str, str]]:
-    """`precisions` of a network's gradients, whose layers are computed again."""
+    """Returns the `precisions` of the gradients of a network, whose layers are recomputed."""
     side = 32
     model = build(make_config(remat="full", **changed), side)
     pixels = jnp.zeros((1, side, side, 3), jnp.uint8)
@@ -403,7 +403,7 @@ def gradients(**changed: Any) -> set[tuple[str, str]]:
 
 
 def test_a_float32_step_multiplies_in_float32_on_every_device() -> None:
-    """JAX's default would be TF32 on GPUs and bfloat16 on TPUs."""
+    """The default of JAX would be TF32 on GPUs and bfloat16 on TPUs."""
     config = make_config()
     config.batch_size = 4
     config.augment.update(dict(global_size=8, local_size=4, local_crops=1))
@@ -433,7 +433,7 @@ def test_maps_of_attention_are_of_float32_products_too(model: Model, params: Par
     [
         (dict(precision="high"), {"HIGH"}),
         (dict(precision="default"), {"DEFAULT"}),
-        # Its products are exact in one pass, so that a higher precision would gain nothing.
+        # Products of bfloat16 are exact in one pass, so a higher precision would gain nothing.
         (dict(dtype="bfloat16"), {"DEFAULT"}),
     ],
     ids=str,

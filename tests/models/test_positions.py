@@ -1,4 +1,4 @@
-"""The resize of positional embeddings, by its formula."""
+"""Resizing of positional embeddings, compared with its formula."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_equal_positions_stay_equal(size: int, new_size: int, rule: str) -> None
 
 
 def sample(values: np.ndarray, place: float) -> float:
-    """PyTorch's bicubic at one place: four taps, borders repeated."""
+    """PyTorch's bicubic interpolation at one position: four taps, with repeated borders."""
     below = int(np.floor(place))
     t = place - below
     far = [-0.75 * (x**3 - 5 * x**2 + 8 * x - 4) for x in (t + 1, 2 - t)]
@@ -53,7 +53,7 @@ def test_antialiasing_averages_over_what_a_sample_stands_for() -> None:
     kernel = cubic(np.arange(-7, 8, 2) / 4, a=-0.5)
     np.testing.assert_allclose(middle[5:13], kernel / kernel.sum(), atol=1e-12)
     assert not middle[:5].any() and not middle[13:].any()
-    # At the border the rest of the kernel counts for all.
+    # At the border, the remaining taps of the kernel are normalized.
     first = resize_matrix(16, 8, "antialiased")[0]
     np.testing.assert_allclose(first[:5], kernel[3:] / kernel[3:].sum(), atol=1e-12)
 
@@ -79,7 +79,7 @@ def test_rules_are_pytorchs(size: tuple[int, int], rule: str, options: dict[str,
 
 def test_borders_repeat() -> None:
     edge = np.array([1.0, 0, 0, 0, 0, 0])
-    assert resize_matrix(6, 12, "ibot")[0] @ edge > 1  # the outer taps fall on the border as well
+    assert resize_matrix(6, 12, "ibot")[0] @ edge > 1  # the outer taps also fall on the border
 
 
 def test_kernel_interpolates_and_sums_to_one() -> None:

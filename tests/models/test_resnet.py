@@ -1,4 +1,4 @@
-"""ResNet: PyTorch's numbers, running statistics, and training with [CLS] alone."""
+"""ResNet: agreement with PyTorch, running statistics, and training with [CLS] only."""
 
 import functools
 import pathlib
@@ -35,7 +35,7 @@ SHALLOW = (2, 1)  # compiles in half the time
 
 
 def make_config(**model: Any) -> ml_collections.ConfigDict:
-    """A run of a tiny ResNet: what a user changes for one, and sizes."""
+    """Returns the settings of a run of a tiny ResNet."""
     network = dict(family="resnet", width=WIDTH, stage_depths=DEPTHS, drop_path=0.0, init_std=0.2)
     return small_config(
         model=network | model,
@@ -65,7 +65,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def params(model: Model) -> Params:
-    """Scales, biases and running statistics are not what they start from."""
+    """Returns parameters whose scales, biases and running statistics are not the initial ones."""
     params = jax.jit(model.init)(jax.random.key(0))
 
     def moved(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -87,11 +87,11 @@ def embed_training(model: Model) -> Any:
     return jax.jit(model.embed_training)
 
 
-# PyTorch's
+# Agreement with PyTorch
 
 
 def names_of_transformers(params: Params) -> dict[str, np.ndarray]:
-    """The backbone by the names, and in the layouts, of ResNetModel of transformers."""
+    """Returns the backbone under the names and in the layouts of ResNetModel of transformers."""
     found = {}
 
     def add(name: str, conv: Params, bn: Params, layer: tuple = ()) -> None:
@@ -115,7 +115,7 @@ def names_of_transformers(params: Params) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def peer(params: Params) -> Any:
-    """ResNet version 1.5 of transformers with the same weights."""
+    """Returns ResNet version 1.5 of transformers with the same weights."""
     torch = pytest.importorskip("torch", reason="compares with PyTorch")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     config = transformers.ResNetConfig(
@@ -138,7 +138,7 @@ def peer(params: Params) -> Any:
 
 
 def pixels_of(batch: jax.Array) -> Any:
-    """Normalized pixels as PyTorch takes them."""
+    """Returns normalized pixels in the layout of PyTorch."""
     import torch
 
     pixels = (np.asarray(batch, np.float64) / 255 - MEAN) / STD
@@ -163,7 +163,7 @@ def test_evaluates_as_pytorch(
 
 
 def backbone_of(model_config: ml_collections.ConfigDict) -> Any:
-    """(params, pixels, training) -> tokens and statistics, as `ResNet.forward`."""
+    """Maps (params, pixels, training) to tokens and statistics, as `ResNet.forward`."""
 
     def make() -> ResNet:
         start = Start(jnp.dtype(model_config.dtype))
@@ -182,7 +182,7 @@ def backbone_of(model_config: ml_collections.ConfigDict) -> Any:
 
 @pytest.mark.medium
 def test_trains_as_pytorch(params: Params, peer: Any) -> None:
-    """Features, gradients of every parameter, and running statistics of three passes."""
+    """Compares features, gradients of all parameters, and running statistics of three passes."""
     network = peer().train()
     forward = backbone_of(make_config().model)
     weights = np.random.default_rng(1).normal(size=(BATCH, 32 * WIDTH)).astype(np.float32)
@@ -213,11 +213,11 @@ def test_trains_as_pytorch(params: Params, peer: Any) -> None:
             np.testing.assert_allclose(value, theirs[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
-# Its parts
+# Parts
 
 
 def normed(x: np.ndarray, training: bool) -> tuple[np.ndarray, Params]:
-    """What a batch norm with other numbers than those it starts from gives."""
+    """Returns the result of a batch norm whose parameters are not the initial ones."""
     layer = BatchNorm(3)
     for name, value in (("scale", 2.0), ("bias", 0.5), ("mean", 1.0), ("var", 4.0)):
         setattr(layer, name, type(getattr(layer, name))(jnp.full(3, value)))
@@ -239,7 +239,7 @@ def test_batch_norm_takes_its_statistics_from_the_batch_in_training_alone() -> N
 
 @pytest.mark.medium
 def test_batch_norm_of_half_precision_is_computed_in_float32() -> None:
-    """A sum of so many numbers, or a square of such large ones, bfloat16 would not hold."""
+    """In bfloat16, sums of so many numbers and squares of such large ones would be inaccurate."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(100, 1, (64, 16, 16, 3)), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
@@ -261,7 +261,7 @@ def test_one_value_a_channel_has_finite_statistics() -> None:
 def test_a_convolution_has_the_gradients_of_its_definition(
     side: int, stride: int, size: tuple[int, int]
 ) -> None:
-    """By a sum over the taps of the kernel, differentiated by JAX."""
+    """Compares it with a sum over the taps of the kernel, differentiated by JAX."""
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
     kernel = jax.random.normal(jax.random.key(1), (side, side, 3, 4))
     pad = side // 2
@@ -293,7 +293,7 @@ def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
     sizes = {"learnt": 0, "running": 0}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         sizes["running" if path[-1].key in ("mean", "var") else "learnt"] += leaf.size
-    # torchvision's 25 557 032 without the classifier's 1000 x 2049; its buffers.
+    # The 25 557 032 of torchvision without the 1000 x 2049 of its classifier; its buffers.
     assert sizes == {"learnt": 25_557_032 - 1000 * 2049, "running": 53_120}
 
 
@@ -382,7 +382,7 @@ def test_recomputing_blocks_changes_neither_gradients_nor_statistics() -> None:
 
 @pytest.mark.slow
 def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
-    """No gradient is rounded to bfloat16 before devices would add it to those of others."""
+    """No gradient is rounded to bfloat16 before it would be summed over devices."""
     model = build(make_config(dtype="bfloat16", stage_depths=SHALLOW), 32)
     params = jax.jit(model.init)(jax.random.key(0))
 
@@ -405,7 +405,7 @@ def test_gradients_of_a_half_precision_network_are_sums_in_float32() -> None:
 
 
 def small_run(accumulate: int = 1, dtype: str = "float32") -> Run:
-    """With AdamW, weight decay and a teacher that follows fast."""
+    """Returns a run with AdamW, weight decay and a teacher that follows quickly."""
     config = make_config(dtype=dtype, init_std=0.1)
     config.accumulate = accumulate
     return assemble(config, make_mesh(1), images=1000)
@@ -415,7 +415,7 @@ Learnt = tuple[Run, list[TrainState], list[dict[str, Any]]]
 
 
 def steps_of(run: Run, count: int) -> tuple[list[TrainState], list[dict[str, Any]]]:
-    """The states before, between and after steps on one batch, and the metrics of each."""
+    """Returns the states before, between and after steps on one batch, and the metrics of each."""
     step = jax.jit(run.train_step)  # donates nothing
     states, metrics = [run.init(jax.random.key(0))], []
     for _ in range(count):
@@ -459,7 +459,7 @@ def test_learns_a_batch_that_repeats(dtype: str, learnt: Learnt) -> None:
 
 
 def seen_by(model: Model, params: Params, batch: Params, names: tuple[str, ...]) -> Params:
-    """The backbone's parameters after passes of these views, whose running statistics moved."""
+    """Returns the backbone after passes of these views, which update the running statistics."""
     for name in names:
         views = batch[name]
         _, statistics = model.embed_training(params, views.reshape(-1, *views.shape[2:]))
@@ -468,7 +468,7 @@ def seen_by(model: Model, params: Params, batch: Params, names: tuple[str, ...])
 
 
 def running(tree: Params) -> dict[str, np.ndarray]:
-    """Running statistics by name."""
+    """Returns the running statistics by name."""
     return {
         name: leaf for name, leaf in layouts.named(tree).items() if name.endswith(("mean", "var"))
     }
@@ -479,9 +479,10 @@ def running(tree: Params) -> dict[str, np.ndarray]:
 def test_running_statistics_are_moved_by_each_networks_own_passes_alone(
     accumulate: int, learnt: Learnt
 ) -> None:
-    """The student's by the global views and then the local ones, the teacher's by the former.
+    """Those of the student by global and then local views, those of the teacher by global views.
 
-    Weight decay, the optimizer and the moving average would show; microbatches give a mean.
+    An effect of weight decay, the optimizer or the moving average would be noticed. Statistics are
+    averaged over microbatches.
     """
     run, states, _ = learnt
     if accumulate > 1:
@@ -517,9 +518,9 @@ def layout_config(
 def assert_same_but_for_rounding(
     found: dict[str, np.ndarray], expected: dict[str, np.ndarray]
 ) -> None:
-    """To 1e-5 of the scale of each array, or 1e-4 where it is a gradient or has moved by one.
+    """Asserts equality to 1e-5 of the scale of each array, or 1e-4 for gradients and parameters.
 
-    What passes back through batch norm is a small difference of large sums.
+    A gradient through batch norm is a small difference of large sums.
     """
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -531,7 +532,7 @@ def assert_same_but_for_rounding(
 
 @pytest.mark.slow
 def test_devices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch norm sees the images of all of them."""
+    """Batch norm normalizes over the images of all devices."""
     monkeypatch.setattr(layouts, "make_config", layout_config)
     monkeypatch.setattr(layouts, "STEPS", 1)
     one = layouts.trajectory(monkeypatch)
@@ -540,7 +541,7 @@ def test_devices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_config() -> ml_collections.ConfigDict:
-    """Six steps on the digits."""
+    """Returns the settings of six steps on the digits."""
     config = make_config()
     config.data.update(dict(source="digits", workers=0, threads=1))
     config.eval.update(dict(resize=32, crop=32, batch_size=512))
@@ -584,7 +585,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         for state in states
     ]
     assert bits[0] == bits[1]
-    # An evaluation goes by the teacher's running statistics, which have moved.
+    # An evaluation uses the running statistics of the teacher, which have changed.
     _, _, teacher, step = pretrained.load_network(cut)
     assert step == 6 and jnp.abs(teacher["backbone"]["stem"]["bn"]["mean"]).max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""Swin beyond its reference numbers: windows by their definition, masks, layers, attention."""
+"""Swin beyond its reference numbers: definition of windows, masks, layers, attention."""
 
 import functools
 from typing import Any
@@ -22,7 +22,7 @@ DEPTHS = (2, 2, 4, 2)
 
 
 def make_config(**changed: Any) -> ml_collections.ConfigDict:
-    """Stages of 32, 16, 8 and 4 tokens a side, in windows of 5, which divide none of them."""
+    """Stages have 32, 16, 8 and 4 tokens per side, none of which is divisible by windows of 5."""
     small = dict(family="swin", width=WIDTH, window=5, stage_depths=DEPTHS)
     numbers = dict(stage_heads=(1, 2, 2, 4), init_std=0.2, position_std=0.5)
     return small_config(model=small | numbers | changed, head=dict(hidden=12, dim=DIM))
@@ -56,7 +56,7 @@ def embed(model: Model) -> Any:
 
 
 def dense_attention(block: Block, x: jax.Array, grid: tuple[int, int], shift: int) -> jax.Array:
-    """Attention weights [B, h, T, T] pair by pair: of those in one window after the move."""
+    """Returns attention weights [B, h, T, T], computed from which pairs share a shifted window."""
     side, (high, wide) = block.window.side, grid
     table = block.relative_bias[...]
     cells = [(row, column) for row in range(high) for column in range(wide)]
@@ -65,7 +65,7 @@ def dense_attention(block: Block, x: jax.Array, grid: tuple[int, int], shift: in
     for i, one in enumerate(cells):
         for j, other in enumerate(cells):
             moved = [[(a - shift) // side for a in place] for place in (one, other)]
-            # Those that leave at the top or the left are in a window of their own: number -1.
+            # Tokens shifted out at the top or left are in a window of their own, with number -1.
             allowed[i, j] = moved[0] == moved[1]
             down, across = (a - b + side - 1 for a, b in zip(one, other, strict=True))
             if allowed[i, j]:
@@ -136,7 +136,7 @@ def test_any_size_is_embedded(
 
 @pytest.mark.medium
 def test_rows_and_columns_are_what_they_say(model: Model, params: Params) -> None:
-    """A patch reaches its own token first, whatever the shape of the image."""
+    """Without attention, a patch affects only its own token, whatever the shape of the image."""
     still = {
         name: stage | {"blocks": jax.tree.map(jnp.zeros_like, stage["blocks"])}
         for name, stage in params["backbone"]["stages"].items()
@@ -193,7 +193,7 @@ def test_attention_is_among_the_tokens_of_the_last_stage(model: Model, params: P
     last = np.arange(10) % 5 == 4
     assert (part[:, :, last][:, :, :, ~last] == 0).all()
     assert (part[:, :, last][:, :, :, last] > 0).all()
-    assert (part.sum(-1) < 1).all()  # the rest goes to what the grid was padded with
+    assert (part.sum(-1) < 1).all()  # the rest is attention to the padding
 
 
 @pytest.mark.medium
@@ -209,7 +209,7 @@ def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
 
 
 def gradients(**changed: Any) -> Params:
-    """Of a network with the same parameters each time, whose first stage moves its windows."""
+    """Returns the gradients of a network whose first stage shifts its windows."""
     config = make_config(**dict(window=8, stage_depths=(4, 2, 2, 2)) | changed)
     model = build(config, 64)
     mask = jnp.ones((BATCH, 2, 2), bool).at[0].set(False)
@@ -226,7 +226,7 @@ def test_recomputing_layers_changes_no_gradient() -> None:
     plain = gradients(drop_path=0.5)
     largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain)]
     assert np.median(largest) > 1e-4
-    assert max(largest) < 1e4  # which masked patches made of it that are zero in all layers
+    assert max(largest) < 1e4  # masked patches that are zero in all layers made it larger
     for remat in ("dots", "full"):
         again = gradients(drop_path=0.5, remat=remat)
         chex.assert_trees_all_close(again, plain, atol=5e-5, rtol=0)

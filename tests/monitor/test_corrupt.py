@@ -1,4 +1,4 @@
-"""Images that could not be read: each named once, a few allowed, more an error with a list."""
+"""Images that could not be read: each is named once, and too many are an error with a list."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from sop_jax.monitor.corrupt import CorruptImages, lines_of, print_corrupt
 
 
 class Images:
-    """A source of so many records, all of them empty."""
+    """A source of some records, all of which are empty."""
 
     has_labels, class_names = False, None
     digest = "images"
@@ -31,7 +31,7 @@ class Images:
 
 
 def batch(size: int, *corrupt: int) -> np.ndarray:
-    """The corrupt records of a batch, spread over it, as the pipeline gives them."""
+    """Returns the corrupt records of a batch, spread over it, as the pipeline does."""
     records = np.full(size, -1, np.int32)
     records[np.linspace(0, size - 1, len(corrupt)).astype(int)] = corrupt
     return records

@@ -1,4 +1,4 @@
-"""What a run writes down and says: every row once, and words when something begins or ends."""
+"""What a run records and shows: every row once, and a message when something begins or ends."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def test_bad_health_is_told_when_it_begins_and_when_it_is_over(
     journal = open_journal(tmp_path)
     for step, loss in enumerate((1.0, 9.0, 9.0, 1.0, 1.0), start=1):
         journal.record(step, {"loss": loss})
-    journal.record(6, {"knn_top1": 0.5})  # which says nothing of health
+    journal.record(6, {"knn_top1": 0.5})  # a row without signs of health
     close(journal)
     lines = capsys.readouterr().err.splitlines()
     assert sum("try something" in line for line in lines) == 1

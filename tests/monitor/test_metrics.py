@@ -1,4 +1,4 @@
-"""The curves: every step once, whatever happened, and valid JSON always."""
+"""The curves: every step once, whatever happened, and always valid JSON."""
 
 import json
 import math
@@ -96,7 +96,7 @@ def test_no_run_has_no_rows(tmp_path: pathlib.Path) -> None:
 def test_a_store_that_cannot_append_gets_the_whole_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # TensorBoard's events go to a folder of the bucket's name here
+    monkeypatch.chdir(tmp_path)  # TensorBoard writes to a folder "mem:" here
     bucket, clock = "mem://runs/a", [0.0]
     in_bucket = types.SimpleNamespace(Path=lambda path: Bucket(tmp_path, str(path)))
     monkeypatch.setattr(metrics, "epath", in_bucket)
@@ -113,7 +113,7 @@ def test_a_store_that_cannot_append_gets_the_whole_file(
 
 
 class Bucket(epath.Path):
-    """A path of a bucket, whose objects are written whole: it has no `open` or `replace`."""
+    """A path in a bucket, whose objects are written as a whole: it has no `open` or `replace`."""
 
     def __init__(self, folder: pathlib.Path, address: str) -> None:
         self._folder, self._address = folder, address
@@ -163,12 +163,12 @@ def test_progress_away_from_a_terminal_is_a_line_a_logged_step(
 def test_the_time_left_is_told_after_the_second_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long it is until the first logged step, whose line says it too."""
+    """It does not depend on when the first step is logged, and its line shows it too."""
     clock = [100.0]
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
     progress = metrics.Progress(10, 1010)
     for _ in range(4):
-        progress.advance()  # the first ends late, by what is made for it
+        progress.advance()  # the first step ends late, because of its preparations
         clock[0] += 9.0
     progress.close()
     assert capsys.readouterr().err == (

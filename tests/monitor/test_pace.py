@@ -1,4 +1,4 @@
-"""What holds a run up: told from when steps begin and end."""
+"""Whether devices wait for images, inferred from when steps begin and end."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from sop_jax.monitor.pace import Pace, PaceKeeper, pace_text
 
 
 class Clock:
-    """Shows the time at which the last step ended, or what a test sets."""
+    """A clock that shows when the last step ended, or the time that a test sets."""
 
     now = 1.0
 
@@ -22,7 +22,7 @@ class Clock:
 
 
 class Result:
-    """What a step gives that ends at some time."""
+    """Returns the result of a step that ends at some time."""
 
     def __init__(self, clock: Clock, end: float) -> None:
         self.clock, self.end = clock, end
@@ -49,14 +49,14 @@ def close_to(busy: float, idle: float, steps: int) -> Pace:
 
 
 def test_devices_that_wait_for_batches_are_idle(keeper: PaceKeeper, clock: Clock) -> None:
-    for batch in (1.2, 1.5, 1.8, 2.1):  # each is there 0.2 s after the step before has ended
+    for batch in (1.2, 1.5, 1.8, 2.1):  # each arrives 0.2 s after the previous step has ended
         keeper.step(batch, clock.step_that_ends(batch + 0.1))
-    # Not before the first step: nobody knows how long its devices waited.
+    # The wait before the first step is not counted, because its length is unknown.
     assert keeper.look() == close_to(busy=0.4, idle=0.6, steps=4)
 
 
 def test_devices_with_steps_in_hand_are_not_idle(keeper: PaceKeeper, clock: Clock) -> None:
-    for i in range(4):  # the next batch is there long before a step ends
+    for i in range(4):  # the next batch arrives long before a step ends
         keeper.step(1 + 0.05 * i, clock.step_that_ends(1.1 + 0.1 * i))
     assert keeper.look() == close_to(busy=0.4, idle=0, steps=4)
 

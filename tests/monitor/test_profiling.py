@@ -1,4 +1,4 @@
-"""The trace of some steps is where TensorBoard looks for it, with the parts' names."""
+"""The trace of some steps is in TensorBoard's folder, and has the names of the parts."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ PARTS = ("prototypes", "teacher", "student", "losses", "update", "memories", "he
 
 @pytest.fixture(scope="module")
 def steps() -> Iterator[jax.Array]:
-    """The loss of each step of a small run, made when it is asked for."""
+    """Yields the loss of each step of a small run."""
 
     def taken() -> Iterator[jax.Array]:
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -37,7 +37,7 @@ def steps() -> Iterator[jax.Array]:
 def traced(
     steps: Iterator[jax.Array], folder: pathlib.Path, wanted: tuple[int, int], start: int = 1
 ) -> dict[int, str]:
-    """What the steps from `start` to 5 say of their trace."""
+    """Returns the messages of the trace in the steps from `start` to 5."""
     trace, said = Trace(wanted, folder), {}
     for i in range(start, 6):
         trace.before(i)
@@ -60,7 +60,7 @@ def test_records_the_steps_that_are_asked_for_with_the_names_of_their_parts(
     (file,) = files(tmp_path)
     recorded = file.read_bytes()
     assert b"train" in recorded
-    for part in PARTS:  # "jvp(student)" is a part's name too
+    for part in PARTS:  # such as "jvp(student)"
         assert re.search(rf"[/(]{part}[/)]".encode(), recorded), part
 
 

@@ -22,13 +22,13 @@ def random_units(seed: int, *shape: int) -> jax.Array:
 
 
 def random_sops(votes: str, count: int = 8, size: int = 3, dim: int = 6) -> SOPs:
-    """Supports far from their anchors, so that some cosines are negative."""
+    """Returns SOPs with supports far from their anchors, so that some cosines are negative."""
     embeddings = random_units(0, size, count, dim)
     return SOPs(embeddings, cast_votes(embeddings, votes, 0.1))
 
 
 def dense(u: Any, sops: SOPs, temperature: float) -> np.ndarray:
-    """The definition, with all of Y, in float64."""
+    """Computes the definition, with the whole of Y, in float64."""
     size, count = sops.votes.shape
     votes = np.asarray(sops.votes, float)
     labels = np.repeat((1 - votes).reshape(-1, 1) / (count - 1), count, axis=1)
@@ -94,7 +94,7 @@ def test_is_finite_for_extreme_inputs_as_are_its_gradients(case: str) -> None:
 def log_p_and_gradient(
     u: jax.Array, sops: SOPs, temperature: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """And the gradient of the cross-entropy with even targets, which every log P enters."""
+    """So is the gradient of the cross-entropy with uniform targets, which depends on all log P."""
 
     def mean(u: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_p = log_assignment(u, sops, temperature)
@@ -123,7 +123,7 @@ def test_computes_in_float32_from_half_precision() -> None:
 
 
 def array_sizes(jaxpr: Any) -> Iterator[int]:
-    """Elements of every array that a program computes, in nested programs too."""
+    """Returns the number of elements of every array in a program and its nested programs."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.size for variable in equation.outvars)
         for inner in jaxprs_in_params(equation.params):

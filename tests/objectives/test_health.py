@@ -51,7 +51,7 @@ def test_agreement_weighs_what_views_share() -> None:
 @pytest.mark.parametrize("rows", [16, 200])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_effective_rank_of_equal_orthogonal_directions(rank: int, rows: int) -> None:
-    """More rows than dimensions, and fewer."""
+    """There are more rows than dimensions, or fewer."""
     signs = np.linalg.qr(np.random.default_rng(0).normal(size=(rows, rank + 1)))[0]
     centred = np.linalg.qr(signs - signs.mean(0))[0][:, :rank]
     directions = np.linalg.qr(np.random.default_rng(1).normal(size=(32, rank)))[0]

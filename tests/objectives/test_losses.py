@@ -1,4 +1,4 @@
-"""Both losses against explicit loops over views and images, in float64."""
+"""Both losses, compared with explicit loops over views and images in float64."""
 
 import chex
 import jax
@@ -74,7 +74,7 @@ def test_cls_loss_is_the_mean_over_pairs_of_different_views(views: int, globals_
 
 
 def test_a_view_learns_from_other_views_alone() -> None:
-    """Of two views, the first learns only from the second one's target."""
+    """With two views, the first learns only from the target of the second."""
     sops, student = random_sops(2), random_units(1, BATCH, 2, DIM)
     targets = jnp.asarray(assignment(random_units(2, BATCH, 2, DIM), sops, TEACHER), jnp.float32)
     gradient = jax.jit(jax.grad(cls_of_sops))
@@ -142,7 +142,7 @@ def test_cross_entropy_by_hand() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])
 def test_views_at_once_change_neither_loss_nor_gradient(at_once: int) -> None:
-    """Compared with all logits at once, differentiated as they stand."""
+    """Compared with all logits at once, differentiated by JAX."""
     sops, student = random_sops(3), random_units(1, BATCH, 5, DIM)
     targets = jnp.asarray(assignment(random_units(2, BATCH, 2, DIM), sops, TEACHER), jnp.float32)
 
@@ -160,7 +160,7 @@ def test_views_at_once_change_neither_loss_nor_gradient(at_once: int) -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_patches_that_are_not_masked_need_not_be_given(at_once: int) -> None:
-    """The masked ones alone, in any order and padded, give the same loss and gradient."""
+    """Only the masked patches, in any order and padded, give the same loss and gradient."""
     sops, shape = random_sops(1), (BATCH, 2, PATCHES)
     student, teacher = random_units(1, *shape, DIM), random_units(2, *shape, DIM)
     mask = jnp.asarray(np.random.default_rng(3).random(shape) < 0.4)
@@ -199,7 +199,7 @@ def test_learnt_prototypes_get_the_gradient_of_the_plain_loss(at_once: int) -> N
 
 
 def test_the_gradient_of_learnt_prototypes_takes_no_more_memory_than_the_plain_loss() -> None:
-    """One copy of it, not one for each view."""
+    """There is one copy of it, not one per view."""
     views, count, dim = 12, 4096, 64
     student = jax.ShapeDtypeStruct((8, views, dim), jnp.float32)
     targets = jax.ShapeDtypeStruct((8, 2, count), jnp.float32)

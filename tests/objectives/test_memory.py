@@ -1,4 +1,4 @@
-"""The memory is the newest rows by age, whatever its layout; see test_sharding for its devices."""
+"""A memory has the newest rows, whatever its layout; for its devices see test_sharding."""
 
 import collections
 
@@ -11,18 +11,18 @@ from sop_jax.objectives.sop.memory import Memory, by_age, flat_rows, init_memory
 
 DIM = 3
 
-# Sizes that the lanes divide and others, one lane, and one slot.
+# Sizes that the lanes divide or not, one lane, and one slot.
 LAYOUTS = [(7, 1), (8, 4), (7, 4), (9, 4), (5, 5), (6, 5), (9, 5), (1, 1), (40, 8)]
 
 
 def numbered(start: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Rows that hold their number, and the numbers."""
+    """Returns rows that contain their own number, and the numbers."""
     index = start + jnp.arange(count, dtype=jnp.int32)
     return jnp.tile(index[:, None].astype(jnp.float32), (1, DIM)), index
 
 
 def newest(memory: Memory, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and indices, oldest first."""
+    """Returns rows and indices, the oldest first."""
     order = by_age(memory, size, jnp.arange(size))
     return np.asarray(flat_rows(memory)[order]), np.asarray(memory.image.reshape(-1)[order])
 
@@ -59,7 +59,7 @@ def test_one_lane_is_a_queue_for_pushes_of_any_size(seed: int) -> None:
 
 
 def test_lanes_take_several_rows_of_a_larger_batch_each() -> None:
-    """Two lanes of four slots, five pushes of four rows: the newest two pushes are left."""
+    """With two lanes of four slots, after five pushes of four rows, the newest two are left."""
     memory = init_memory(jax.random.key(0), 8, DIM, lanes=2)
     for step in range(5):
         memory = push(memory, *numbered(4 * step, 4))

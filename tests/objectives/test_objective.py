@@ -1,4 +1,4 @@
-"""What the objective draws, stores and adds up, beyond its parts."""
+"""What the objective draws, stores and sums up, in addition to its parts."""
 
 from typing import Any
 
@@ -67,19 +67,19 @@ def first_memories(method: Objective, seed: int = 0) -> dict:
 
 
 def draw(method: Objective, memories: dict, seed: int) -> dict[str, SOPs]:
-    """The SOPs of a step."""
+    """Returns the SOPs of a step."""
     return teach(method, memories, outputs(0), jax.random.key(seed))[0]
 
 
 def turned_over(method: Objective, memories: dict, seed: int = 100) -> dict:
-    """The memories after enough batches to replace every row."""
+    """Returns the memories after enough batches to replace every row."""
     for i in range(seed, seed + 6):
         memories = teach(method, memories, outputs(i), jax.random.key(0))[2]
     return memories
 
 
 def slots(sops: SOPs, memory: Memory) -> list[list[int]]:
-    """The rows of the memory that are anchors, for each task."""
+    """Returns the rows of the memory that are anchors, for each task."""
     cosine = jnp.einsum("tkd,nd->tkn", sops.embeddings[:, 0], flat_rows(memory))
     np.testing.assert_allclose(cosine.max(-1), 1, atol=1e-5)
     return cosine.argmax(-1).tolist()

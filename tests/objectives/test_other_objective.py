@@ -33,7 +33,7 @@ def one_device() -> dict[str, np.ndarray]:
 
 
 class Taken:
-    """A run on one device and its first steps, on a batch that repeats."""
+    """A run on one device, and its first steps on the same batch."""
 
     def __init__(self) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -51,7 +51,7 @@ class Taken:
             self.metrics.append(jax.device_get(metrics))
 
     def hidden(self, state: Any) -> Any:
-        """The state with its key as numbers."""
+        """Returns the state with the data of its key."""
         return state._replace(key=jax.random.key_data(state.key))
 
     def step(self, state: Any, batch: dict[str, np.ndarray]) -> tuple[Any, dict[str, jax.Array]]:
@@ -82,7 +82,7 @@ def test_it_learns(taken: Taken) -> None:
 
 
 def test_its_parameters_have_an_optimizer_of_their_own(taken: Taken) -> None:
-    """Frozen for the first steps, in which the network learns already; the teacher averages."""
+    """They are frozen in the first steps, unlike the network; the teacher has their average."""
     students = [prototypes(state.student) for state in taken.states]
     assert students[0].shape == (8, COUNT)
     for i in range(FROZEN):
@@ -109,7 +109,7 @@ def test_the_student_does_not_see_the_view_of_the_teacher(taken: Taken) -> None:
 def test_every_layout_computes_what_one_device_does(
     layout: dict[str, Any], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The center too, which is the mean over the whole batch: devices and microbatches."""
+    """Nor do they change the center, which is the mean over the whole batch."""
     found = layouts.trajectory(monkeypatch, **layout)
     layouts.assert_same(found, one_device)
     assert np.abs(one_device["carried/center"]).max() > 0.1

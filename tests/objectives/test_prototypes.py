@@ -1,4 +1,4 @@
-"""Anchors are a fair draw, supports come from the pool, votes follow their definitions."""
+"""Anchors are drawn uniformly, supports from the pool, and votes follow their definitions."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_all_rows_can_be_anchors() -> None:
 
 @pytest.mark.medium
 def test_pools_differ_in_whether_anchors_support_each_other() -> None:
-    """Rows on a circle, one degree apart, with anchors side by side."""
+    """Returns rows on a circle, one degree apart, with adjacent anchors."""
     angles = jnp.deg2rad(jnp.arange(10.0))
     rows = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
     anchors = jnp.array([4, 5])
@@ -84,7 +84,7 @@ def test_without_supports_a_prototype_is_its_anchor(pool: str) -> None:
     ],
 )
 def test_votes_by_definition(votes: str, expected: list[float]) -> None:
-    """An anchor, and supports at cosines 0.96, 0.28 and -0.6 to it."""
+    """Returns an anchor, and supports with cosines 0.96, 0.28 and -0.6."""
     group = jnp.array([[1.0, 0.0], [0.96, 0.28], [0.28, -0.96], [-0.6, 0.8]])
     np.testing.assert_allclose(cast_votes(group[:, None], votes, 0.2)[:, 0], expected, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""SOP's signs of health on assignments whose values are known, and the verdict on a run."""
+"""The signs of health of SOP on known assignments, and the verdict on a run."""
 
 import math
 from typing import Any

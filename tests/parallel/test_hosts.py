@@ -18,7 +18,7 @@ import pytest
 from sop_jax.errors import UserError
 from sop_jax.parallel import hosts
 
-# A command that does what a test says.
+# A command whose main function is given by a test.
 COMMAND = """
 import json, multiprocessing, os, pathlib, time
 import jax
@@ -54,7 +54,7 @@ if __name__ == "__main__":
 """
 
 HOST = socket.gethostname()
-START, HEARTBEAT = 6, 4  # seconds that tests wait for what does not come
+START, HEARTBEAT = 6, 4  # seconds, short so that tests of timeouts are fast
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
     start: int = hosts.START_TIMEOUT,
     heartbeat: int = hosts.HEARTBEAT_TIMEOUT,
 ) -> str:
-    """Writes a command that has the body for its main function, and returns its name."""
+    """Writes a command whose main function has this body, and returns its name."""
     text = textwrap.indent(textwrap.dedent(body), " " * 4)
     text = COMMAND.replace("{body}", text)
     text = text.replace("{heartbeat}", str(heartbeat)).replace("{start}", str(start))
@@ -77,19 +77,19 @@ def run_pair(folder: pathlib.Path, body: str) -> list[processes.Ended]:
 
 
 def last_line(ended: processes.Ended) -> Any:
-    """What a process printed last, as JSON, above which Gloo tells its story."""
+    """Returns the last line that a process printed, as JSON; lines above it are from Gloo."""
     assert ended.code == 0, ended.err
     return json.loads(ended.out.splitlines()[-1])
 
 
 def test_jax_keeps_its_state_of_processes_where_it_is_read() -> None:
-    """It is private to JAX: a version that moves it fails here first."""
+    """It is private to JAX: with a version that moves it, this test fails first."""
     state = hosts.distributed()
     for name in ("process_id", "num_processes", "coordinator_address", "client"):
         assert hasattr(state, name), name
 
 
-# Alone.
+# One process.
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -185,12 +185,12 @@ def test_flags_that_fit(given: tuple[Any, ...]) -> None:
     hosts.check_flags(*given)
 
 
-# Together.
+# Several processes.
 
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What two processes say, one after the other, to everything that they are asked."""
+    """Two processes, and what each prints for every function of `hosts`."""
     folder = tmp_path_factory.mktemp("talk")
     ended = run_pair(
         folder,
@@ -532,7 +532,7 @@ def test_one_that_dies_ends_all(
 @pytest.mark.slow
 def test_others_that_do_not_come(tmp_path: pathlib.Path) -> None:
     name = command(tmp_path, "print('started')", start=START)
-    apart = [processes.among(2)[process] for process in (0, 1)]  # each waits at a port of its own
+    apart = [processes.among(2)[process] for process in (0, 1)]  # each uses a port of its own
     expected = "not all of the 2 processes joined", f"could not be reached within {START} s"
     for i, ended in enumerate(processes.run([[name, *flags] for flags in apart], tmp_path)):
         assert ended.code == 1 and "started" not in ended.out
@@ -573,7 +573,7 @@ def test_half_a_cluster(tmp_path: pathlib.Path) -> None:
 def test_virtual_devices_beyond_the_cores_get_threads_to_spare(
     flags: str, given: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as devices are too few: XLA waits for one more, and aborts."""
+    """One thread per device is too few: XLA waits for another one, and aborts."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("NPROC", given or "")
@@ -593,4 +593,4 @@ def test_the_threads_are_there_when_devices_are() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) > 32  # 8 devices
+    assert int(done.stdout) > 32  # there are 8 devices

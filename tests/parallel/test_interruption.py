@@ -1,4 +1,4 @@
-"""The first signal is a wish, the second an order, and afterwards all is as before."""
+"""The first signal asks a run to stop, and the second has the effect that it had before."""
 
 import os
 import pathlib
@@ -18,12 +18,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Ended(Exception):
-    """What the handlers from before raise."""
+    """Raised by the previous handlers."""
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Handlers that tests survive."""
+    """Installs handlers that do not end the test."""
 
     def end(number: int, _: Any) -> None:
         raise Ended(number)
@@ -86,7 +86,7 @@ def test_a_process_alone_knows_at_once() -> None:
 def test_a_checkpoint_that_several_processes_ask_for_is_saved_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Requests whose answers come late are granted by the first save, and later ones count anew."""
+    """One save grants all requests made before it, also those whose answers come later."""
     monkeypatch.setattr(hosts, "several", lambda: True)
     with Interruption(ahead=2) as interruption:
         saves, began = [], 0
@@ -112,9 +112,9 @@ def test_a_signal_during_the_start_ends_it_at_once(number: signal.Signals) -> No
         interruption.starting = "nothing was trained"
         try:
             os.kill(os.getpid(), number)
-            raise AssertionError("goes on")
-        except Exception as error:  # as libraries' errors are caught
-            raise AssertionError("taken for an error") from error
+            raise AssertionError("the signal had no effect")
+        except Exception as error:  # as code that catches errors of libraries
+            raise AssertionError("the signal was caught as an error") from error
     with pytest.raises(Ended):
         os.kill(os.getpid(), number)
 
@@ -128,12 +128,12 @@ def test_after_the_start_a_signal_only_asks() -> None:
 
 
 DEAF = """
-        lock = ctypes.CDLL(None).pthread_mutex_lock  # as deaf as XLA's compiler
+        lock = ctypes.CDLL(None).pthread_mutex_lock  # runs no handlers, like XLA's compiler
         mutex = ctypes.create_string_buffer(64)
         lock(mutex), lock(mutex)
 """
 SWALLOWING = """
-        while True:  # as a callback of the garbage collector, whose exceptions are ignored
+        while True:  # ignores exceptions, like callbacks of the garbage collector
             try:
                 time.sleep(1)
             except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Training in two processes of two devices each: the same run, however it is stopped."""
+"""Training in two processes with two devices each: the same run, however it is stopped."""
 
 import pathlib
 import signal
@@ -16,7 +16,7 @@ from sop_jax import train
 from sop_jax.monitor.metrics import read_metrics
 from sop_jax.training import checkpoint
 
-# One worker runs them all, for all of them want both cores and the same first run.
+# One worker of pytest runs them all, because they need both cores and the same first run.
 pytestmark = [pytest.mark.xdist_group("many_hosts"), pytest.mark.slow]
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def command(workdir: pathlib.Path, **changes: Any) -> list[object]:
 
 
 def pair(tmp_path: pathlib.Path, *commands: list[object]) -> Any:
-    """Two processes of one run, in a context that kills them; one command serves both."""
+    """Starts two processes of one run with the same command, and kills them at the end."""
     both = zip(commands * (2 // len(commands)), processes.among(2), strict=True)
     return processes.start([[*given, *among] for given, among in both], tmp_path / "log")
 
@@ -49,7 +49,7 @@ def wait_for_step(running: processes.Processes, workdir: pathlib.Path, step: int
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """The same steps, metrics, parameters and memories, bit by bit."""
+    """Asserts that steps, metrics, parameters and memories have the same bits."""
     first, second = saved_state(one), saved_state(other)
     assert first.keys() == second.keys()
     for name, array in first.items():
@@ -59,7 +59,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The workdir of a run that nothing happened to."""
+    """The workdir of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     ended = finish(folder, command(folder / "run"))
     assert [process.code for process in ended] == [0, 0], ended
@@ -69,7 +69,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_two_processes_of_four_devices_compute_what_one_device_does(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On eight devices that hold all parameters each, and on four pairs that share them."""
+    """On eight devices, each with all parameters, and on four pairs that shard them."""
     task = [HERE / "two_hosts.py", "trajectory", tmp_path]
     both = [[*task, *among] for among in processes.among(2)]
     ended = processes.run(both, tmp_path / "log", devices=4, timeout=240)
@@ -81,7 +81,7 @@ def test_two_processes_of_four_devices_compute_what_one_device_does(
 
 
 def test_devices_of_two_processes_by_turns_hold_the_batch_in_order(tmp_path: pathlib.Path) -> None:
-    """A mesh may take devices in an order in which those of a process do not follow each other."""
+    """In the order of a mesh, the devices of a process need not be adjacent."""
     out = tmp_path / "out.npz"
     ended = finish(tmp_path, [HERE / "two_hosts.py", "shuffle", out])
     assert [process.code for process in ended] == [0, 0], ended
@@ -109,7 +109,7 @@ def test_the_first_process_alone_writes_and_speaks(whole: pathlib.Path) -> None:
 def test_the_number_of_processes_may_change(
     whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saved by two processes of two devices: the same state and next batch wherever it goes."""
+    """A state saved by two processes is restored, with the same next batch, on any layout."""
     found = []
     out = tmp_path / "two.npz"
     ended = finish(tmp_path, [HERE / "two_hosts.py", "restore", out, whole])
@@ -159,7 +159,7 @@ def test_a_signal_stops_both_in_an_evaluation(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     slowly = {"eval_every": 2, "eval.batch_size": 16}
     with pair(tmp_path, command(workdir, **slowly)) as running:
-        wait_for_step(running, workdir, 1)  # the next thing is the evaluation of step 2
+        wait_for_step(running, workdir, 1)  # the evaluation of step 2 comes next
         running.signal(0, signal.SIGTERM)
         ended = running.end(120)
     assert [process.code for process in ended] == [130, 130], ended
@@ -169,7 +169,7 @@ def test_a_signal_stops_both_in_an_evaluation(tmp_path: pathlib.Path) -> None:
 
 
 def test_after_a_kill_the_same_command_goes_on(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Process 1 dies; the other ends by itself, and both go on from the last checkpoint."""
+    """Process 1 dies; the other ends by itself, and both resume from the last checkpoint."""
     workdir = tmp_path / "run"
     with pair(tmp_path, command(workdir)) as running:
         wait_for_step(running, workdir, 7)
@@ -184,7 +184,7 @@ def test_after_a_kill_the_same_command_goes_on(whole: pathlib.Path, tmp_path: pa
     assert_same_run(workdir, whole)
 
 
-# Training in which one process dies in the middle of its second save, and the other soon knows.
+# Trains; one process dies in the middle of its second save, and the other notices it soon.
 DIES = """
 import os, runpy, signal, sys, time
 import tensorstore
@@ -197,7 +197,7 @@ folder, save = os.path.join(workdir, "checkpoints"), checkpoint.Checkpoints.save
 
 
 def deadly(*args, **kwargs):
-    while len(os.listdir(folder)) < 2:  # until the temporary folder is there
+    while len(os.listdir(folder)) < 2:  # until the temporary folder exists
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -245,7 +245,7 @@ def test_a_kill_in_mid_save_leaves_the_save_before(
 
 
 def apart(tmp_path: pathlib.Path, given: list[object]) -> list[processes.Ended]:
-    """The same command with relative paths, each process in a folder of its own."""
+    """The same command has relative paths, and each process runs in another folder."""
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir(exist_ok=True)

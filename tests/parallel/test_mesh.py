@@ -1,4 +1,4 @@
-"""Meshes of eight virtual devices, and the errors of those that cannot be."""
+"""Meshes of eight virtual devices, and errors of impossible meshes."""
 
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def test_rules_say_where_a_leaf_lies(path: str, shape: tuple[int, ...], spec: P)
     (leaf,) = jax.tree.leaves(with_shardings(tree, make_mesh(2, 4)))
     assert leaf.sharding.spec == spec
     (whole,) = jax.tree.leaves(with_shardings(tree, make_mesh(8, 1)))
-    assert "fsdp" not in whole.sharding.spec  # alone: a group of one shares nothing
+    assert "fsdp" not in whole.sharding.spec  # a group of one device shards nothing
 
 
 def test_one_host_holds_every_place_of_a_batch() -> None:

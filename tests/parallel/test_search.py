@@ -1,4 +1,4 @@
-"""The search finds what a sort of all scores finds, in pieces, at each precision."""
+"""The search, in chunks and at each precision, finds the same as a sort of all scores."""
 
 import functools
 from typing import Any
@@ -39,14 +39,14 @@ def reference(
 
 
 def small_integers(seed: int, *shape: int) -> np.ndarray:
-    """Vectors whose inner products are exact at every precision, and often equal."""
+    """Returns vectors whose inner products are exact at every precision, and often equal."""
     return np.random.default_rng(seed).integers(-1, 2, shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (1, 3), (1, 10), (1, 64), (2, 5), (8, 4)])
 @pytest.mark.parametrize("masks", ["none", "allowed", "own", "both"])
 def test_agrees_with_a_sort_on_any_number_of_devices(devices: int, chunk: int, masks: str) -> None:
-    """In chunks of any size; with eight devices of five rows each, k is more than a device has."""
+    """Chunks can have any size, and k is more than the five rows that each of eight devices has."""
     rows, queries = small_integers(0, 40, 6), small_integers(1, 10, 6)
     options = {}
     if masks in ("allowed", "both"):
@@ -90,7 +90,7 @@ def test_takes_rows_from_wherever_they_lie(devices: int) -> None:
 
 @functools.cache
 def embeddings(kind: str) -> tuple[jax.Array, jax.Array]:
-    """Queries and rows: all over the sphere, or 32 clusters of noise 0.3 around their centres."""
+    """Returns queries and rows, uniform on the sphere or in 32 clusters with noise of 0.3."""
     keys = jax.random.split(jax.random.key(0), 3)
     noise = jax.random.normal(keys[0], (2048, 64)) / 8
     if kind == "random":
@@ -153,7 +153,7 @@ def test_chunks_keep_the_scores_of_all_queries_out_of_memory() -> None:
 @pytest.mark.parametrize("count", [7, 64, 300, 512, 640, 1024, 8192])
 @pytest.mark.parametrize("k", [1, 5, 7])
 def test_groups_find_what_a_whole_top_k_finds(count: int, k: int) -> None:
-    """With many equal scores, and many that may not be found."""
+    """Many scores are equal, and many rows must not be found."""
     rng = np.random.default_rng(count)
     scores = rng.integers(0, 6, (20, count)).astype(np.float32)
     scores[:, rng.random(count) < 0.3] = -np.inf

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, placed anywhere, and never lost or mistaken for another's."""
+"""Checkpoints: exact, restored on any devices, and never lost or confused."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from sop_jax.training import checkpoint
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-    """Has every kind of leaf and container that a training state has."""
+    """A state with every kind of leaf and container of a train state."""
 
     step: jax.Array
     key: jax.Array
@@ -47,7 +47,7 @@ def init(seed: int | jax.Array) -> State:
 
 
 def on(devices: int) -> State:
-    """The abstract state: on so many devices, the memory sharded over them."""
+    """Returns the abstract state, with the memory sharded over this number of devices."""
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_says_where_to_go_on_from(
     message = str(caught.value)
     assert f"the checkpoint {newest} cannot be read" in message
     assert f"steps [1] remain: if it is damaged, delete the folder {newest}" in message
-    assert capfd.readouterr().err == ""  # one error, without an echo from below
+    assert capfd.readouterr().err == ""  # the only error, without messages of libraries
     assert bits(checkpoint.restore(tmp_path, on(8), step=1)) == bits(make(1))
 
 
@@ -200,7 +200,7 @@ def test_damage_to_arrays_is_found_in_one_reading(
 def test_an_array_that_cannot_be_decoded_is_named(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of Orbax's parallel reads any may be the first that fails."""
+    """Orbax reads in parallel, so that any of the reads can fail first."""
 
     def fail(*_: Any) -> None:
         raise ValueError("one of many")
@@ -302,7 +302,7 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(tmp_path: pathlib.Path) -> 
 def test_a_write_that_fails_is_told_and_loses_nothing(tmp_path: pathlib.Path, when: str) -> None:
     result = child(tmp_path, when)
     assert "File too large" in result.stdout
-    assert result.stderr == ""  # the error is the caller's, without an echo from below
+    assert result.stderr == ""  # only the caller reports the error
     assert restored_step(tmp_path) == 1
 
 
@@ -325,7 +325,7 @@ def test_the_sums_are_part_of_the_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(tmp_path: pathlib.Path) -> None:
-    """What is called `carried` was called `memories`."""
+    """The field `carried` was called `memories`."""
     rows = jax.random.normal(jax.random.key(0), (4, 8))
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(3, {"memories": {"cls": rows}, "step": jnp.int32(3)})

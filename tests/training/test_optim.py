@@ -1,4 +1,4 @@
-"""The optimizer and its schedules, each against its plain form."""
+"""The optimizer and its schedules, each compared with its plain form."""
 
 import math
 from typing import Any
@@ -140,7 +140,7 @@ def test_what_lies_beyond_the_end_of_a_run_is_told_with_both_numbers(
 
 
 def clipped_alone(gradient: np.ndarray, limit: float) -> np.ndarray:
-    """iBOT's clip of one tensor."""
+    """Clips one tensor as iBOT does."""
     coefficient = limit / (np.linalg.norm(gradient) + 1e-6)
     return gradient * coefficient if coefficient < 1 else gradient
 

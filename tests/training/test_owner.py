@@ -1,4 +1,4 @@
-"""One run at a time writes to a workdir, whatever becomes of the others."""
+"""Only one run at a time writes to a workdir, whatever happens to the others."""
 
 import contextlib
 import http.server
@@ -21,7 +21,7 @@ from sop_jax.training import owner
 
 
 class CloudStorage(http.server.BaseHTTPRequestHandler):
-    """What Cloud Storage does with one object, `ifGenerationMatch` included."""
+    """A stand-in for Cloud Storage with one object, including `ifGenerationMatch`."""
 
     objects: dict[str, tuple[int, bytes]]
     generations: Iterator[int]
@@ -64,7 +64,7 @@ class CloudStorage(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The address of an empty bucket in a stand-in for Cloud Storage."""
+    """Yields the address of an empty bucket in a stand-in for Cloud Storage."""
     state = {"objects": {}, "generations": iter(range(1, 10**6)), "lock": threading.Lock()}
     handler = type("Handler", (CloudStorage,), state)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -96,14 +96,14 @@ def start(workdir: epath.Path, wait: float = 0.0) -> contextlib.AbstractContextM
 
 
 def left_by(workdir: epath.Path, **changes: Any) -> owner.Claim:
-    """The owner file of a process that has not ended in good order."""
+    """Writes the owner file of a process that did not end normally."""
     claim = owner.open_store(workdir).take(None, json.dumps(owner._record() | changes))
     assert claim
     return claim
 
 
 def owners(workdir: epath.Path) -> list[str]:
-    """What the owner file says, if there is one."""
+    """Returns the content of the owner file, or None if there is none."""
     found = owner.open_store(workdir).look()
     return [] if found is None else [found.text]
 
@@ -235,7 +235,7 @@ def test_a_late_follower_finds_the_run_that_came_before_it(tmp_path: pathlib.Pat
     workdir = epath.Path(tmp_path)
     slow, dead = owner.Disk(tmp_path), left_by(workdir, started="1")
     found = slow.look()
-    owner.Disk(tmp_path).drop(dead)  # it was not dead, but slow as well
+    owner.Disk(tmp_path).drop(dead)  # it was not dead, but only slow
     with start(workdir) as new:
         assert slow.take(found, "late") is None
         new.check()

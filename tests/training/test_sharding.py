@@ -1,4 +1,4 @@
-"""The devices change nothing but where things lie: results, memory, and what travels."""
+"""Devices do not change the results: what each of them stores, and what they send."""
 
 import functools
 import math
@@ -63,7 +63,7 @@ def one_device() -> dict[str, np.ndarray]:
 def test_every_layout_computes_what_one_device_does(
     layout: dict[str, Any], one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Losses, gradients, health, parameters and memories, with drop path and uneven memories."""
+    """Compares metrics, gradients and states, with drop path and memories of uneven size."""
     layouts.assert_same(layouts.trajectory(monkeypatch, **layout), one_device)
 
 
@@ -95,11 +95,11 @@ def test_the_comparison_can_fail(one_device: dict[str, np.ndarray]) -> None:
             layouts.assert_same(other, one_device)
 
 
-# PatchIndices
+# Placement
 
 
 def device_bytes(tree: Any) -> int:
-    """What one device holds of a tree of abstract arrays."""
+    """Returns the shards of one device of a tree of abstract arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -107,7 +107,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def paper_state(data: int, fsdp: int) -> Any:
-    """The abstract state of the paper's ViT-B."""
+    """Returns the abstract state of the paper's ViT-B."""
     config = paper()
     config.model.size = "b"
     return assemble(config, make_mesh(data, fsdp), images=1_281_167).abstract
@@ -122,7 +122,7 @@ def test_devices_share_memories_and_groups_share_parameters() -> None:
     for part in ("student", "teacher"):
         assert device_bytes(getattr(eight, part)) == device_bytes(getattr(one, part))
         ratio = device_bytes(getattr(shared, part)) / device_bytes(getattr(one, part))
-        assert 1 / 4 <= ratio < 1.01 / 4  # biases and norms stay whole
+        assert 1 / 4 <= ratio < 1.01 / 4  # biases and norms are not sharded
     moments = [x for x in jax.tree.leaves(shared.opt_state) if x.ndim > 0]
     whole = [x for x in jax.tree.leaves(one.opt_state) if x.ndim > 0]
     assert device_bytes(moments) < 1.01 / 4 * device_bytes(whole)
@@ -178,7 +178,7 @@ def test_a_checkpoint_moves_to_other_devices_bit_by_bit(
 @pytest.mark.medium
 @pytest.mark.parametrize("remat", REMATS)
 def test_no_layer_keeps_whole_parameters_for_the_backward_pass(remat: str) -> None:
-    """Made whole in the forward pass and in the backward pass, and stored nowhere."""
+    """They are gathered in the forward and in the backward pass, and not stored in between."""
     config = paper()
     config.model.update(dict(size="custom", width=256, depth=3, heads=4, patch=8, remat=remat))
     mesh = make_mesh(2, 4)
@@ -196,10 +196,10 @@ def test_no_layer_keeps_whole_parameters_for_the_backward_pass(remat: str) -> No
     large = {shape for shape in shapes if len(shape) == 3}
     stored = {value.aval.shape for value in forward.outvars}  # type: ignore[union-attr]
     assert (3, 256, 1024) in large and not large & stored
-    assert (3, 16, 17, 256) in stored  # but what layers were given
+    assert (3, 16, 17, 256) in stored  # the inputs of the layers are stored
 
 
-# What travels
+# What devices send
 
 
 def compiled(function: Any, *inputs: Any) -> Any:
@@ -228,16 +228,16 @@ def test_a_push_sends_nothing(size: int) -> None:
             .compile()
         )
     assert collectives(program.as_text()) == []
-    # In place: it needs no second memory.
+    # It is in place: there is no second memory.
     assert program.memory_analysis().temp_size_in_bytes < 64 * size * 16 * 4 / 64
-    # Where rows and lanes do not lie together, something does travel.
+    # If rows and lanes are on different devices, something is sent.
     elsewhere = on(mesh, P(None, "data"), 64, 16)
     other = jax.jit(push, out_shardings=shardings(memory)).lower(memory, elsewhere, index)
     assert collectives(other.compile().as_text())
 
 
 def search_program(devices: int) -> Any:
-    """Anchors' supports among 16384 rows, in one chunk."""
+    """Compiles the search for the supports of anchors among 16384 rows, in one chunk."""
     mesh = make_mesh(devices)
     search = functools.partial(nearest, k=8, mesh=mesh, chunk=512)
     return compiled(search, on(mesh, P(), 512, 32), by_image(mesh, 16384, 32))
@@ -249,13 +249,13 @@ def test_work_and_memory_of_the_search_fall_with_the_devices() -> None:
     assert ratio == pytest.approx(1 / 8, rel=0.1)
     temporary = [p.memory_analysis().temp_size_in_bytes for p in (one, eight)]
     assert temporary[0] >= 512 * 16384 * 4  # the scores
-    # Beside the scores there are those of the groups that an anchor's winners are in.
+    # Besides the scores, those of the groups that contain the winners of an anchor are stored.
     groups = 512 * 8 * GROUP * 4
     assert temporary[1] - groups < temporary[0] / 7
 
 
 def test_the_merge_is_shared_too() -> None:
-    """A device sorts the findings for its share of the anchors: [Q / 8, 8 x 8].
+    """A device sorts the candidates for its share of the anchors: [Q / 8, 8 x 8].
 
     Before that it finds, for all Q, the best groups of its scores, and the best among them.
     """
@@ -305,20 +305,20 @@ def test_in_a_step_memories_send_no_more_than_their_winners(step_traffic: list[C
 def test_in_a_step_no_array_of_the_memory_or_of_scores_is_gathered(
     step_traffic: list[Collective],
 ) -> None:
-    memory = 48 * 8 * 4  # rows with their spare ones
+    memory = 48 * 8 * 4  # including spare rows
     gathered = [sent for sent in step_traffic if sent.kind == "all-gather"]
     assert not [sent for sent in gathered if "prototypes" in sent.name and sent.bytes >= memory]
     weights = [sent for sent in gathered if "student" in sent.name or "teacher" in sent.name]
-    assert weights  # parameters that the group shares are gathered, and nothing larger
+    assert weights  # one layer at a time is gathered
     largest = 64 * 16 * 4  # fc1 of a layer
     assert max(sent.bytes for sent in weights) <= largest
 
 
-# The draw
+# Draws
 
 
 def views_of(rows: jax.Array) -> Outputs:
-    """A teacher's outputs in which every view and patch of an image is the same row."""
+    """Returns outputs of a teacher in which all views and patches of an image are the same row."""
     cls, patches = (
         jnp.stack([rows] * 2, axis=1),
         jnp.broadcast_to(rows[:, None, None], (16, 2, 1, 4)),

@@ -1,4 +1,4 @@
-"""The train step as a whole: what moves, what repeats, and on how many devices."""
+"""The train step as a whole: which parts of the state change, repeatability, and devices."""
 
 import functools
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def make_run(
     change: Callable[[Objective], Objective] = lambda x: x,
     most_masked: int | None = None,
 ) -> tuple[Callable[[], TrainState], Step]:
-    """A function that makes the first state, and the step before it is compiled."""
+    """Returns a function that makes the first state, and the step, which is not compiled."""
     model = build(config, 8)
     length = Length(config.steps, 10.0)
     plan = optim.schedules(config, length)
@@ -73,7 +73,7 @@ def make_run(
 
 
 def watched(objective: Objective) -> Objective:
-    """The objective with one more term: rows of images in the memory that prototypes came from."""
+    """Returns the objective with one more metric: the filled rows of the memory that is read."""
 
     def teach(carried: Any, **inputs: Any) -> Any:
         shared, *others = objective.teach(carried=carried, **inputs)
@@ -87,7 +87,7 @@ def watched(objective: Objective) -> Objective:
 
 
 class Run:
-    """The same small run for most tests, compiled once, and its first steps."""
+    """A small run for most tests, compiled once, and its first steps."""
 
     def __init__(self) -> None:
         chex.clear_trace_counter()
@@ -107,7 +107,7 @@ def run() -> Run:
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
-    """Numbers of a tree, random keys included."""
+    """Returns the arrays of a tree, including the data of random keys."""
     return [
         np.asarray(
             jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
@@ -121,7 +121,7 @@ def moved(before: Any, after: Any) -> list[bool]:
 
 
 def test_one_program_serves_all_steps(run: Run) -> None:
-    """The fixture's limit of one trace held while `measure` and the step changed."""
+    """The fixture allows only one trace, although `measure` and the step change."""
     assert len(run.metrics) == 40
     assert [int(state.step) for state in run.states] == list(range(41))
 
@@ -199,11 +199,11 @@ def test_prototypes_come_from_the_memory_before_the_step_writes_it(run: Run) -> 
 
 @pytest.fixture(scope="module")
 def half() -> tuple[TrainState, TrainState, dict[str, jax.Array]]:
-    """A donated step of a bfloat16 model without local crops: the state before and after."""
+    """The states before and after donated steps of a bfloat16 model without local crops."""
     start, step = make_run(make_config("bfloat16", local_crops=0))
     state, step = start(), jax.jit(step, donate_argnums=0)
     before = state
-    with jax.numpy_dtype_promotion("standard"):  # which the gradient of JAX's attention needs
+    with jax.numpy_dtype_promotion("standard"):  # for the gradient of JAX's attention
         for _ in range(3):
             state, metrics = step(state, make_batch(local_crops=0), True)
     return before, state, metrics
@@ -233,14 +233,14 @@ def test_a_donated_state_gives_its_memory_to_the_next(
 def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
     state = run.states[0]
     assert not any(moved(state.student, state.teacher))
-    # No array is shared: the memory of both is given to the next state.
+    # They share no array, because both are donated to the next state.
     arrays = jax.tree.leaves((state.student, state.teacher))
     assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
 
 
 @pytest.mark.medium
 def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
-    """Against a head on all patches: losses, gradient norm and memories after some steps."""
+    """Compares losses, gradient norm and memories with those of a head on all patches."""
     batch = make_batch(local_crops=0)
     mask = np.random.default_rng(1).permuted(np.eye(4, dtype=bool)[:, :2].sum(1) > 0)
     batch["mask"] = np.broadcast_to(mask.reshape(2, 2), (BATCH, 2, 2, 2)).copy()
@@ -258,7 +258,7 @@ def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
 
 @pytest.mark.medium
 def test_the_drawn_patch_is_remembered() -> None:
-    """The patch memory gets what the teacher's head says of one patch of the second view."""
+    """The patch memory gets the teacher's embedding of one patch of the second view."""
     config = make_config()
     start, step = make_run(config)
     state, batch = start(), make_batch()
@@ -272,7 +272,7 @@ def test_the_drawn_patch_is_remembered() -> None:
 
 @pytest.mark.medium
 def test_no_array_is_as_large_as_the_labels_or_all_scores() -> None:
-    """At the paper's size: neither K(k+1) x K votes nor K x N scores are in the program."""
+    """At the paper's size, the program has neither K(k+1) x K votes nor K x N scores."""
     config = config_lib.paper()
     config.batch_size = 8
     config.model.size = "ti"
@@ -286,7 +286,7 @@ def test_no_array_is_as_large_as_the_labels_or_all_scores() -> None:
 
 
 def largest(jaxpr: Any) -> int:
-    """Elements of the largest array that a jaxpr makes."""
+    """Returns the number of elements of the largest array in a jaxpr."""
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
     inner = [largest(body) for eqn in jaxpr.eqns for body in jaxprs_in_params(eqn.params)]
     return max(sizes + inner, default=0)

@@ -1,4 +1,4 @@
-"""Backbones in the checkpoints of other trainers: which is taken, and what is not used."""
+"""Backbones in the checkpoints of other trainers: which one is used, and what is not."""
 
 import collections
 import functools
@@ -28,7 +28,7 @@ DEPTH = 4
 
 
 class Filled(Call):
-    """A dictionary and list of a kind of its own, as a trainer leaves its settings."""
+    """A dictionary and list of a special type, in which a trainer stores its settings."""
 
     def __reduce__(self) -> Any:
         return self.function, self.args, {"a": 1}, iter([1, 2]), iter([("lr", 0.1), ("wd", 0.2)])
@@ -39,7 +39,7 @@ def under(prefix: str, arrays: Arrays) -> Arrays:
 
 
 def mlp(prefix: str, *widths: int) -> Arrays:
-    """Linear layers with batch norm between them, as in a projection head."""
+    """Returns linear layers with batch norm between them, as in a projection head."""
     arrays: Arrays = {}
     for layer, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
         arrays[f"{prefix}{3 * layer}.weight"] = numbers(outputs, inputs)
@@ -49,18 +49,18 @@ def mlp(prefix: str, *widths: int) -> Arrays:
 
 
 def other(arrays: Arrays) -> Arrays:
-    """The same names, other numbers: what must not be taken."""
+    """Returns the same names with other numbers, which must not be used."""
     return {name: array + 1 for name, array in arrays.items()}
 
 
 def dinov2() -> Arrays:
-    """A backbone of DINOv2's trainer, as its own names are without chunks."""
+    """Returns a backbone under the names of DINOv2's trainer, without chunks."""
     scales = {f"blocks.{i}.ls{n}.gamma": numbers(32, seed=i) for i in range(DEPTH) for n in (1, 2)}
     return vit(depth=DEPTH) | scales | {"mask_token": numbers(1, 32)}
 
 
 def chunked(arrays: Arrays) -> Arrays:
-    """Blocks in two chunks, which keep their numbers."""
+    """Returns blocks in two chunks, which do not change their numbers."""
     renamed = {}
     for name, array in arrays.items():
         if name.startswith("blocks."):
@@ -125,7 +125,7 @@ def lightly() -> Any:
 
 
 def lightly_dino() -> Any:
-    """The network without a word of its own is the teacher here."""
+    """Here the teacher is the network whose names have no prefix."""
     wrapped = under("vit.", vit(depth=DEPTH))
     return {"state_dict": under("backbone.", wrapped) | under("student_backbone.", other(wrapped))}
 
@@ -143,7 +143,7 @@ def compiled() -> Any:
     return {"model": {name.replace("blocks.", "blocks.module."): x for name, x in arrays.items()}}
 
 
-# What each trainer saves, the project whose names they are, the other backbone that is told, and
+# What each trainer saves, the project whose names it uses, the other backbone that is reported, and
 # what is not used.
 TRAINERS: dict[str, tuple[Any, str, str, str]] = {
     "DINOv2's teacher": (
@@ -199,7 +199,7 @@ TRAINERS: dict[str, tuple[Any, str, str, str]] = {
 
 @functools.cache
 def network(scaled: bool) -> tuple[ml_collections.ConfigDict, dict[str, tuple[int, ...]]]:
-    """The settings and shapes of a network of 4 layers, with LayerScale or not."""
+    """Returns settings and shapes of a network of 4 layers, with or without LayerScale."""
     config = tiny_config(**{"model.depth": DEPTH, "model.layer_scale": 0.1 * scaled})
     leaves = named_leaves(jax.eval_shape(build(config, 16).init, jax.random.key(0)))
     return config.model, {path: leaf.shape for path, leaf in leaves.items()}
@@ -336,7 +336,7 @@ def test_layer_in_two_chunks_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["named", "stacked"])
 def test_resnet_in_a_checkpoint_of_contrastive_training(kind: str) -> None:
-    """Its stages look like those of a network themselves; lightly may number its modules."""
+    """Its stages look like networks themselves, and lightly can number its modules."""
     leaves = random_leaves(tiny_config(**NETWORKS["resnet"]))
     plain = mapping.export("timm", "resnet", leaves).arrays
     numbered = {"conv1": "0", "bn1": "1", **{f"layer{n}": str(n + 3) for n in range(1, 5)}}
@@ -393,7 +393,7 @@ def test_part_of_one_process_says_which_file_is_whole(tmp_path: pathlib.Path) ->
 
 
 def sharded(folder: pathlib.Path, kind: str = "safetensors") -> pathlib.Path:
-    """A backbone in three files and their index."""
+    """Writes a backbone in three files and an index."""
     name = {"safetensors": "model", "bin": "pytorch_model"}[kind]
     folder.mkdir()
     arrays = vit()

@@ -1,4 +1,4 @@
-"""Files of weights by the names of other projects: what is read, what is refused, and both ways."""
+"""Files of weights of other projects: what is read, what is refused, and both directions."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "resnet": {"model.family": "resnet", "model.width": 4, "model.stage_depths": (2, 1, 3, 1)},
 }
-# Which projects have which network.
+# The networks that each project has.
 EXPORTS = [
     *((network, "timm") for network in NETWORKS),
     *((network, project) for network in NETWORKS for project in ("hf", "hf4")),
@@ -67,7 +67,7 @@ def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
 
 
 def random_leaves(config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
-    """Of a network, no two layers of it the same."""
+    """Returns the parameters of a network, all of whose layers differ."""
     model = build(config, config.augment.global_size)
     shapes = named_leaves(jax.eval_shape(model.init, jax.random.key(0)))
     return {
@@ -194,7 +194,7 @@ def test_a_pickle_changes_nothing_that_it_names(
             read(file)
         assert things() == before
         assert bfloat16_type.itemsize == 2
-    finally:  # it is the whole process's: for the tests after a failure
+    finally:  # it is global, and other tests follow
         bfloat16_type.__setstate__(before[-1])
 
 
@@ -265,7 +265,7 @@ def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
 def test_round_trip_is_bit_exact(network: str, project: str) -> None:
     config = tiny_config(**NETWORKS[network])
     leaves = random_leaves(config)
-    if (network, project) == ("vit with registers", "timm"):  # which has no position for [CLS]
+    if (network, project) == ("vit with registers", "timm"):  # it has no position for [CLS]
         leaves["backbone/pos_embed"][0] = 0
     arrays, left, _ = mapping.export(project, config.model.family, leaves)
     assert all(path.startswith("head/") or path == "backbone/mask_token" for path in left)
@@ -302,7 +302,7 @@ def test_layout_is_recognised_by_names() -> None:
     gammas = {f"blocks.{i}.ls{n}.gamma": numbers(32) for i in range(2) for n in (1, 2)}
     for arrays, expected in (
         (checkpoints.ibot(wrapper="module."), "ibot"),
-        (vit, "ibot"),  # as DINO's backbones
+        (vit, "ibot"),  # like the backbones of DINO
         (vit | {"masked_embed": numbers(1, 32)}, "ibot"),
         (vit | classifier, "timm"),
         (vit | gammas, "timm"),
