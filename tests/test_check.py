@@ -319,7 +319,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_names_the_setting_and_a_way_out(case: str) -> None:
+def test_an_invalid_combination_is_reported_with_a_remedy(case: str) -> None:
     settings, message = BAD[case]
     with pytest.raises(UserError, match=message):
         check_config(changed(settings))
@@ -342,7 +342,7 @@ def test_names_the_setting_and_a_way_out(case: str) -> None:
     ],
     ids=str,
 )
-def test_what_just_works_passes(settings: dict[str, Any]) -> None:
+def test_values_at_the_limits_pass(settings: dict[str, Any]) -> None:
     check_config(changed(settings))
 
 

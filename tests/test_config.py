@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[dict[str, Any] | list[int], str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_settings_that_cannot_be_read_are_told_in_one_line(tmp_path, case: str) -> None:
+def test_settings_that_cannot_be_read_are_reported_in_one_line(tmp_path, case: str) -> None:
     fault, message = FAULTS[case]
     config_lib.save(config_lib.paper(), epath.Path(tmp_path))
     saved = json.loads((tmp_path / "config.json").read_text())

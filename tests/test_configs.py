@@ -49,13 +49,13 @@ def test_a_recipe_works_and_has_no_unknown_setting(file: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
-def test_the_header_tells_the_command(file: pathlib.Path) -> None:
+def test_the_header_names_the_command(file: pathlib.Path) -> None:
     header = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert f"python -m sop_jax.train --config=configs/{file.name} --workdir=runs/" in header
 
 
 @pytest.mark.parametrize("file", IMAGENET, ids=name)
-def test_the_header_tells_what_to_expect_and_what_it_may_cost(file: pathlib.Path) -> None:
+def test_the_header_says_what_to_expect_and_what_it_costs(file: pathlib.Path) -> None:
     config, header = load(file), ast.get_docstring(ast.parse(file.read_text())) or ""
     assert f"Expected after {config.epochs:.0f} epochs" in header
     assert "k-NN 7" in header or config.model.family == "resnet"  # it has no expected accuracy

@@ -122,7 +122,7 @@ def test_known_sizes_have_their_name_and_heads(tmp_path: pathlib.Path) -> None:
     )
 
 
-def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
+def test_what_cannot_be_converted_is_reported(tmp_path: pathlib.Path) -> None:
     file = save_pth(tmp_path / "f.pth", checkpoints.ibot())
     net = tmp_path / "net"
     for arguments, words in (
@@ -142,7 +142,7 @@ def test_what_cannot_be_converted_is_told(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
-def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+def test_misshapen_weights_are_reported(tmp_path: pathlib.Path, kind: str) -> None:
     file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=2))
     with pytest.raises(UserError) as error:
         convert(file, tmp_path / "net", heads=2)
@@ -427,7 +427,7 @@ def test_settings_without_which_features_differ_come_with_the_weights(
         assert (found.positions, found.norm_eps) == (positions, eps)
 
 
-def test_a_place_that_cannot_be_written_to_is_told_first(read_only: pathlib.Path) -> None:
+def test_a_path_that_cannot_be_written_to_is_reported_first(read_only: pathlib.Path) -> None:
     for to, project in ((read_only / "net", None), (read_only / "f.safetensors", "timm")):
         with pytest.raises(UserError, match=f"{read_only}: .*choose another --to"):
             convert("/there/is/no.pth", to, project)

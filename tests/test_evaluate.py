@@ -232,7 +232,7 @@ def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
     assert found["knn_top1_k100"] is None  # 24 train images
 
 
-def test_other_images_than_those_of_the_run_are_told(
+def test_other_images_than_those_of_the_run_are_reported(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     colours(tmp_path / "data", labelled=True)
@@ -248,7 +248,9 @@ def test_other_images_than_those_of_the_run_are_told(
     assert "was trained with: train: 24 images then, 23 now" in capsys.readouterr().err
 
 
-def test_a_tree_of_classes_only_is_told_how_to_hold_images_out(tmp_path: pathlib.Path) -> None:
+def test_a_tree_of_classes_only_is_an_error_that_says_how_to_hold_images_out(
+    tmp_path: pathlib.Path,
+) -> None:
     make_run(tmp_path / "run")
     colours(tmp_path / "data", labelled=True)
     with pytest.raises(UserError, match="no split .*put it into a folder called val") as caught:

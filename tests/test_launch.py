@@ -664,7 +664,7 @@ class TestTpu:
         done = world.run("tpu_pod.sh", *UP, *TRAINING, code=1)
         assert "describe sop-jax" in done.stdout and not world.verbs()
 
-    def test_what_gcloud_cannot_tell_is_waited_for(self, world: World) -> None:
+    def test_what_gcloud_cannot_report_is_waited_for(self, world: World) -> None:
         """The slice is neither created again nor deleted, because it may be training."""
         world.cloud(state="READY")
         (world.folder / "offline").touch()
@@ -677,7 +677,7 @@ class TestTpu:
             )
         assert len(world.calls()) > 1 and not world.verbs()
 
-    def test_stop_asks_the_training_alone(self, world: World) -> None:
+    def test_stop_signals_only_the_training(self, world: World) -> None:
         world.cloud(state="READY")
         world.run("tpu_pod.sh", "stop", "--zone=z")
         pkill = world.calls()[-1]

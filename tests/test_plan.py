@@ -115,7 +115,7 @@ def test_one_device_sends_nothing_and_several_gradients(one: Plan, eight: Plan) 
 
 
 @pytest.mark.medium
-def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
+def test_a_cpu_reports_whether_the_step_fits(one: Plan) -> None:
     """Devices of a CPU share the memory that the machine has left."""
     assert one.limit is not None and 2**28 < one.limit < 2**46
     assert one.fits is True
@@ -123,7 +123,7 @@ def test_a_processor_is_told_whether_the_step_fits(one: Plan) -> None:
 
 
 @pytest.mark.medium
-def test_a_device_that_does_not_tell_its_memory_gets_no_verdict(
+def test_a_device_that_does_not_report_its_memory_gets_no_verdict(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "fits: unknown" in table(made(limit=None, fits=None))
@@ -148,7 +148,7 @@ def test_bound_is_that_of_the_smaller_memory(one: Plan) -> None:
         ({"model.size": "xl"}, "model.size is 'xl'; expected one of"),
     ],
 )
-def test_what_cannot_run_is_said_before_it_compiles(
+def test_what_cannot_run_is_reported_before_it_compiles(
     changes: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_lib.flops, "by_scope", lambda *_: pytest.fail("too late"))
@@ -158,7 +158,7 @@ def test_what_cannot_run_is_said_before_it_compiles(
         plan(config, jax.devices())
 
 
-def test_table_and_record_tell_the_same() -> None:
+def test_table_and_record_have_the_same_numbers() -> None:
     sent = [
         Collective("all-reduce", 2**20, 12, "jit(f)/transpose(jvp(student))/while/body/dot"),
         Collective("all-reduce", 2**21, 1, "jit(f)/jvp(student)/add"),
@@ -188,7 +188,7 @@ def test_table_and_record_tell_the_same() -> None:
     ]
 
 
-def test_refusal_is_an_answer() -> None:
+def test_a_step_that_does_not_compile_is_reported_as_too_large() -> None:
     words = table(made(wanted=40 * GIB, fits=False, memory={"parameters": 2 * GIB}))
     assert words.endswith("fits: no, 40.00 GiB per chip of 16.00 GiB")
     assert "activations" not in words
@@ -267,7 +267,7 @@ def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
         ("v5e:4x6", "batch_size 512 cannot be split over 24 devices"),
     ],
 )
-def test_what_a_topology_cannot_be_is_said_in_a_line(topology: str, words: str) -> None:
+def test_an_invalid_topology_is_reported_in_one_line(topology: str, words: str) -> None:
     ended = run("--config=configs/imagenet_vitb16.py", f"--topology={topology}", timeout=60)
     assert ended.returncode == 1
     assert words in ended.stderr

@@ -156,7 +156,7 @@ def test_training_from_a_file_resumes_without_it(
         ("another", r"patch_embed.proj.weight is \[32, 3, 8, 8\], expected \[32, 3, 4, 4\]"),
     ],
 )
-def test_bad_file_is_told_before_anything_is_written(
+def test_bad_file_is_reported_before_anything_is_written(
     tmp_path: pathlib.Path, damage: str, words: str
 ) -> None:
     file = tmp_path / "f.pth"
@@ -179,7 +179,7 @@ def test_another_family_is_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", checkpoints.MISSHAPEN)
-def test_misshapen_weights_are_told(tmp_path: pathlib.Path, kind: str) -> None:
+def test_misshapen_weights_are_reported(tmp_path: pathlib.Path, kind: str) -> None:
     file = save_pth(tmp_path / "f.pth", checkpoints.misshapen(kind, depth=1))
     with pytest.raises(UserError) as error:
         train.train(small_config(**SHORT, init_from=str(file)), tmp_path / "run")

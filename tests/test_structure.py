@@ -114,7 +114,7 @@ def test_only_a_method_itself_knows_its_settings() -> None:
             assert not any(name.startswith("objectives.sop") for name in ours(file)), file.name
 
 
-def test_configs_import_the_settings_alone() -> None:
+def test_configs_import_only_the_settings() -> None:
     for file in (ROOT / "configs").glob("*.py"):
         assert ours(file) <= {"config"}, file.name
 

@@ -531,7 +531,7 @@ def test_a_signal_at_any_stage_of_the_start_ends_it_at_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["open_source", "compiled_step", "to_devices"])
-def test_a_signal_while_a_run_is_taken_up_says_what_is_saved(
+def test_a_signal_while_a_run_resumes_says_what_is_saved(
     stopped: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     saved = checkpoint.steps(stopped)
@@ -558,7 +558,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [0, 7, 14, 16])
-def test_an_evaluation_gives_way_to_a_signal_and_is_made_up_for(
+def test_an_evaluation_ends_at_a_signal_and_is_repeated_on_resume(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
     """Interrupts the evaluations of the untrained network, of two steps, and of the last one."""
@@ -635,7 +635,7 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
     ],
     ids=str,
 )
-def test_what_may_change_on_resume_changes_no_bit(
+def test_settings_that_may_change_on_resume_change_no_bit(
     stopped: pathlib.Path, finished: pathlib.Path, changes: dict[str, Any]
 ) -> None:
     train.train(small_config(**changes), stopped)
@@ -783,7 +783,7 @@ def killed_after(times: int, kill: Callable[..., None]) -> Callable[..., None]:
 @pytest.mark.medium
 @pytest.mark.parametrize("change", ["added", "deleted", "renamed"])
 @pytest.mark.parametrize("state", ["stopped", "finished"])
-def test_other_images_are_told_when_a_run_goes_on(
+def test_other_images_are_reported_when_a_run_resumes(
     tmp_path: pathlib.Path,
     fake_step: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -897,7 +897,7 @@ def test_a_length_in_epochs_is_the_same_in_steps(
 
 
 @pytest.mark.medium
-def test_a_finished_run_that_is_asked_for_more_says_how_to_go_on(
+def test_a_finished_run_that_is_asked_for_more_says_how_to_continue(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
     train.train(small_config(steps=None, epochs=0.1), tmp_path / "run")
@@ -920,7 +920,7 @@ def test_more_corrupt_images_may_be_allowed_on_resume(
 
 
 @pytest.mark.medium
-def test_a_run_of_an_earlier_version_goes_on_as_it_began(
+def test_a_run_of_an_earlier_version_continues_as_it_began(
     stopped: pathlib.Path,
     finished: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -961,7 +961,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_told_before_anything_is_written(
+def test_bad_input_is_reported_before_anything_is_written(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -985,7 +985,7 @@ def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
 
 
 @pytest.mark.medium
-def test_a_step_that_does_not_fit_is_told_before_the_first_batch(
+def test_a_step_that_does_not_fit_is_reported_before_the_first_batch(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message suggests a compiled `accumulate`: the first estimate is 4, the second 8."""
@@ -1076,7 +1076,7 @@ def test_checkpoints_of_unknown_settings_are_left_alone(stopped: pathlib.Path) -
 
 
 @pytest.mark.medium
-def test_a_disk_without_space_for_checkpoints_is_told_first(
+def test_a_disk_without_space_for_checkpoints_is_reported_first(
     tmp_path: pathlib.Path,
     stopped: pathlib.Path,
     finished: pathlib.Path,
@@ -1210,7 +1210,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
 
 
 @pytest.mark.medium
-def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_learning_rate_that_explodes_is_reported(tmp_path: pathlib.Path) -> None:
     changes = {"optim.lr": 1e30, "eval_every": 0, "checkpoint_every": 1}
     config = small_config(**changes | {"augment.local_crops": 0, "sop.patch.tasks": 0})
     with pytest.raises(UserError, match=r"step (\d+)\D.* is not finite") as caught:
@@ -1223,7 +1223,7 @@ def test_a_learning_rate_that_explodes_is_told(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize("collapsing", [True, False])
-def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
+def test_a_collapse_is_reported_in_words_once_and_marked_on_every_line(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -1253,7 +1253,7 @@ def test_a_collapse_is_told_in_words_once_and_marked_on_every_line(
 
 
 @pytest.mark.medium
-def test_what_is_left_out_of_a_folder_is_told_at_the_start(
+def test_what_is_left_out_of_a_folder_is_reported_at_the_start(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "test", "valid"):
@@ -1380,7 +1380,7 @@ def test_says_that_the_input_is_the_bottleneck(
     assert all(row["idle_share"] > 0.5 for row in rows(tmp_path))
 
 
-def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_told() -> None:
+def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_reported() -> None:
     config = small_config(batch_size=32, profile_steps=(3, 4))
     few, over = train.warnings_of(config, 3, start=4)
     assert few.startswith("warning: there are only 3 images, fewer than the batch of 32")
@@ -1388,7 +1388,7 @@ def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_told() -> None:
     assert train.warnings_of(config, 32, start=3) == []
 
 
-def test_a_read_only_workdir_is_told_before_anything_else(read_only: pathlib.Path) -> None:
+def test_a_read_only_workdir_is_reported_before_anything_else(read_only: pathlib.Path) -> None:
     for workdir in (read_only, read_only / "run"):
         with pytest.raises(UserError, match=f"{read_only}: .*choose another --workdir"):
             train.train(small_config(**{"data.source": "folder", "data.path": "/no"}), workdir)

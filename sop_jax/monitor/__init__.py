@@ -1,1 +1,1 @@
-"""What a run records and reports about itself."""
+"""Records and reports the progress of a run."""

@@ -1,1 +1,1 @@
-"""What makes many devices and processes one run: meshes, search, hosts, signals."""
+"""Many devices and processes as one run: meshes, search, hosts and signals."""

@@ -92,7 +92,7 @@ def test_half_an_entry_does_not_keep_others_from_being_written(copied: pathlib.P
     assert not stray.exists()
 
 
-def test_a_full_disk_is_told_once_and_what_is_there_is_used(copied: pathlib.Path) -> None:
+def test_a_full_disk_is_reported_once_and_what_is_there_is_used(copied: pathlib.Path) -> None:
     def times() -> dict[str, int]:
         return {str(f): f.stat().st_mtime_ns for f in copied.rglob("*") if f.is_file()}
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_used(copied: pathlib.Path
 
 
 @pytest.mark.parametrize("case", ["read-only", "no folder"])
-def test_a_cache_that_cannot_be_written_is_told_in_one_line(
+def test_a_cache_that_cannot_be_written_is_reported_in_one_line(
     case: str,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_one_line(
     assert {"read-only": "Read-only file system", "no folder": "File exists"}[case] in line
 
 
-def test_a_cache_that_fails_later_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_fails_later_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
     keep_compiled()
     told = f"{keep_compiled()}"
     with warnings.catch_warnings():
@@ -154,7 +154,7 @@ def test_a_cache_that_fails_later_is_told_once(capsys: pytest.CaptureFixture[str
     assert told in line
 
 
-def test_a_folder_that_jax_was_told_of_stays(tmp_path: pathlib.Path) -> None:
+def test_a_folder_that_jax_is_configured_with_is_kept(tmp_path: pathlib.Path) -> None:
     told = tmp_path / "told"
     assert run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(told)) == told
     assert not (tmp_path / "sop_jax").exists()

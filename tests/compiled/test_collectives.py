@@ -79,7 +79,7 @@ def test_a_loop_of_unknown_length_says_so(mesh: Mesh) -> None:
     assert {(c.kind, c.times) for c in compiled(mesh, function, X)} == {("all-reduce", None)}
 
 
-def test_nothing_travels_within_one_device(mesh: Mesh) -> None:
+def test_nothing_is_sent_within_one_device(mesh: Mesh) -> None:
     assert compiled(mesh, lambda x: jnp.tanh(x), X) == []
     assert compiled(mesh, lambda x: jax.lax.psum(x, "one"), X) == []
 

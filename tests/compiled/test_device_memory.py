@@ -84,7 +84,7 @@ def test_processors_share_what_is_left_and_what_they_hold(monkeypatch: pytest.Mo
     assert bytes_limit(jax.devices()) is None
 
 
-def test_other_devices_are_taken_at_their_word() -> None:
+def test_other_devices_report_their_own_limit() -> None:
     def device(kind: str, stats: dict[str, int] | None) -> Any:
         return SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: stats)
 

@@ -117,7 +117,7 @@ def test_a_loop_of_unknown_length_is_refused_if_it_multiplies() -> None:
         flops.flops(jax.named_scope("search")(until(lambda c: c @ W)), X)
 
 
-def test_scopes_share_out_what_there_is() -> None:
+def test_scopes_add_up_to_all_operations() -> None:
     def loss(w: jax.Array) -> jax.Array:
         with jax.named_scope("student"):
             y = chain(X, w, 5)

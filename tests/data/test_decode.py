@@ -147,7 +147,7 @@ def test_16_bit_colours_that_end_earlier_are_refused():
         decode(record)
 
 
-def test_a_folder_of_floats_is_refused_by_name_and_read_when_white_is_said(tmp_path):
+def test_a_folder_of_floats_is_refused_by_name_and_read_when_white_is_set(tmp_path):
     values = np.random.default_rng(0).random((24, 12, 12), np.float32)
     source = source_of(tmp_path, [tiff(image) for image in values])
     with pytest.raises(UserError, match=r"\.png.*data\.white=VALUE"):

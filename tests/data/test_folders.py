@@ -127,7 +127,7 @@ def test_a_test_split_that_is_the_train_split_is_reported(tmp_path):
     assert "are the same images" not in str(notes(opened(other), opened(other, "test")))
 
 
-def test_splits_that_are_not_used_are_told(tmp_path):
+def test_splits_that_are_not_used_are_reported(tmp_path):
     splits = ("train", "val", "validation", "Test")
     write_tree(tmp_path, [f"{split}/{name}/1.png" for split in splits for name in "ab"])
     write_tree(tmp_path, ["sample.png"])
@@ -197,7 +197,7 @@ def test_every_folder_is_read_once_whatever_links_to_it(tmp_path):
     ]
 
 
-def test_links_that_lead_nowhere_are_told(tmp_path):
+def test_links_that_lead_nowhere_are_reported(tmp_path):
     write_tree(tmp_path, ["a/1.png", "b/2.png"])
     (tmp_path / "c").symlink_to("/unmounted")
     (tmp_path / "d").symlink_to("d")

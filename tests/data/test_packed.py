@@ -76,7 +76,7 @@ def test_an_array_of_the_wrong_kind_is_named_with_what_was_expected(
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", ["train_blob", "train_offsets", "train_labels"])
-def test_a_flipped_byte_is_told_of_the_array_that_has_it(
+def test_a_flipped_byte_is_reported_with_the_array_that_has_it(
     tmp_path: pathlib.Path, compressed: bool, name: str
 ) -> None:
     path = write(tmp_path, compressed, train_labels=LABELS)

@@ -58,7 +58,7 @@ def test_round_trip_of_an_imagenet_tree(tmp_path):
         assert found == {file: int(file.startswith("n02")) for file in expected}
 
 
-def test_the_folder_alone_opens_too_and_splits_can_be_sliced(tmp_path):
+def test_the_folder_by_itself_opens_too_and_splits_can_be_sliced(tmp_path):
     prepare(write_tree(tmp_path / "tree"), str(tmp_path), "tiny", ["train", "val"])
     config = SimpleNamespace(source="tfds", path=str(tmp_path / "tiny" / "1.0.0"), name="")
     config.train_split, config.test_split = "train[:50%]", "train[50%:]"
@@ -131,7 +131,7 @@ def test_splits_are_found_in_any_letter_case(tmp_path, capfd):
         prepare(tree, out, "other", ["train", "val", "validation"])
 
 
-def test_images_beside_the_splits_are_refused_until_there_are_said_to_be_none(tmp_path):
+def test_images_next_to_the_splits_are_refused_unless_there_are_no_splits(tmp_path):
     tree = write_tree(tmp_path / "tree", ["bus/1.png", "cat/2.png", "train/3.jpg"])
     out = str(tmp_path / "out")
     with pytest.raises(UserError, match="images in bus, cat.* --splits="):
@@ -171,7 +171,7 @@ def test_nonsense(tmp_path):
         prepare(tree, out, "x", ["train", "val"])
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_first(tmp_path, read_only):
+def test_a_folder_that_cannot_be_written_to_is_reported_first(tmp_path, read_only):
     with pytest.raises(UserError, match=f"cannot write to {read_only}: .*choose another --out"):
         prepare("/there/is/no/tree", str(read_only), "tiny", ["train"])
 

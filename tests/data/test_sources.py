@@ -49,7 +49,7 @@ def write_tree(root: pathlib.Path, files: list[str]) -> pathlib.Path:
     return root
 
 
-def test_the_digest_tells_which_records_these_are_wherever_they_are_stored(tmp_path):
+def test_the_digest_identifies_the_records_wherever_they_are_stored(tmp_path):
     files = ["a/1.png", "a/2.png", "b/3.png"]
     here, moved = write_tree(tmp_path / "here", files), write_tree(tmp_path / "moved", files)
     other = write_tree(tmp_path / "other", [*files, "b/4.png"])
@@ -203,7 +203,7 @@ def test_decode_refuses_odd_arrays():
         decode(noise().astype(np.float32))
 
 
-def test_substitute_is_decided_by_the_index_alone(tmp_path):
+def test_substitute_depends_only_on_the_index(tmp_path):
     files = [f"{i}.png" for i in range(20)]
     source = opened(data_config("folder", write_tree(tmp_path, files)))
     image, used, corrupt = decode_or_substitute(source, 3, AS_STORED)

@@ -108,7 +108,7 @@ def batches_of(workers: int) -> pipeline.Batches:
     return pipeline.train_batches(source, config, 4)
 
 
-def test_a_killed_worker_is_told_in_words_and_as_lost() -> None:
+def test_a_killed_worker_is_reported_in_words_and_as_lost() -> None:
     with contextlib.closing(batches_of(1)) as batches:
         next(batches)
         (child,) = multiprocessing.active_children()
@@ -137,7 +137,7 @@ def test_a_run_that_ends_before_its_first_batch_does_not_wait_for_workers() -> N
         (3, r"exit code 3.*data\.workers=0", True),
     ],
 )
-def test_how_a_worker_ended_is_told_in_words(code: int, words: str, lost: bool) -> None:
+def test_how_a_worker_ended_is_reported_in_words(code: int, words: str, lost: bool) -> None:
     def grain() -> Iterator[Any]:
         raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. Se")
         yield

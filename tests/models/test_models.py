@@ -73,7 +73,7 @@ def test_any_size_of_whole_patches_is_embedded(
     np.testing.assert_allclose(jnp.linalg.norm(patches, axis=-1), 1, rtol=1e-5)
 
 
-def test_cls_alone_is_the_same_cls(embed: Any, params: Params) -> None:
+def test_cls_without_patches_is_the_same_cls(embed: Any, params: Params) -> None:
     both, _ = embed(params, images())
     alone, patches = embed(params, images(), patches=False)
     assert patches.shape == (BATCH, 0, DIM)
@@ -132,7 +132,7 @@ def test_no_keys_mean_no_drop_path_and_keys_draw_for_each_sample(
     assert len(np.unique(np.round(jnp.concatenate(drawn), 4), axis=0)) >= 4
 
 
-def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
+def test_an_image_is_dropped_by_its_own_key_whatever_else_is_in_the_batch(
     embed: Any, params: Params
 ) -> None:
     cls, _ = embed(params, images(), None, keys(0))

@@ -225,7 +225,7 @@ def normed(x: np.ndarray, training: bool) -> tuple[np.ndarray, Params]:
 
 
 @pytest.mark.medium
-def test_batch_norm_takes_its_statistics_from_the_batch_in_training_alone() -> None:
+def test_batch_norm_takes_its_statistics_from_the_batch_only_in_training() -> None:
     x = np.random.default_rng(0).normal(3, 2, (4, 3, 5, 3)).astype(np.float32)
     out, moved = normed(x, training=True)
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
@@ -316,7 +316,7 @@ def test_starts_as_torchvision() -> None:
 
 
 @pytest.mark.medium
-def test_embeds_cls_alone(embed: Any, embed_training: Any, params: Params) -> None:
+def test_embeds_only_cls(embed: Any, embed_training: Any, params: Params) -> None:
     mask = jnp.ones((BATCH, 2, 2), bool)
     trained, _ = embed_training(params, images(), mask)
     for cls, patches in (embed(params, images(), mask), trained[:2]):
@@ -351,7 +351,7 @@ def test_training_depends_on_the_other_images_and_not_on_running_statistics(
 
 
 @pytest.mark.medium
-def test_what_a_resnet_has_not_is_said(model: Model, params: Params) -> None:
+def test_settings_that_a_resnet_does_not_have_are_reported(model: Model, params: Params) -> None:
     with pytest.raises(UserError, match="the last 2 layers of a ResNet.*request 1"):
         model.features(params, images(), last=2)
     with pytest.raises(UserError, match="no patches to mask"):
@@ -476,7 +476,7 @@ def running(tree: Params) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_running_statistics_are_moved_by_each_networks_own_passes_alone(
+def test_running_statistics_are_updated_only_by_each_networks_own_passes(
     accumulate: int, learnt: Learnt
 ) -> None:
     """Those of the student by global and then local views, those of the teacher by global views.

@@ -135,7 +135,7 @@ def test_any_size_is_embedded(
 
 
 @pytest.mark.medium
-def test_rows_and_columns_are_what_they_say(model: Model, params: Params) -> None:
+def test_patches_are_counted_row_by_row(model: Model, params: Params) -> None:
     """Without attention, a patch affects only its own token, whatever the shape of the image."""
     still = {
         name: stage | {"blocks": jax.tree.map(jnp.zeros_like, stage["blocks"])}
@@ -197,7 +197,7 @@ def test_attention_is_among_the_tokens_of_the_last_stage(model: Model, params: P
 
 
 @pytest.mark.medium
-def test_an_image_is_dropped_by_its_own_key_whatever_stands_beside_it(
+def test_an_image_is_dropped_by_its_own_key_whatever_else_is_in_the_batch(
     embed: Any, params: Params
 ) -> None:
     still, _ = embed(params, images())

@@ -46,7 +46,7 @@ def test_rows_are_written_with_the_time_of_all_starts(tmp_path: pathlib.Path) ->
     assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [0, 10, 20]
 
 
-def test_a_bottleneck_is_told_when_it_begins_and_shown_until_it_ends(
+def test_a_bottleneck_is_reported_when_it_begins_and_shown_until_it_ends(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = open_journal(tmp_path)
@@ -61,7 +61,7 @@ def test_a_bottleneck_is_told_when_it_begins_and_shown_until_it_ends(
     assert ["keeps up" in line for line in shown] == [False, False, False, True, False]
 
 
-def test_bad_health_is_told_when_it_begins_and_when_it_is_over(
+def test_bad_health_is_reported_when_it_begins_and_when_it_is_over(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = open_journal(tmp_path)

@@ -50,7 +50,7 @@ def test_rows_are_on_disk_before_the_writer_closes(tmp_path: pathlib.Path) -> No
     writer.close()
 
 
-def test_after_a_kill_in_mid_line_every_step_stands_once(tmp_path: pathlib.Path) -> None:
+def test_after_a_kill_in_mid_line_every_step_is_stored_once(tmp_path: pathlib.Path) -> None:
     writer = metrics.Writer(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"loss": float(step)})
@@ -160,7 +160,7 @@ def test_progress_away_from_a_terminal_is_a_line_a_logged_step(
     assert note == "collapsing: raise loss.teacher_temperature"
 
 
-def test_the_time_left_is_told_after_the_second_step(
+def test_the_time_left_is_reported_after_the_second_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not depend on when the first step is logged, and its line shows it too."""
@@ -176,7 +176,7 @@ def test_the_time_left_is_told_after_the_second_step(
     )
 
 
-def test_a_short_run_does_not_tell_its_time_left_twice(
+def test_a_short_run_does_not_report_its_time_left_twice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     progress = metrics.Progress(0, 5)

@@ -64,6 +64,6 @@ def test_effective_rank_of_a_point_is_finite() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_embedding_std_tells_a_point_from_a_full_sphere(spread: float) -> None:
+def test_embedding_std_distinguishes_a_point_from_a_full_sphere(spread: float) -> None:
     x = unit(spread * normal(0, 400, 16) + (1 - spread))
     assert health.embedding_std(x) == pytest.approx(spread, abs=0.02)

@@ -73,7 +73,7 @@ def test_cls_loss_is_the_mean_over_pairs_of_different_views(views: int, globals_
     assert loss == pytest.approx(np.mean(terms), rel=1e-5)
 
 
-def test_a_view_learns_from_other_views_alone() -> None:
+def test_a_view_learns_only_from_other_views() -> None:
     """With two views, the first learns only from the target of the second."""
     sops, student = random_sops(2), random_units(1, BATCH, 2, DIM)
     targets = jnp.asarray(assignment(random_units(2, BATCH, 2, DIM), sops, TEACHER), jnp.float32)

@@ -90,7 +90,7 @@ def test_votes_by_definition(votes: str, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("votes", VOTES)
-def test_votes_of_an_anchor_alone_keep_their_shape(votes: str) -> None:
+def test_votes_of_an_anchor_without_supports_keep_their_shape(votes: str) -> None:
     assert cast_votes(jnp.ones((1, 3, 2)), votes, 0.1).shape == (1, 3)
 
 

@@ -102,7 +102,7 @@ SLURM = {
 
 
 @pytest.mark.medium
-def test_a_process_alone_starts_at_once(tmp_path: pathlib.Path) -> None:
+def test_a_single_process_starts_at_once(tmp_path: pathlib.Path) -> None:
     name = command(
         tmp_path,
         """
@@ -131,7 +131,7 @@ def test_a_process_alone_starts_at_once(tmp_path: pathlib.Path) -> None:
         assert seconds < 0.1
 
 
-def test_alone_all_agree() -> None:
+def test_a_single_process_agrees_with_itself() -> None:
     hosts.check_agreement({"a": 1})
     hosts.check_shared("/nowhere/at/all")
     hosts.stop()
@@ -140,7 +140,7 @@ def test_alone_all_agree() -> None:
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_alone_anywhere_is_here(flag: bool) -> None:
+def test_in_a_single_process_anywhere_is_here(flag: bool) -> None:
     with jax.transfer_guard("disallow"):
         answer = hosts.anywhere(flag, True)
         assert answer.sharding.device_set == set(jax.devices())

@@ -71,7 +71,7 @@ def test_an_error_inside_restores_them_too() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_process_alone_knows_at_once() -> None:
+def test_a_single_process_knows_at_once() -> None:
     with Interruption(ahead=2) as interruption:
         assert interruption.poll() == (False, False)
         assert interruption.poll(save=True) == (False, True)
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_several_processes_ask_for_is_saved_once(
     assert saves == [6, 12]
 
 
-def test_each_run_is_asked_anew() -> None:
+def test_each_run_starts_without_a_signal() -> None:
     interruption = Interruption()
     with interruption:
         os.kill(os.getpid(), signal.SIGTERM)

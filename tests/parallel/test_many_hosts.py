@@ -95,7 +95,7 @@ def test_devices_of_two_processes_by_turns_hold_the_batch_in_order(tmp_path: pat
             assert found[order].tolist() == np.arange(24).reshape(8, 3).tolist()
 
 
-def test_the_first_process_alone_writes_and_speaks(whole: pathlib.Path) -> None:
+def test_only_the_first_process_writes_and_prints(whole: pathlib.Path) -> None:
     said, silent = (
         (whole.parent / "log" / f"{process}.{stream}").read_text().splitlines()
         for process, stream in ((0, "err"), (1, "err"))
@@ -168,7 +168,7 @@ def test_a_signal_stops_both_in_an_evaluation(tmp_path: pathlib.Path) -> None:
     assert all(f"step {saved} of {STEPS} is saved" in process.err for process in ended)
 
 
-def test_after_a_kill_the_same_command_goes_on(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_after_a_kill_the_same_command_resumes(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Process 1 dies; the other ends by itself, and both resume from the last checkpoint."""
     workdir = tmp_path / "run"
     with pair(tmp_path, command(workdir)) as running:
@@ -274,7 +274,9 @@ def test_a_workdir_that_is_another_folder_on_one_host_is_named(tmp_path: pathlib
     assert not (tmp_path / "a" / "run").exists() and not (tmp_path / "b" / "run").exists()
 
 
-def test_a_batch_that_the_processes_cannot_share_is_told_once_each(tmp_path: pathlib.Path) -> None:
+def test_a_batch_that_the_processes_cannot_share_is_reported_once_each(
+    tmp_path: pathlib.Path,
+) -> None:
     for ended in finish(tmp_path, command(tmp_path / "run", batch_size=18)):
         assert ended.code == 1 and "Traceback" not in ended.err
         assert "batch_size 18 cannot be split over 4 devices; choose a multiple of 4" in ended.err

@@ -95,7 +95,7 @@ def test_microbatches_are_split_too() -> None:
         ("step", (), P()),
     ],
 )
-def test_rules_say_where_a_leaf_lies(path: str, shape: tuple[int, ...], spec: P) -> None:
+def test_rules_say_how_a_leaf_is_sharded(path: str, shape: tuple[int, ...], spec: P) -> None:
     tree: Any = jax.ShapeDtypeStruct(shape, np.float32)
     for name in reversed(path.split("/")):
         tree = {name: tree}

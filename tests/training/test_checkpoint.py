@@ -156,7 +156,7 @@ def flip(file: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, pathlib.Path.unlink])
-def test_a_damaged_checkpoint_says_where_to_go_on_from(
+def test_a_damaged_checkpoint_names_the_one_to_resume_from(
     tmp_path: pathlib.Path, damage: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, 1, 2)
@@ -213,7 +213,7 @@ def test_an_array_that_cannot_be_decoded_is_named(
         checkpoint.restore(tmp_path, on(8))
 
 
-def test_another_architecture_is_told_leaf_by_leaf(tmp_path: pathlib.Path) -> None:
+def test_another_architecture_is_reported_leaf_by_leaf(tmp_path: pathlib.Path) -> None:
     save(tmp_path, 1)
     other = on(8)
     other.teacher["bias"] = other.teacher.pop("scale")
@@ -299,14 +299,16 @@ def test_a_kill_in_mid_save_leaves_the_last_good_one(tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.parametrize("when", ["wait", "next"])
-def test_a_write_that_fails_is_told_and_loses_nothing(tmp_path: pathlib.Path, when: str) -> None:
+def test_a_write_that_fails_is_reported_and_loses_nothing(
+    tmp_path: pathlib.Path, when: str
+) -> None:
     result = child(tmp_path, when)
     assert "File too large" in result.stdout
     assert result.stderr == ""  # only the caller reports the error
     assert restored_step(tmp_path) == 1
 
 
-def test_a_disk_too_small_is_told_before_the_work(tmp_path: pathlib.Path) -> None:
+def test_a_disk_too_small_is_reported_before_the_work(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "not" / "there" / "yet"
     checkpoint.check_space(workdir, 1000)
     with pytest.raises(UserError, match=r"need 1000000000 MB, and the disk of .* has .* MB free"):

@@ -128,7 +128,7 @@ def test_any_warm_up_gives_finite_rates(config: ml_collections.ConfigDict, warmu
     ],
     ids=str,
 )
-def test_what_lies_beyond_the_end_of_a_run_is_told_with_both_numbers(
+def test_what_lies_beyond_the_end_of_a_run_is_reported_with_both_numbers(
     config: ml_collections.ConfigDict, settings: dict[str, Any], words: str
 ) -> None:
     config.steps = 50
@@ -190,7 +190,7 @@ def test_a_zero_gradient_stays_finite() -> None:
         assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(clipped))
 
 
-def test_decay_leaves_out_biases_and_norm_scales_alone(config: ml_collections.ConfigDict) -> None:
+def test_decay_leaves_out_only_biases_and_norm_scales(config: ml_collections.ConfigDict) -> None:
     config.model.size = "ti"
     params = jax.eval_shape(build(config, 32).init, jax.random.key(0))
     flags = jax.tree_util.tree_leaves_with_path(optim.decays(params))

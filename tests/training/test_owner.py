@@ -281,7 +281,7 @@ def test_a_folder_is_left_as_it_was_where_nothing_is_written(tmp_path: pathlib.P
     assert tmp_path.stat().st_mtime_ns != before
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(UserError, match="cannot write to .*run.*choose another --workdir"),

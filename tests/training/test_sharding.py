@@ -264,7 +264,7 @@ def test_the_merge_is_shared_too() -> None:
     assert sorted(int(rows) for rows, _ in sorts) == [64, 512, 512]
 
 
-def test_the_search_sends_scores_and_indices_of_the_best_alone() -> None:
+def test_the_search_sends_only_scores_and_indices_of_the_best() -> None:
     (sent,) = collectives(search_program(8).as_text())
     assert (sent.kind, sent.bytes) == ("all-to-all", 512 * 8 * 8)
 

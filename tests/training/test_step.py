@@ -137,7 +137,7 @@ def test_every_parameter_of_the_student_moves(run: Run) -> None:
     assert all(moved(run.states[1].student, run.states[3].student))
 
 
-def test_teacher_moves_by_its_average_alone(run: Run) -> None:
+def test_teacher_moves_only_by_its_average(run: Run) -> None:
     for i in (0, 5, 39):
         before, after, m = run.states[i], run.states[i + 1], run.metrics[i]["momentum"]
         expected = jax.tree.map(
@@ -183,7 +183,7 @@ def test_signs_of_health_are_measured_when_asked(run: Run) -> None:
     assert 0 < measured["entropy"] <= measured["log_k"] == pytest.approx(np.log(6))
 
 
-def test_metrics_tell_the_settings_of_the_step_and_corrupt_images(run: Run) -> None:
+def test_metrics_contain_the_schedules_of_the_step_and_corrupt_images(run: Run) -> None:
     row = run.metrics[20]
     assert row["lr"] > 0
     assert row["teacher_temperature"] == pytest.approx(0.07)
@@ -230,7 +230,7 @@ def test_a_donated_state_gives_its_memory_to_the_next(
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
 
 
-def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
+def test_student_and_teacher_start_equal_but_share_no_array(run: Run) -> None:
     state = run.states[0]
     assert not any(moved(state.student, state.teacher))
     # They share no array, because both are donated to the next state.
@@ -239,7 +239,7 @@ def test_student_and_teacher_start_alike_but_apart(run: Run) -> None:
 
 
 @pytest.mark.medium
-def test_a_head_on_masked_patches_alone_changes_nothing() -> None:
+def test_a_head_on_masked_patches_only_changes_nothing() -> None:
     """Compares losses, gradient norm and memories with those of a head on all patches."""
     batch = make_batch(local_crops=0)
     mask = np.random.default_rng(1).permuted(np.eye(4, dtype=bool)[:, :2].sum(1) > 0)

@@ -305,7 +305,9 @@ def test_networks_of_equal_names_are_asked_for() -> None:
         ("projector", r"do not fit a known backbone .*: 0.weight"),
     ],
 )
-def test_prefix_without_a_network_is_told(tmp_path: pathlib.Path, prefix: str, words: str) -> None:
+def test_prefix_without_a_network_is_reported(
+    tmp_path: pathlib.Path, prefix: str, words: str
+) -> None:
     file = save_pth(tmp_path / "f.pth", solo_learn())
     with pytest.raises(UserError, match=f"f.pth: .*{words}"):
         convert(file, tmp_path / "net", heads=2, prefix=prefix)
@@ -443,7 +445,7 @@ def test_one_of_several_files_says_so(tmp_path: pathlib.Path) -> None:
     assert pretrained.read_file(single).arrays.keys() == vit().keys()
 
 
-def test_index_that_does_not_fit_its_files_is_told(tmp_path: pathlib.Path) -> None:
+def test_index_that_does_not_fit_its_files_is_reported(tmp_path: pathlib.Path) -> None:
     index = sharded(tmp_path / "theirs")
     part = index.parent / "model-00002-of-00003.safetensors"
     data = part.read_bytes()
