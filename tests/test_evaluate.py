@@ -157,7 +157,7 @@ def test_load_gives_the_teacher_of_the_step_asked_for(tmp_path: pathlib.Path) ->
 
 
 def test_load_says_what_is_missing(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="no folder of a training run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         load_network(tmp_path / "nowhere")
     config_lib.save(make_config(), epath.Path(tmp_path))
     with pytest.raises(UserError, match="no checkpoint"):
@@ -242,10 +242,10 @@ def test_other_images_than_those_of_the_run_are_reported(
     test = sources.open_source(config.data, "test", train)
     resume.save(config, resume.data_of(train, test), epath.Path(tmp_path / "run"))
     evaluate.knn(tmp_path / "run")
-    assert "was trained with" not in capsys.readouterr().err
+    assert "not the data of the run" not in capsys.readouterr().err
     (tmp_path / "data" / "train" / "red" / "red0.png").unlink()
     evaluate.knn(tmp_path / "run")
-    assert "was trained with: train: 24 images then, 23 now" in capsys.readouterr().err
+    assert "not the data of the run: train: 24 images then, 23 now" in capsys.readouterr().err
 
 
 def test_a_tree_of_classes_only_is_an_error_that_says_how_to_hold_images_out(
@@ -296,7 +296,7 @@ def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"path": "/does/not/exist"}, "nothing at --data.path=/does/not/exist"),
+        ({"path": "/does/not/exist"}, "--data.path=/does/not/exist does not exist"),
         ({"path": __file__}, "is a file, but not a packed .npz"),
         ({"source": "digits", "path": "/x"}, "--data.path=/x would have no effect"),
         ({"test_split": "val"}, "--data.test_split=val would have no effect"),

@@ -209,7 +209,7 @@ def test_errors_say_what_to_do(run: pathlib.Path, tree: pathlib.Path) -> None:
     (tree / "empty").mkdir()
     with pytest.raises(UserError, match="contains no images"):
         export(run, open_images([str(tree / "empty")]), out)
-    with pytest.raises(UserError, match="no folder of a training run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         export(tree, open_images([str(tree)]), out)
     with pytest.raises(UserError, match="no checkpoint of step 4"):
         export(run, open_images([str(tree)]), out, step=4)

@@ -263,7 +263,7 @@ def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     [
         ("foo", "libtpu does not support --topology=foo"),
         ("v5e:3x5", "libtpu does not support --topology=v5e:3x5"),
-        ("v3:2x2", "memory is not known here: TPU v3; expected one of v4, v5e, v5p and v6e"),
+        ("v3:2x2", "memory is not known here: TPU v3; choose one of v4, v5e, v5p and v6e"),
         ("v5e:4x6", "batch_size 512 cannot be split over 24 devices"),
     ],
 )
