@@ -284,7 +284,7 @@ def test_the_progress_shows_loss_accuracy_speed_and_time_left(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("1437 images, views 2x16 + 2x8;")
     assert "batch 16 on 1 cpu device; steps 0 to 16" in lines[0]
-    assert lines[1].startswith("warning: optim.warmup is 320 steps, but the run has only 16: ")
+    assert lines[1].startswith("warning: optim.warmup is 320 steps, but the run has only 16, so ")
     steps = [line for line in lines if line.startswith("step ")]
     assert re.match(r"step 0/16  knn 0\.\d+  ", steps[0])
     assert re.fullmatch(r"step 2/16  loss 3  images/s \d.*  \d\d:\d\d left", steps[1])
