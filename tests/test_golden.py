@@ -266,9 +266,10 @@ def computed_numbers(name: str) -> dict[str, jax.Array]:
 
 
 NUMBERS = {"method.npz": method_numbers, "backbone.npz": backbone_numbers}
-NAMES = ["method.npz", pytest.param("backbone.npz", marks=pytest.mark.medium)]
+NAMES = ["method.npz", "backbone.npz"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number(name):
     assert differences(load(name), computed_numbers(name)) == []

@@ -47,6 +47,8 @@ from sop_jax.training import assemble as assembly
 from sop_jax.training import checkpoint, owner
 from sop_jax.training.assemble import assemble
 
+pytestmark = pytest.mark.medium
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits.py"
 
@@ -272,7 +274,6 @@ def test_a_finished_run_says_so_and_stays_as_it_is(
     assert shown.err == ""
 
 
-@pytest.mark.medium
 def test_the_progress_shows_loss_accuracy_speed_and_time_left(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -294,7 +295,6 @@ def test_the_progress_shows_loss_accuracy_speed_and_time_left(
 # Runs of other kinds
 
 
-@pytest.mark.medium
 def test_a_folder_without_labels_trains_without_knn(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -308,7 +308,6 @@ def test_a_folder_without_labels_trains_without_knn(
     assert last["knn_top1"] is None and last["knn_top1_k10"] is None
 
 
-@pytest.mark.medium
 def test_a_data_set_smaller_than_the_batch_is_repeated(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -318,14 +317,12 @@ def test_a_data_set_smaller_than_the_batch_is_repeated(
     assert train.train(config, tmp_path / "run")["steps"] == 3  # 45 images, 16 per step
 
 
-@pytest.mark.medium
 def test_steps_win_over_epochs(tmp_path: pathlib.Path, fake_step: None) -> None:
     assert train.train(small_config(epochs=0.1), tmp_path / "a")["steps"] == STEPS
     config = small_config(steps=None, epochs=0.1)
     assert train.train(config, tmp_path / "b")["steps"] == 9  # 143.7 images, 16 per step
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("every", ["log_every", "eval_every", "checkpoint_every"])
 def test_what_never_happens_happens_at_the_end(
     tmp_path: pathlib.Path, fake_step: None, every: str
@@ -343,7 +340,6 @@ def test_what_never_happens_happens_at_the_end(
     assert (summary["knn_top1"] is None) == (every == "eval_every")
 
 
-@pytest.mark.medium
 def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) -> None:
     changes = {"augment.local_crops": 0, "sop.patch.tasks": 0, "eval_every": 0, "steps": 3}
     summary = train.train(small_config(**changes), tmp_path)
@@ -352,7 +348,6 @@ def test_a_run_without_local_crops_and_masked_patches(tmp_path: pathlib.Path) ->
     assert "mim" not in last and last["loss"] == last["cls"]
 
 
-@pytest.mark.medium
 def test_three_global_views_train_and_learn_from_one_another(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,7 +361,6 @@ def test_three_global_views_train_and_learn_from_one_another(
     assert run.objective.student_views == (0, 1, 2, 3, 4)
 
 
-@pytest.mark.medium
 def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it(
     tmp_path: pathlib.Path,
 ) -> None:
@@ -458,7 +452,6 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_learns_by_both_losses_and_resumes_exactly(
@@ -506,7 +499,6 @@ def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
     assert_same_state(tmp_path, finished)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -586,7 +578,6 @@ def test_an_evaluation_ends_at_a_signal_and_is_repeated_on_resume(
     assert rows(tmp_path, TIMINGS) == rows(finished, TIMINGS)
 
 
-@pytest.mark.medium
 def test_a_signal_while_images_are_waited_for_saves_the_last_step(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,7 +617,6 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_summary(
     assert rows(workdir) == rows(finished)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     "changes",
     [
@@ -643,7 +633,6 @@ def test_settings_that_may_change_on_resume_change_no_bit(
     assert config_lib.read_config(stopped).to_dict() == small_config(**changes).to_dict()
 
 
-@pytest.mark.medium
 def test_devices_may_change_on_resume(stopped: pathlib.Path, finished: pathlib.Path) -> None:
     train.train(small_config(**{"mesh.data": 2, "eval_every": 0}), stopped)
     expected = {row["step"]: row for row in rows(finished)}
@@ -682,7 +671,6 @@ def test_another_setting_is_named_and_changes_nothing(
 # One run at a time
 
 
-@pytest.mark.medium
 def test_a_second_start_in_a_running_workdir_is_refused_and_changes_nothing(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -707,7 +695,6 @@ def test_a_second_start_in_a_running_workdir_is_refused_and_changes_nothing(
     assert not list(tmp_path.glob("owner*"))
 
 
-@pytest.mark.medium
 def test_a_run_whose_workdir_was_taken_over_writes_nothing_more(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -780,7 +767,6 @@ def killed_after(times: int, kill: Callable[..., None]) -> Callable[..., None]:
     return saves
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("change", ["added", "deleted", "renamed"])
 @pytest.mark.parametrize("state", ["stopped", "finished"])
 def test_other_images_are_reported_when_a_run_resumes(
@@ -816,7 +802,6 @@ def test_other_images_are_reported_when_a_run_resumes(
     assert snapshot(workdir) == before
 
 
-@pytest.mark.medium
 def test_images_and_first_weights_may_be_moved(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -827,7 +812,6 @@ def test_images_and_first_weights_may_be_moved(
     assert train.train(config, tmp_path / "run")["steps"] == STEPS > step
 
 
-@pytest.mark.medium
 def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -838,7 +822,6 @@ def test_paths_with_a_tilde_or_a_slash_at_the_end_are_the_same_folders(
     assert train.train(folder_config(tmp_path / "images"), tmp_path / "run") == summary
 
 
-@pytest.mark.medium
 def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -849,7 +832,6 @@ def test_a_relative_path_of_data_is_kept_as_the_folder_that_it_was(
     assert config_lib.read_config(tmp_path / "run").data.path == str(tmp_path / "images")
 
 
-@pytest.mark.medium
 def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step: None) -> None:
     paint(tmp_path / "images", 24)
     (tmp_path / "link").symlink_to(tmp_path / "images")
@@ -857,7 +839,6 @@ def test_a_run_does_not_write_among_its_images(tmp_path: pathlib.Path, fake_step
         train.train(folder_config(tmp_path / "images"), tmp_path / "link")
 
 
-@pytest.mark.medium
 def test_the_images_of_a_run_without_a_record_are_recorded(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -873,7 +854,6 @@ def test_the_images_of_a_run_without_a_record_are_recorded(
     assert json.loads((tmp_path / "run" / "data.json").read_text())["train"]["images"] == 24
 
 
-@pytest.mark.medium
 def test_a_finished_run_needs_no_images(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -885,7 +865,6 @@ def test_a_finished_run_needs_no_images(
     assert "Its data was not compared with what the run used" in capsys.readouterr().err
 
 
-@pytest.mark.medium
 def test_a_length_in_epochs_is_the_same_in_steps(
     tmp_path: pathlib.Path, fake_step: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -896,7 +875,6 @@ def test_a_length_in_epochs_is_the_same_in_steps(
     assert train.train(same, tmp_path)["steps"] == 9
 
 
-@pytest.mark.medium
 def test_a_finished_run_that_is_asked_for_more_says_how_to_continue(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -908,7 +886,6 @@ def test_a_finished_run_that_is_asked_for_more_says_how_to_continue(
     assert f"--config.init_from={tmp_path / 'run'} --workdir=NEW" in message
 
 
-@pytest.mark.medium
 def test_more_corrupt_images_may_be_allowed_on_resume(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -919,7 +896,6 @@ def test_more_corrupt_images_may_be_allowed_on_resume(
     assert train.train(config, tmp_path / "run")["steps"] == STEPS
 
 
-@pytest.mark.medium
 def test_a_run_of_an_earlier_version_continues_as_it_began(
     stopped: pathlib.Path,
     finished: pathlib.Path,
@@ -984,7 +960,6 @@ def fits(*of_steps: tuple[float, float], limit: float) -> Callable[[Any], Fit]:
     return compiled
 
 
-@pytest.mark.medium
 def test_a_step_that_does_not_fit_is_reported_before_the_first_batch(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1002,7 +977,6 @@ def test_a_step_that_does_not_fit_is_reported_before_the_first_batch(
     )
 
 
-@pytest.mark.medium
 def test_a_step_that_never_fits_names_other_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(batch_size=4)
     made = assemble(config, make_mesh(1), images=100)
@@ -1026,7 +1000,6 @@ def test_a_step_of_several_processes_is_estimated(monkeypatch: pytest.MonkeyPatc
     assert "or --config.batch_size=16, " in words
 
 
-@pytest.mark.medium
 def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None:
     for changes, message in [
         ({"sop.cls.anchor": 16}, "error: unknown setting config.sop.cls.anchor; did you mean "),
@@ -1039,7 +1012,6 @@ def test_errors_of_the_command_line_are_one_line(tmp_path: pathlib.Path) -> None
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.medium
 def test_a_damaged_checkpoint_can_be_left_out(
     stopped: pathlib.Path, finished: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1057,7 +1029,6 @@ def test_a_damaged_checkpoint_can_be_left_out(
     assert_same_run(stopped, finished)
 
 
-@pytest.mark.medium
 def test_a_checkpoint_of_another_architecture_names_its_leaves(stopped: pathlib.Path) -> None:
     deeper = small_config(**{"model.depth": 2})
     (stopped / "config.json").write_text(json.dumps(deeper.to_dict()))
@@ -1075,7 +1046,6 @@ def test_checkpoints_of_unknown_settings_are_left_alone(stopped: pathlib.Path) -
     assert snapshot(stopped) == before
 
 
-@pytest.mark.medium
 def test_a_disk_without_space_for_checkpoints_is_reported_first(
     tmp_path: pathlib.Path,
     stopped: pathlib.Path,
@@ -1153,7 +1123,6 @@ def fake_step(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_step(monkeypatch, lambda state, given: (state, given))
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("minutes", "every", "saved"),
     [(4.0, 0, [4, 8, 12, 16]), (4.0, 6, [4, 6, 10, 12, 16]), (0.0, 0, [16])],
@@ -1174,7 +1143,6 @@ def test_a_checkpoint_is_saved_when_its_minutes_have_passed(
     assert checkpoint.steps(tmp_path) == saved
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("term", ["cls", "mim", "loss", "grad_norm"])
 def test_a_loss_that_is_not_finite_stops_the_run(
@@ -1194,7 +1162,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert [row["step"] for row in rows(tmp_path)] == [2, 4, 6, 8, 10]
 
 
-@pytest.mark.medium
 def test_a_state_that_is_not_finite_is_not_saved(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1209,7 +1176,6 @@ def test_a_state_that_is_not_finite_is_not_saved(
     assert checkpoint.steps(tmp_path) == [3]
 
 
-@pytest.mark.medium
 def test_a_learning_rate_that_explodes_is_reported(tmp_path: pathlib.Path) -> None:
     changes = {"optim.lr": 1e30, "eval_every": 0, "checkpoint_every": 1}
     config = small_config(**changes | {"augment.local_crops": 0, "sop.patch.tasks": 0})
@@ -1221,7 +1187,6 @@ def test_a_learning_rate_that_explodes_is_reported(tmp_path: pathlib.Path) -> No
     assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path).values())
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("collapsing", [True, False])
 def test_a_collapse_is_reported_in_words_once_and_marked_on_every_line(
     tmp_path: pathlib.Path,
@@ -1252,7 +1217,6 @@ def test_a_collapse_is_reported_in_words_once_and_marked_on_every_line(
 # Images that cannot be read
 
 
-@pytest.mark.medium
 def test_what_is_left_out_of_a_folder_is_reported_at_the_start(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1271,7 +1235,6 @@ def test_what_is_left_out_of_a_folder_is_reported_at_the_start(
         assert told.count(note) == 1
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_listing_of_a_folder(
     tmp_path: pathlib.Path,
@@ -1294,7 +1257,6 @@ def test_a_signal_ends_the_listing_of_a_folder(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.medium
 def test_corrupt_images_are_replaced_counted_and_named_once(
     tmp_path: pathlib.Path, fake_step: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1318,7 +1280,6 @@ def test_corrupt_images_are_replaced_counted_and_named_once(
     assert [row["corrupt"] for row in rows(tmp_path / "run")] == corrupt and sum(corrupt) > 16
 
 
-@pytest.mark.medium
 def test_too_many_corrupt_images_stop_the_run_with_a_list(
     tmp_path: pathlib.Path, fake_step: None
 ) -> None:
@@ -1335,7 +1296,6 @@ def test_too_many_corrupt_images_stop_the_run_with_a_list(
 # Speed
 
 
-@pytest.mark.medium
 def test_traces_the_steps_that_are_asked_for(
     tmp_path: pathlib.Path, fake_step: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -1344,7 +1304,6 @@ def test_traces_the_steps_that_are_asked_for(
     assert list(tmp_path.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
 
 
-@pytest.mark.medium
 def test_says_when_the_input_keeps_up_again(
     tmp_path: pathlib.Path,
     fake_step: None,
@@ -1358,7 +1317,6 @@ def test_says_when_the_input_keeps_up_again(
     assert shown.count("input bottleneck, 50 % waiting") == shown.count("input keeps up") == 1
 
 
-@pytest.mark.medium
 def test_says_that_the_input_is_the_bottleneck(
     tmp_path: pathlib.Path,
     fake_step: None,

@@ -92,7 +92,7 @@ def test_no_local_crops():
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7], [6, 7], [1, 3, 5, 7]])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.medium)])
 def test_a_host_makes_its_rows_of_the_same_global_batches(rows, workers):
     whole = take(digits(), small_config(), 3, start_step=3)
     config = small_config(**{"data.workers": workers})

@@ -78,6 +78,7 @@ def lives(pid: int) -> bool:
     return False
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="looks for what Linux shows in /dev/shm")
 def test_workers_of_a_killed_process_end_and_leave_no_shared_memory(tmp_path: pathlib.Path) -> None:
     prefix = f"w{os.getpid():07}"[:8]
@@ -92,6 +93,7 @@ def test_workers_of_a_killed_process_end_and_leave_no_shared_memory(tmp_path: pa
             time.sleep(0.1)
 
 
+@pytest.mark.medium
 def test_signals_to_workers_that_are_starting_leave_them_alone(tmp_path: pathlib.Path) -> None:
     with started(tmp_path, "/psm_", "signals") as process:
         _, err = process.communicate(timeout=300)

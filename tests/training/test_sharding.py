@@ -326,6 +326,7 @@ def views_of(rows: jax.Array) -> Outputs:
     return Outputs(cls, patches, cls, patches)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [32, 40, 24])
 def test_prototypes_are_the_same_on_any_devices_and_never_of_rows_too_old(size: int) -> None:
     config = paper()

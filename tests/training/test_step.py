@@ -24,6 +24,9 @@ from sop_jax.training.assemble import assemble
 from sop_jax.training.state import TrainState, init_state
 from sop_jax.training.step import make_train_step
 
+# One process has the fixture.
+pytestmark = pytest.mark.xdist_group("step")
+
 BATCH = 8
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
