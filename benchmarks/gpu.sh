@@ -11,9 +11,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=launch/arguments.sh
+source launch/arguments.sh
+
 out=runs/gpu peer="" images="" wheels=""
 for argument in "$@"; do
   case "$argument" in
+    -h | --help)
+      show_help gpu.sh benchmarks
+      exit
+      ;;
     --out=*) out="${argument#*=}" ;;
     --peer=*) peer="${argument#*=}" ;;
     --images=*) images="${argument#*=}" ;;

@@ -13,8 +13,8 @@ die() { # MESSAGE [EXIT CODE]
   exit "${2:-2}"
 }
 
-show_help() { # SCRIPT: prints the comment at its beginning
-  sed -n -e 1d -e '/^# /!{/^#$/!q;}' -e 's/^# \{0,1\}//p' "launch/$1"
+show_help() { # SCRIPT [FOLDER]: prints the comment at its beginning
+  sed -n -e 1d -e '/^# /!{/^#$/!q;}' -e 's/^# \{0,1\}//p' "${2:-launch}/$1"
 }
 
 parse() {

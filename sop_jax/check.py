@@ -33,6 +33,9 @@ from sop_jax.rules import (
 )
 from sop_jax.training.optim import CLIPS
 
+VIEWS = 1000  # of one kind per image, at most
+SIGMA = 1000  # pixels, at most
+
 TRACE = Rule(
     lambda steps: (
         each(COUNT_OR_ZERO, 2).fits(steps) and (steps == [0, 0] or 1 <= steps[0] <= steps[1])
@@ -67,8 +70,8 @@ RULES: dict[str, Rule] = {
     "augment.resample": one_of(("opencv", "pillow")),
     "augment.global_size": COUNT,
     "augment.local_size": COUNT,
-    "augment.global_crops": COUNT,
-    "augment.local_crops": COUNT_OR_ZERO,
+    "augment.global_crops": whole(1, VIEWS),
+    "augment.local_crops": whole(0, VIEWS),
     "augment.global_scale": ascending(positive(1)),
     "augment.local_scale": ascending(positive(1)),
     "augment.flip": SHARE,
@@ -79,7 +82,7 @@ RULES: dict[str, Rule] = {
     "augment.hue": number(0, 0.5),  # of a full turn, in both directions, as in torchvision
     "augment.grayscale": SHARE,
     "augment.blur": each(SHARE, 3),
-    "augment.blur_sigma": ascending(POSITIVE),
+    "augment.blur_sigma": ascending(positive(SIGMA)),
     "augment.solarize": SHARE,
     "mask.kind": one_of(("block", "random")),
     "mask.ratio": ascending(SHARE),
@@ -185,6 +188,7 @@ def check_used(
     Raises:
         UserError: names the first setting that has no effect, and the reason.
     """
+    check_values(config)
     reasons, flat = without_use(config), flatten(config)
     kept = flatten(made or {})
     for name in given:

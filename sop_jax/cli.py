@@ -58,6 +58,8 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
         )
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `sop_jax`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # prints paths that are not UTF-8 byte for byte
         sys.stdout.reconfigure(errors="surrogateescape")
 
@@ -384,6 +386,11 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
     known = list(flatten(config))
     for flag in argv:
         match = re.match(r"--?(?:no)?config\.([^=\[]*)", flag)
+        if match and any(name.startswith(f"{match[1]}.") for name in known):
+            raise UserError(
+                f"config.{match[1]} is a section of settings; set one of them, such as "
+                f"--config.{next(name for name in known if name.startswith(f'{match[1]}.'))}"
+            )
         if match and match[1] not in known:
             raise UserError(
                 f"unknown setting config.{match[1]}{nearest(match[1], known, 'config.')}"

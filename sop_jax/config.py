@@ -283,7 +283,9 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
         )
     version = saved.pop("version", _FIRST)
     try:
-        if _order(str(version)) > _order(__version__):
+        if not isinstance(version, str):
+            raise ValueError
+        if _order(version) > _order(__version__):
             raise UserError(
                 f"{path} was written by sop_jax {version}, and this is {__version__}: use "
                 f"sop_jax {version} or newer for this workdir"

@@ -103,6 +103,7 @@ def convert(
             words.append(f"not exported: {', '.join(left)}")
         words += [
             f"this network has model.{name}={config.model[name]}, but {project} uses {value}"
+            + "; average its patch tokens after the final norm instead" * (name == "pool")
             for name, value in {"pool": "cls", **exported.settings}.items()
             if config.model[name] != value
         ]
@@ -146,7 +147,7 @@ def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
         if rule != chosen:
             projects.setdefault(rule, []).append(layout.project)
     return [
-        f"{' and '.join(names)} uses the same names: if the weights are from there, give "
+        f"these are also the names of {' and '.join(names)}: if the weights are from there, give "
         f"--positions={rule}"
         for rule, names in projects.items()
     ]

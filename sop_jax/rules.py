@@ -57,11 +57,9 @@ def positive(most: int | float = math.inf) -> Rule:
 
 
 def less_than(limit: int | float) -> Rule:
-    """Returns the rule for numbers that are at least 0 and less than `limit`."""
-    return Rule(
-        lambda value: _is(value, Real) and 0 <= value < limit,
-        f"a number of 0 or more and less than {limit:g}",
-    )
+    """Returns the rule for numbers that are at least 0 and less than `limit`, in float32 too."""
+    most = float(np.nextafter(np.float32(limit), np.float32(0)))
+    return Rule(number(0, most).fits, f"a number of 0 or more and less than {limit:g}")
 
 
 def one_of(choices: Iterable[str]) -> Rule:
@@ -72,7 +70,7 @@ def one_of(choices: Iterable[str]) -> Rule:
 
 def unset_or(rule: Rule) -> Rule:
     """Returns the rule for a setting that is unset or has a value that `rule` allows."""
-    return Rule(lambda value: value is None or rule.fits(value), f"none or {rule.expected}")
+    return Rule(lambda value: value is None or rule.fits(value), rule.expected)
 
 
 def each(rule: Rule, count: int) -> Rule:

@@ -446,6 +446,8 @@ def take_steps(
 
 def next_batch(tools: Tools, mesh: Mesh) -> dict[str, jax.Array] | None:
     """Returns the images of the next step, or None if a signal ended the wait for them."""
+    if tools.interruption.asked and not hosts.several():
+        return None
     try:
         with tools.interruption.at_once():
             made = next(tools.batches)

@@ -69,8 +69,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "augment.resample": ("magic",),
     "augment.global_size": (*WHOLE, 0),
     "augment.local_size": (*WHOLE, 0),
-    "augment.global_crops": (*WHOLE, 0, 1),
-    "augment.local_crops": WHOLE,
+    "augment.global_crops": (*WHOLE, 0, 1, 10**9),
+    "augment.local_crops": (*WHOLE, 10**9),
     "augment.global_scale": (*RANGE, (0.0, 1.0), (0.5, 1.1)),
     "augment.local_scale": (*RANGE, (0.0, 1.0), (0.5, 1.1)),
     "augment.flip": PROBABILITY,
@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "augment.hue": (*REAL, 3.0, 0.51),
     "augment.grayscale": PROBABILITY,
     "augment.blur": (*NUMBERS, (0.1, 0.2), (1.1, 0.1, 0.1)),
-    "augment.blur_sigma": (*RANGE, (0.0, 2.0)),
+    "augment.blur_sigma": (*RANGE, (0.0, 2.0), (1.0, 1e30)),
     "augment.solarize": PROBABILITY,
     "mask.kind": ("magic",),
     "mask.ratio": (*RANGE, (0.5, 1.1)),
@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.pool": ("magic",),
     "model.positions": ("magic",),
     "model.norm_eps": (*REAL, 0.0),
-    "model.drop_path": (*REAL, 1.0),
+    "model.drop_path": (*REAL, 1.0, 1 - 1e-11),
     "model.init_std": REAL,
     "model.position_std": REAL,
     "model.remat": ("magic",),
@@ -258,7 +258,7 @@ BAD = {
         {"eval.resize": 200},
         r"eval\.resize 200 is smaller than eval\.crop 224",
     ),
-    "no steps": ({"steps": 0}, r"steps is 0; expected none or a whole number from 1 to 2147483647"),
+    "no steps": ({"steps": 0}, r"steps is 0; expected a whole number from 1 to 2147483647"),
     "no epochs": (
         {"epochs": 0.0},
         r"no steps: steps is none and epochs is 0\.0; set --config\.steps",
@@ -289,7 +289,7 @@ BAD = {
     ),
     "patches without a memory of them": (
         {"sop.patch.memory": 0},
-        r"batch_size 1024 does not fit sop\.patch\.memory 0",
+        r"sop\.patch\.memory is 0, but sop\.patch\.tasks is 1; set --config\.sop\.patch\.tasks=0",
     ),
     "masks from before the start": (
         {"mask.start_epochs": -1.0},
@@ -344,6 +344,11 @@ def test_an_invalid_combination_is_reported_with_a_remedy(case: str) -> None:
 )
 def test_values_at_the_limits_pass(settings: dict[str, Any]) -> None:
     check_config(changed(settings))
+
+
+def test_an_unknown_family_is_refused_before_its_settings_are_looked_up() -> None:
+    with pytest.raises(UserError, match=r"model\.family is 'bert'; expected one of vit, swin"):
+        check_used(changed({"model.family": "bert"}), ["model.family"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import getpass
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -216,6 +217,11 @@ CONFIG_FLAG, WORKDIR = "--config=configs/digits.py", "--workdir=runs/a"
             [CONFIG_FLAG, WORKDIR, "config.batch_size=3"],
             "unexpected argument 'config.batch_size=3': flags are written --name=value, settings "
             "--config.name=value",
+        ),
+        (
+            [CONFIG_FLAG, WORKDIR, "--config.augment=3"],
+            "config.augment is a section of settings; set one of them, such as "
+            "--config.augment.global_scale",
         ),
     ],
 )
@@ -454,3 +460,28 @@ def test_a_command_without_flags_says_what_is_required() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "is required" in done.stderr
+
+
+def test_ctrl_c_while_jax_is_imported_ends_the_command_at_once(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "jax.py").write_text(
+        """
+import gc, time
+gc.callbacks.append(lambda *_: [time.sleep(0.01) for _ in range(2000)])  # as JAX's, but long
+print("importing", flush=True)
+gc.collect()
+"""
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with subprocess.Popen(
+        [sys.executable, "-m", "sop_jax.train", "--config=digits", f"--workdir={tmp_path / 'run'}"],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+        assert process.stderr.read() == ""
+    assert not (tmp_path / "run").exists()

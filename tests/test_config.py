@@ -98,6 +98,7 @@ FAULTS: dict[str, tuple[dict[str, Any] | list[int], str]] = {
     "words for numbers": ({"profile_steps": ["a", "b"]}, "expected a list of numbers"),
     "a newer version": ({"version": "9.1.0"}, "written by sop_jax 9.1.0, and this is .*: use "),
     "no version": ({"version": "new"}, "its version is 'new', not one such as"),
+    "a number as version": ({"version": 0.2}, "its version is 0.2, not one such as"),
 }
 
 

@@ -68,12 +68,15 @@ def check_split(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises UserError if the devices do not divide a batch, or each microbatch of a batch."""
     count = mesh.devices.size
     if batch_size % (count * accumulate):
-        parts = f"{count} devices" + f" in {accumulate} microbatches" * (accumulate > 1)
+        parts = f"{count} device{'s' * (count > 1)}" + f" in {accumulate} microbatches" * (
+            accumulate > 1
+        )
         raise UserError(
             f"batch_size {batch_size} cannot be split over {parts}; choose a multiple of "
             f"{count * accumulate}"
             + " or a smaller --config.accumulate" * (accumulate > 1)
-            + ", or fewer devices with --config.mesh.data" * (jax.process_count() == 1)
+            + ", or fewer devices with --config.mesh.data"
+            * (count > 1 and jax.process_count() == 1)
         )
 
 

@@ -29,6 +29,7 @@ from sop_jax.training import optim
 from sop_jax.training.state import TrainState, init_state
 from sop_jax.training.step import make_train_step
 
+MAX_STEPS = 2**31 - 1
 TRIES = 4  # the number of steps that are compiled to find one that fits
 
 
@@ -73,6 +74,11 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     """
     check_split(mesh, config.batch_size, config.accumulate)
     length = run_length(config, images)
+    if length.steps > MAX_STEPS:
+        raise UserError(
+            f"the run has {length.steps:.3g} steps; expected at most {MAX_STEPS}, because a state "
+            "counts them in int32; choose fewer with --config.epochs or --config.steps"
+        )
     implementation: Implementation = "xla"
     if FAMILIES[config.model.family].cudnn:
         size = size_of(config.model)

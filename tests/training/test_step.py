@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from small import small_config
 
 from sop_jax import config as config_lib
+from sop_jax.errors import UserError
 from sop_jax.models import build
 from sop_jax.objectives.objective import Objective
 from sop_jax.objectives.sop.objective import sop
@@ -293,3 +294,10 @@ def largest(jaxpr: Any) -> int:
     sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars if hasattr(v.aval, "size")]
     inner = [largest(body) for eqn in jaxpr.eqns for body in jaxprs_in_params(eqn.params)]
     return max(sizes + inner, default=0)
+
+
+def test_a_run_of_more_steps_than_a_state_can_count_is_refused() -> None:
+    config = make_config()
+    config.steps, config.epochs = None, 1e30
+    with pytest.raises(UserError, match=r"expected at most 2147483647.*--config\.epochs"):
+        assemble(config, make_mesh(1), 1000)

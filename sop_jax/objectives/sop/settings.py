@@ -87,6 +87,12 @@ def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
     level, batch = config.sop[name], config.batch_size
     if level.memory == 0 and level.tasks == 0:
         return
+    if level.memory == 0:
+        raise UserError(
+            f"sop.{name}.memory is 0, but sop.{name}.tasks is {level.tasks}; set "
+            f"--config.sop.{name}.tasks=0 as well, or use a memory of at least {batch} rows, the "
+            "batch_size"
+        )
     if batch > level.memory:
         raise UserError(
             f"batch_size {batch} does not fit sop.{name}.memory {level.memory}: every image of a "
