@@ -7,6 +7,7 @@ or the data was lost. A command that computes on devices can run as several proc
 """
 
 import errno
+import gc
 import importlib.util
 import io
 import numbers
@@ -15,7 +16,9 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -58,13 +61,14 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
         )
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `sop_jax`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # By default since `sop_jax` was imported, but ignored in the background of a shell script.
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # prints paths that are not UTF-8 byte for byte
         sys.stdout.reconfigure(errors="surrogateescape")
 
     def guarded(_: list[str]) -> None:
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
+        signal.signal(signal.SIGTERM, _interrupt)
         hosts = _hosts()
         try:
             if hosts:
@@ -87,8 +91,20 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _as_ctrl_c(number: int, _: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends the command at once
+def _interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Raises KeyboardInterrupt; a second SIGTERM ends the command at once.
+
+    Python would drop the exception in a callback of its garbage collection, of which JAX has one,
+    so there the signal is sent again a moment later.
+    """
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks:
+            threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
+            return
+        frame = frame.f_back
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

@@ -19,7 +19,7 @@ RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
 )
 
 COMMAND = """
-import errno, logging, os, signal, sys, time
+import errno, gc, logging, os, signal, sys, time
 from absl import flags
 from ml_collections import config_flags
 from sop_jax import cli, errors
@@ -54,6 +54,17 @@ def fail(how):
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 51039674304 bytes.")
     if how == "interrupt":
         raise KeyboardInterrupt
+    if how == "interrupt a collection":
+        sent = []
+
+        def callback(*_):
+            if not sent:
+                sent.append(True)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(60)
     if how == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -376,6 +387,7 @@ def test_a_config_file_that_does_not_load(
             )
         ),
         ("interrupt", "interrupted", 130),
+        ("interrupt a collection", "interrupted", 130),
         ("terminate", "interrupted", 130),
         ("lost", "error: a worker was killed", 75),
     ],
