@@ -376,7 +376,10 @@ def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it
         expected = np.asarray(tokens, np.float64)[:, 1:].mean(1)
         np.testing.assert_allclose(tokens[:, 0], expected, atol=1e-6)
     words = convert(tmp_path / "run", tmp_path / "timm.safetensors", "timm")
-    assert "this network has model.pool=mean, but timm uses cls" in words
+    assert (
+        "this network has model.pool=mean, but timm uses cls; average its patch tokens after the "
+        "final norm instead" in words
+    )
     with pytest.raises(UserError, match="model.pool: the run has 'mean', but 'cls' was requested"):
         train.train(
             small_config(**{"model.pool": "cls", "eval_every": 2, "steps": 2}), tmp_path / "run"
