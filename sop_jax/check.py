@@ -15,6 +15,7 @@ from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.rules import (
     COUNT,
     COUNT_OR_ZERO,
+    MAX_STEPS,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
@@ -48,7 +49,7 @@ RULES: dict[str, Rule] = {
     "seed": whole(0, 2**32 - 1),  # JAX uses only 32 bits of a seed
     "init_from": TEXT,
     "epochs": NOT_NEGATIVE,
-    "steps": unset_or(whole(1, 2**31 - 1)),
+    "steps": unset_or(whole(1, MAX_STEPS)),
     "batch_size": COUNT,
     "accumulate": COUNT,
     "log_every": COUNT_OR_ZERO,

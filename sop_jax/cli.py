@@ -402,15 +402,14 @@ def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
     known = list(flatten(config))
     for flag in argv:
         match = re.match(r"--?(?:no)?config\.([^=\[]*)", flag)
-        if match and any(name.startswith(f"{match[1]}.") for name in known):
+        if not match or match[1] in known:
+            continue
+        if within := [name for name in known if name.startswith(f"{match[1]}.")]:
             raise UserError(
                 f"config.{match[1]} is a section of settings; set one of them, such as "
-                f"--config.{next(name for name in known if name.startswith(f'{match[1]}.'))}"
+                f"--config.{within[0]}"
             )
-        if match and match[1] not in known:
-            raise UserError(
-                f"unknown setting config.{match[1]}{nearest(match[1], known, 'config.')}"
-            )
+        raise UserError(f"unknown setting config.{match[1]}{nearest(match[1], known, 'config.')}")
 
 
 def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FLOAT32 = np.finfo(np.float32)  # the type with which settings are used
+MAX_STEPS = 2**31 - 1  # a state counts its steps in int32
 LARGEST, SMALLEST = float(FLOAT32.max), float(FLOAT32.tiny)
 
 
@@ -106,4 +107,4 @@ COUNT_OR_ZERO = whole(0)
 POSITIVE = positive()
 NOT_NEGATIVE = number(0)
 SHARE = number(0, 1)
-STEPS = whole(0, 2**31 - 1)  # the state counts steps in int32
+STEPS = whole(0, MAX_STEPS)

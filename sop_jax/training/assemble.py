@@ -24,12 +24,12 @@ from sop_jax.parallel.mesh import (
     split,
     with_shardings,
 )
+from sop_jax.rules import MAX_STEPS
 from sop_jax.schedules import Schedule, run_length
 from sop_jax.training import optim
 from sop_jax.training.state import TrainState, init_state
 from sop_jax.training.step import make_train_step
 
-MAX_STEPS = 2**31 - 1
 TRIES = 4  # the number of steps that are compiled to find one that fits
 
 
