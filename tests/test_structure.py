@@ -14,9 +14,11 @@ LAYERS = [
     {"paths"},
     {"config", "data", "weights", "parallel"},
     {"cli", "models", "monitor"},
-    {"objectives", "evaluation"},
+    {"objectives"},
     {"training"},
-    {"check", "pretrained"},
+    {"pretrained"},
+    {"evaluation"},
+    {"check"},
     {"evaluate", "extract", "convert"},
     {"train", "plan"},
 ]

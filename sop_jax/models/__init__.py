@@ -114,8 +114,9 @@ class Model(NamedTuple):
             statistics after the pass, nested as the parameters are; {} without batch norm. `kept`
             are the indices [B,T] of the patches that enter the encoder, and `patches` then index
             these.
-        features: maps (params, uint8 images, mask=None, last=1) to a list with the normalized
-            tokens [B,1+h*w,D] of each of the last layers.
+        features: maps (params, uint8 images, mask=None, last=1, norm=True) to a list with the
+            tokens [B,1+h*w,D] of each of the last layers. Only a ViT can leave out the final norm
+            (`norm=False`).
         attention: maps (params, uint8 images) to the float32 weights [B,heads,T,T] of the last
             layer, from queries to keys. The backbone describes the T tokens.
         patch: the pixels on each side of the square that a token stands for.
@@ -250,8 +251,12 @@ def build(
         pixels = normalize(images, start.dtype)
         return network(params).embed(pixels, mask, keys, patches, kept, training=True)
 
-    def features(params, images, mask=None, last=1):
-        return network(params).backbone(normalize(images, start.dtype), mask, last=last)
+    def features(params, images, mask=None, last=1, norm=True):
+        if not norm and config.model.family != "vit":
+            raise UserError("only a ViT can leave out the final norm; choose model.family=vit")
+        without = {} if norm else {"norm": False}
+        pixels = normalize(images, start.dtype)
+        return network(params).backbone(pixels, mask, last=last, **without)
 
     def attention(params, images):
         return network(params).backbone.attention(normalize(images, start.dtype))

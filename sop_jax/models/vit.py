@@ -219,8 +219,9 @@ class ViT(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         last: int = 1,
         kept: Int[Array, "B S"] | None = None,
+        norm: bool = True,
     ) -> list[Float[Array, "B T D"]]:
-        """Returns the tokens of the `last` layers, each after the final norm; see `tokens`.
+        """Returns the tokens of the `last` layers; see `tokens`.
 
         Args:
             images: normalized pixels; the patch divides the height and the width.
@@ -228,6 +229,7 @@ class ViT(nnx.Module):
             keys: a key per image, with which drop path is on (training of the student).
             last: the number of last layers to return, the final one last.
             kept: the indices of the patches that enter the first layer; all by default.
+            norm: whether the final norm is applied to each of them.
         """
         x = self.embed(images, mask, kept)
         graph, layers = nnx.split(self.blocks)
@@ -242,16 +244,16 @@ class ViT(nnx.Module):
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[self.remat])
         x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
         if last == 1:
-            return [self.tokens(x)]
-        return [self.tokens(states[i]) for i in range(depth - last, depth)]
+            return [self.tokens(x, norm)]
+        return [self.tokens(states[i], norm) for i in range(depth - last, depth)]
 
-    def tokens(self, x: Float[Array, "B S D"]) -> Float[Array, "B T D"]:
-        """Returns the image token and then the patch tokens, after the final norm.
+    def tokens(self, x: Float[Array, "B S D"], norm: bool) -> Float[Array, "B T D"]:
+        """Returns the image token and then the patch tokens, after the final norm if `norm`.
 
         The first is [CLS], or with `pool="mean"` the mean of the patches that entered the encoder,
         masked ones included (table C.2 of the paper). Registers are left out of both.
         """
-        x = self.norm(x)
+        x = self.norm(x) if norm else x
         if self.pool == "mean":
             patches = x[:, 1 + self.registers :]
             return jnp.concatenate([patches.mean(1, keepdims=True), patches], axis=1)
