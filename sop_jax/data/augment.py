@@ -24,6 +24,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow and OpenCV
 LOG_RATIO = math.log(3 / 4), math.log(4 / 3)  # torchvision's default
 THIN = 8  # the ratio of sides above which an evaluation scales only the centre crop
 MOST_FILTERED = 2.5  # the shrink factor above which area averages come closer to Pillow
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 JITTER_ORDERS = tuple(itertools.permutations(("brightness", "contrast", "saturation", "hue")))
 
 
@@ -132,8 +133,7 @@ def resize(
     top, left, h, w = box
     view = image[top : top + h, left : left + w]
     if resample == "pillow":
-        # As in torchvision, pixels outside the box do not contribute.
-        return np.asarray(Image.fromarray(view).resize((size, size), Image.Resampling.BICUBIC))
+        return resized_crop(image, box, size, "bicubic")
     if max(h, w) > MOST_FILTERED * size and min(h, w) >= size:
         return cv2.resize(view, (size, size), interpolation=cv2.INTER_AREA)
     if max(h, w) > size:
@@ -141,6 +141,27 @@ def resize(
         horizontal, vertical = _low_pass(w / size), _low_pass(h / size)
         view = cv2.sepFilter2D(view, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(view, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def resized_crop(
+    image: np.ndarray, box: tuple[int, int, int, int], size: int, interpolation: str
+) -> np.ndarray:
+    """Cuts out a box and scales it to a square with Pillow's antialiased filters.
+
+    As in torchvision, pixels outside the box do not contribute.
+
+    Args:
+        image: uint8 [h, w, 3].
+        box: (top, left, height, width) in pixels.
+        size: the side of the result in pixels.
+        interpolation: "bicubic" or "bilinear".
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    top, left, h, w = box
+    view = Image.fromarray(image[top : top + h, left : left + w])
+    return np.asarray(view.resize((size, size), FILTERS[interpolation]))
 
 
 def _low_pass(shrink: float) -> np.ndarray:
@@ -229,7 +250,9 @@ def solarized(image: np.ndarray) -> np.ndarray:
     return cv2.min(image, cv2.bitwise_not(image))
 
 
-def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
+def eval_image(
+    image: np.ndarray, resize: int, crop: int, interpolation: str = "bicubic"
+) -> np.ndarray:
     """Makes the view of the k-NN protocol: scales the short side to `resize`, then crops.
 
     Only the centre is scaled if the long side is more than THIN times the short side, because such
@@ -237,8 +260,9 @@ def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
 
     Args:
         image: uint8 [h, w, 3].
-        resize: the length of the short side in pixels; bicubic with antialiasing (Pillow).
+        resize: the length of the short side in pixels, by one of Pillow's antialiased filters.
         crop: the side of the centre crop in pixels, at most `resize`.
+        interpolation: "bicubic" or "bilinear".
 
     Returns:
         uint8 [crop, crop, 3].
@@ -249,10 +273,10 @@ def eval_image(image: np.ndarray, resize: int, crop: int) -> np.ndarray:
     top, left = round((h - crop) / 2), round((w - crop) / 2)
     pixels = image
     if (h, w) != (height, width):
-        picture, cubic = Image.fromarray(image), Image.Resampling.BICUBIC
+        picture, kernel = Image.fromarray(image), FILTERS[interpolation]
         if max(h, w) > THIN * min(h, w):
             x, y = width / w, height / h
             box = (left * x, top * y, (left + crop) * x, (top + crop) * y)
-            return np.asarray(picture.resize((crop, crop), cubic, box))
-        pixels = np.asarray(picture.resize((w, h), cubic))
+            return np.asarray(picture.resize((crop, crop), kernel, box))
+        pixels = np.asarray(picture.resize((w, h), kernel))
     return pixels[top : top + crop, left : left + crop]

@@ -148,8 +148,6 @@ def train_batches(
         was used, and `corrupt` int32 [b], -1 or the record that could not be read.
     """
     rows = range(config.batch_size) if rows is None else rows
-    local_batch = len(rows)
-    piece = _piece_size(local_batch, config.augment)
     how = decoding(config.data, source)
     augment, mask = config.augment.to_dict(), config.mask.to_dict()
     stop = threading.Event()
@@ -161,22 +159,43 @@ def train_batches(
     first = first_step(config.mask, len(source) / config.batch_size)
     images = images.map_with_index(MaskFrom(first * config.batch_size))
     images = Share(images, config.batch_size, start_step, rows)
-    threads = config.data.threads
+    piece = piece_size(len(rows), _image_bytes(config.augment))
+    return start(images, len(rows), piece, config.data.threads, config.data.workers, stop)
+
+
+def start(
+    images: grain.MapDataset,
+    local_batch: int,
+    piece: int,
+    threads: int,
+    processes: int,
+    stop: threading.Event,
+) -> Batches:
+    """Starts the threads and worker processes that make batches.
+
+    Args:
+        images: the stream of this process's images, each a dict of arrays.
+        local_batch: the number of images per batch that this process makes.
+        piece: the number of images per piece, see `piece_size`.
+        threads: the number of threads of each process; with 0, batches are made when requested.
+        processes: the number of worker processes; with 0, this process makes the batches.
+        stop: ends the waits for storage of this process.
+    """
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     pieces = images.batch(piece, drop_remainder=True).to_iter_dataset(options)
-    if config.data.workers:
+    if processes:
         if not flags.FLAGS.is_parsed():  # Grain passes its flags to the workers
             flags.FLAGS.mark_as_parsed()
         pieces = pieces.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=config.data.workers, per_worker_buffer_size=workers.BUFFER
+                num_workers=processes, per_worker_buffer_size=workers.BUFFER
             ),
             worker_init_fn=workers.prepare,
         )
-    if config.data.workers or piece < local_batch:
+    if processes or piece < local_batch:
         pieces = pieces.batch(local_batch // piece, batch_fn=_join)
     iterator = iter(pieces)
-    if config.data.workers:
+    if processes:
         workers.start(iterator)
     return Batches(iterator, stop)
 
@@ -191,8 +210,9 @@ def check_shared_memory(config: Any, local_batch: int) -> None:
     Raises:
         UserError: there is not enough shared memory.
     """
-    piece = _piece_size(local_batch, config.augment)
-    piece_bytes = piece * _image_bytes(config.augment)
+    image_bytes = _image_bytes(config.augment)
+    piece = piece_size(local_batch, image_bytes)
+    piece_bytes = piece * image_bytes
     workers.check_shared_memory(config.data.workers, piece_bytes, local_batch // piece)
 
 
@@ -202,14 +222,14 @@ def _image_bytes(augment: Any) -> int:
     return 3 * (of_global + augment.local_crops * augment.local_size**2)
 
 
-def _piece_size(local_batch: int, augment: Any) -> int:
+def piece_size(local_batch: int, image_bytes: int) -> int:
     """Returns the number of images per piece: the largest divisor of the batch within PIECE_BYTES.
 
     If every thread of every process made a whole batch of large images, they would need several
     times the memory, and one thread would make the first batch by itself. Small batches are best
     made whole.
     """
-    most = max(1, PIECE_BYTES // _image_bytes(augment))
+    most = max(1, PIECE_BYTES // image_bytes)
     return max(size for size in range(1, min(local_batch, most) + 1) if local_batch % size == 0)
 
 
@@ -219,7 +239,12 @@ def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def eval_batches(
-    source: Source, resize: int, crop: int, batch_size: int, how: Decoding = AS_STORED
+    source: Source,
+    resize: int,
+    crop: int,
+    batch_size: int,
+    how: Decoding = AS_STORED,
+    interpolation: str = "bicubic",
 ) -> Iterator[dict[str, np.ndarray]]:
     """Makes one pass over a source in order, with the centre crops of the k-NN protocol.
 
@@ -229,6 +254,7 @@ def eval_batches(
         crop: the side of the centre crop in pixels.
         batch_size: the number of images per batch; the last batch is padded with the last image.
         how: the decoding options.
+        interpolation: "bicubic" or "bilinear", both antialiased.
 
     Yields:
         Dicts of `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt`
@@ -245,11 +271,11 @@ def eval_batches(
             f"A centre crop of {crop} pixels does not fit an image resized to {resize}. "
             "Make the resized side at least as large as the crop."
         )
-    return _eval_batches(source, resize, crop, batch_size, how)
+    return _eval_batches(source, resize, crop, batch_size, how, interpolation)
 
 
 def _eval_batches(
-    source: Source, resize: int, crop: int, batch_size: int, how: Decoding
+    source: Source, resize: int, crop: int, batch_size: int, how: Decoding, interpolation: str
 ) -> Iterator[dict[str, np.ndarray]]:
     threads = os.cpu_count() or 1
     stop = threading.Event()
@@ -258,7 +284,8 @@ def _eval_batches(
         images: list[np.ndarray | None] = []
         for index in indices:
             try:
-                images.append(eval_image(load_image(source, int(index), how, stop), resize, crop))
+                pixels = load_image(source, int(index), how, stop)
+                images.append(eval_image(pixels, resize, crop, interpolation))
             except ValueError:
                 images.append(None)
         return images
