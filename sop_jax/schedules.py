@@ -63,3 +63,17 @@ def learning_rate(peak: float, end: float, warmup: int, steps: int) -> Schedule:
     """Returns a line from 0 to `peak` over `warmup` steps, then half a cosine to `end`."""
     rise, fall = ramp((0.0, peak), warmup), cosine((peak, end), steps - warmup)
     return lambda step: jnp.where(step < warmup, rise(step), fall(step - warmup))
+
+
+def linear_decay(peak: float, warmup: int, steps: int, ratio: float = 1e-6) -> Schedule:
+    """Returns a line from `peak` at step 0 to 0 at `steps`, with a linear warm-up.
+
+    During the warm-up the line is multiplied by a factor that grows from `ratio` at step 0 to 1 at
+    `warmup`. This is mmcv's "poly" policy of power 1.
+    """
+
+    def value(step: Any) -> Float[Array, ""]:
+        line = peak * (1 - jnp.minimum(step, steps) / max(steps, 1))
+        return line * (ratio + (1 - ratio) * jnp.minimum(step / max(warmup, 1), 1))
+
+    return value

@@ -197,6 +197,18 @@ def token_side(config: ml_collections.ConfigDict) -> int:
     return FAMILIES[config.family].token_side(config)
 
 
+def start_of(config: ml_collections.ConfigDict, implementation: Implementation = "xla") -> Start:
+    """Returns the options of the layers of `config.model`."""
+    return Start(
+        jnp.dtype(config.dtype),
+        config.init_std,
+        config.position_std,
+        config.norm_eps,
+        implementation,
+        precision_of(config),
+    )
+
+
 def build(
     config: ml_collections.ConfigDict,
     image_size: int,
@@ -216,15 +228,7 @@ def build(
     """
     size, patch, dim = size_of(config.model), token_side(config.model), config.head.dim
     family = FAMILIES[config.model.family]
-    dtype, numbers = jnp.dtype(config.model.dtype), config.model
-    start = Start(
-        dtype,
-        numbers.init_std,
-        numbers.position_std,
-        numbers.norm_eps,
-        implementation,
-        precision_of(numbers),
-    )
+    start = start_of(config.model, implementation)
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)

@@ -1,6 +1,6 @@
 """The vision transformer of the paper, which is that of iBOT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,7 +231,22 @@ class ViT(nnx.Module):
             kept: the indices of the patches that enter the first layer; all by default.
             norm: whether the final norm is applied to each of them.
         """
-        x = self.embed(images, mask, kept)
+        x, states = self.encode(self.embed(images, mask, kept), keys, every=last > 1)
+        if last == 1:
+            return [self.tokens(x, norm)]
+        depth = len(self.rates)
+        return [self.tokens(states[i], norm) for i in range(depth - last, depth)]
+
+    def encode(
+        self, x: Float[Array, "B S D"], keys: Key[Array, " B"] | None, every: bool
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "depth b S D"]]:
+        """Returns the output of the last layer and, if `every`, the outputs of all layers.
+
+        Args:
+            x: the tokens that enter the first layer.
+            keys: a key per image, with which drop path is on.
+            every: whether the second array has the outputs; without it, it is empty (b = 0).
+        """
         graph, layers = nnx.split(self.blocks)
         depth = len(self.rates)
         draws = None if keys is None else drop_draws(keys, depth)
@@ -239,13 +254,30 @@ class ViT(nnx.Module):
         def layer(x: Array, inputs: tuple) -> tuple[Array, Array]:
             params, rate, layer_draws = inputs
             x = nnx.merge(graph, self.gather(params))(x, rate, layer_draws)
-            return x, x if last > 1 else x[:0]
+            return x, x if every else x[:0]
 
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[self.remat])
-        x, states = jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
-        if last == 1:
-            return [self.tokens(x, norm)]
-        return [self.tokens(states[i], norm) for i in range(depth - last, depth)]
+        return jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
+
+    def maps(
+        self,
+        images: Float[Array, "B H W 3"],
+        layers: Sequence[int],
+        keys: Key[Array, " B"] | None = None,
+        norm: bool = True,
+    ) -> list[Float[Array, "B h w D"]]:
+        """Returns the patch tokens of layers as feature maps in float32.
+
+        Args:
+            images: normalized pixels; the patch divides the height and the width.
+            layers: the indices of the layers, counted from 0.
+            keys: a key per image, with which drop path is on.
+            norm: whether the tokens of each layer pass the final norm.
+        """
+        grid = images.shape[1] // self.patch, images.shape[2] // self.patch
+        _, states = self.encode(self.embed(images, None), keys, every=True)
+        tokens = [self.tokens(states[i], norm)[:, 1:].astype(jnp.float32) for i in layers]
+        return [x.reshape(len(x), *grid, -1) for x in tokens]
 
     def tokens(self, x: Float[Array, "B S D"], norm: bool) -> Float[Array, "B T D"]:
         """Returns the image token and then the patch tokens, after the final norm if `norm`.

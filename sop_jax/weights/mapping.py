@@ -272,7 +272,7 @@ def export(project: str, family: str, leaves: Arrays) -> Exported:
             if not row.optional and not any(map(regex(row.path).fullmatch, leaves))
         ]
         if not lost and not lacking:
-            return _export(layout, leaves)
+            return write_arrays(layout, leaves)
         whys.append(
             " and ".join(
                 [f"has no place for {path}" for path in lost[:1]]
@@ -283,7 +283,8 @@ def export(project: str, family: str, leaves: Arrays) -> Exported:
     raise UserError(f"{project} has no network like this one: {kinds}. Export to another project")
 
 
-def _export(layout: Layout, leaves: Arrays) -> Exported:
+def write_arrays(layout: Layout, leaves: Arrays) -> Exported:
+    """Converts the leaves of a network that fits a layout to the names of the layout."""
     changed = layout.write(leaves)
     arrays: Arrays = {}
     exported = set()

@@ -8,7 +8,8 @@ Sources: iBOT's `models/{vision_transformer,swin_transformer,head}.py`, whose na
 MaSSL share; timm 1.0's `vision_transformer.py` and `swin_transformer.py`, whose ViTs MoCo-v3,
 solo-learn and lightly train; DINOv2's `vision_transformer.py`; MAE's `models_mae.py`; MSN's
 `deit.py`; torchvision's `resnet.py`; the ViT, DINOv2, Swin and ResNet of transformers 5 (`hf`) and
-of earlier versions, whose names the files on its hub also have (`hf4`).
+of earlier versions, whose names the files on its hub also have (`hf4`); iBOT's segmenters in
+mmsegmentation 0.12 (`mmseg`).
 """
 
 from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ FIRST = Transform(lambda x: x[0], lambda x: x[None])  # [1, ...]
 TOKEN = Transform(lambda x: x[0, 0], lambda x: x[None, None])  # [1, 1, D]
 PATCHES = Transform(_to_patches, _from_patches)
 KERNEL = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # OIHW
+TRANSPOSED = Transform(lambda x: x.transpose(2, 3, 0, 1), lambda x: x.transpose(2, 3, 0, 1))  # IOHW
+POINT = Transform(lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])  # [out, in, 1, 1]
 
 
 class Row(NamedTuple):
@@ -429,3 +432,59 @@ _RESNETS = (
 )
 
 LAYOUTS = (*_VITS, *_SWINS, *_RESNETS)
+
+# ------------------------------------------------------------------------------------ segmentation
+
+
+def _optional(*rows: Row) -> tuple[Row, ...]:
+    return tuple(row._replace(optional=True) for row in rows)
+
+
+def _conv_module(name: str, path: str) -> tuple[Row, ...]:
+    """Returns the rows of mmsegmentation's ConvModule."""
+    return (*_conv(f"{name}.conv", f"{path}/conv"), *_batch_norm(f"{name}.bn", f"{path}/bn"))
+
+
+def _upsample(name: str) -> tuple[Row, ...]:
+    """Returns the rows of a transposed convolution of the adaptors."""
+    path = f"pyramid/{name.replace('.', '/')}"
+    return (
+        Row((f"backbone.{name}.weight",), f"{path}/kernel", TRANSPOSED),
+        Row((f"backbone.{name}.bias",), f"{path}/bias"),
+    )
+
+
+def _conv_seg(head: str) -> tuple[Row, ...]:
+    return (
+        Row((f"{head}.conv_seg.weight",), f"{head}/conv_seg/kernel", POINT),
+        Row((f"{head}.conv_seg.bias",), f"{head}/conv_seg/bias"),
+    )
+
+
+# The segmenters of `models.segmentation`, by the names of mmsegmentation and of iBOT's backbone in
+# it, so that a checkpoint of either loads in the other. It is not one of LAYOUTS, which are those
+# of backbones.
+MMSEG = Layout(
+    "mmseg",
+    "vit",
+    (
+        *(row._replace(names=tuple(f"backbone.{name}" for name in row.names)) for row in _VIT),
+        Row(("backbone.masked_embed",), "backbone/mask_token", FIRST, optional=True),
+        *_conv_seg("decode_head"),
+        *_optional(
+            *_upsample("fpn1.0"),
+            *_batch_norm("backbone.fpn1.1", "pyramid/fpn1/1"),
+            *_upsample("fpn1.3"),
+            *_upsample("fpn2.0"),
+            *_conv_module("decode_head.psp_modules.{s}.1", "decode_head/psp_modules/{s}"),
+            *_conv_module("decode_head.bottleneck", "decode_head/bottleneck"),
+            *_conv_module("decode_head.lateral_convs.{s}", "decode_head/lateral_convs/{s}"),
+            *_conv_module("decode_head.fpn_convs.{s}", "decode_head/fpn_convs/{s}"),
+            *_conv_module("decode_head.fpn_bottleneck", "decode_head/fpn_bottleneck"),
+            *_conv_module("auxiliary_head.convs.{s}", "auxiliary_head/convs/{s}"),
+            *_conv_seg("auxiliary_head"),
+        ),
+    ),
+    {"positions": "size", "norm_eps": 1e-6},
+    _MADE,
+)
