@@ -268,15 +268,35 @@ def eval_image(
         uint8 [crop, crop, 3].
     """
     height, width = image.shape[:2]
-    short = min(height, width)
-    w, h = int(resize * width / short), int(resize * height / short)
+    h, w = _scaled_sides(height, width, resize)
     top, left = round((h - crop) / 2), round((w - crop) / 2)
-    pixels = image
-    if (h, w) != (height, width):
-        picture, kernel = Image.fromarray(image), FILTERS[interpolation]
-        if max(h, w) > THIN * min(h, w):
-            x, y = width / w, height / h
-            box = (left * x, top * y, (left + crop) * x, (top + crop) * y)
-            return np.asarray(picture.resize((crop, crop), kernel, box))
-        pixels = np.asarray(picture.resize((w, h), kernel))
-    return pixels[top : top + crop, left : left + crop]
+    if max(h, w) > THIN * min(h, w) and (h, w) != (height, width):
+        x, y = width / w, height / h
+        box = (left * x, top * y, (left + crop) * x, (top + crop) * y)
+        picture = Image.fromarray(image)
+        return np.asarray(picture.resize((crop, crop), FILTERS[interpolation], box))
+    return resize_short(image, resize, interpolation)[top : top + crop, left : left + crop]
+
+
+def resize_short(image: np.ndarray, short: int, interpolation: str) -> np.ndarray:
+    """Scales the short side to a length with one of Pillow's antialiased filters.
+
+    Args:
+        image: uint8 [h, w, 3].
+        short: the new length of the short side in pixels; that of the long side is rounded down.
+        interpolation: "bicubic" or "bilinear".
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    height, width = image.shape[:2]
+    h, w = _scaled_sides(height, width, short)
+    if (h, w) == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((w, h), FILTERS[interpolation]))
+
+
+def _scaled_sides(height: int, width: int, short: int) -> tuple[int, int]:
+    """Returns height and width after the short side was scaled to `short`."""
+    shorter = min(height, width)
+    return int(short * height / shorter), int(short * width / shorter)

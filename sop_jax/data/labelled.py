@@ -16,18 +16,21 @@ import numpy as np
 from sop_jax.data import pipeline
 from sop_jax.data.augment import FILTERS, crop_box, resized_crop
 from sop_jax.data.decode import Decoding, load_image
+from sop_jax.data.randaugment import STRONGEST, erase, rand_augment
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 
 
 class Recipe(NamedTuple):
-    """How a training crop is made: a random resized crop, perhaps flipped.
+    """How a training crop is made: a random resized crop, perhaps flipped and changed.
 
     Attributes:
         size: the side of a crop in pixels.
         scale: the smallest and the largest share of the image's area that a crop shows.
         interpolation: "bilinear", torchvision's default, or "bicubic"; both antialiased.
         flip: the probability of a horizontal flip.
+        magnitude: the mean magnitude of RandAugment, up to 10; 0 leaves it out.
+        erase: the probability that a box is filled with noise.
         copies: the number of crops of an image that follow each other (repeated augmentation of
             DeiT, with 3). An epoch has as many crops as there are images, and so shows only one in
             `copies` of them.
@@ -37,6 +40,8 @@ class Recipe(NamedTuple):
     scale: tuple[float, float] = (0.08, 1.0)
     interpolation: str = "bilinear"
     flip: float = 0.5
+    magnitude: float = 0.0
+    erase: float = 0.0
     copies: int = 1
 
 
@@ -174,6 +179,11 @@ def _check(source: Source, recipe: Recipe, records: np.ndarray) -> None:
             f"The shares of the area that a crop shows are {recipe.scale}. Expected two numbers "
             "with 0 < first <= second <= 1, such as 0.08,1."
         )
+    if not 0 <= recipe.magnitude <= STRONGEST:
+        raise UserError(
+            f"The magnitude of RandAugment is {recipe.magnitude}. Expected a number from 0, for "
+            f"none, to {STRONGEST:g}."
+        )
     if recipe.interpolation not in FILTERS:
         raise UserError(
             f"The interpolation is {recipe.interpolation!r}. Choose one of: {', '.join(FILTERS)}."
@@ -193,4 +203,10 @@ def training_crop(image: np.ndarray, rng: np.random.Generator, recipe: Recipe) -
     """
     box = crop_box(image.shape[0], image.shape[1], recipe.scale, rng)
     crop = resized_crop(image, box, recipe.size, recipe.interpolation)
-    return cv2.flip(crop, 1) if rng.random() < recipe.flip else crop
+    if rng.random() < recipe.flip:
+        crop = cv2.flip(crop, 1)
+    if recipe.magnitude:
+        crop = rand_augment(crop, rng, recipe.magnitude, recipe.interpolation)
+    if rng.random() < recipe.erase:
+        crop = erase(crop, rng)
+    return crop

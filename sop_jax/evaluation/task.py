@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_collections
 import numpy as np
@@ -86,6 +86,7 @@ class Subject(NamedTuple):
     step: int | None
 
 
+@runtime_checkable
 class Bar(Protocol):
     """A progress bar."""
 
@@ -93,6 +94,7 @@ class Bar(Protocol):
         """Advances the bar by a number of units."""
 
 
+@runtime_checkable
 class Tools(Protocol):
     """What a task uses while it runs. All processes call each method at the same points.
 
@@ -122,6 +124,7 @@ class Tools(Protocol):
         """Prints a line for people, in the first process."""
 
 
+@runtime_checkable
 class Open(Protocol):
     """Opens the data of a task, in seconds; raises UserError for all that the user can fix."""
 
@@ -141,6 +144,7 @@ class Open(Protocol):
         """
 
 
+@runtime_checkable
 class Run(Protocol):
     """Measures a network; raises Interrupted between batches."""
 
