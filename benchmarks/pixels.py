@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sop_jax.data.pipeline import eval_batches  # noqa: E402
 from sop_jax.data.sources import Source, open_source  # noqa: E402
-from sop_jax.evaluation.knn import knn_top1  # noqa: E402
+from sop_jax.evaluation.knn import accuracies  # noqa: E402
+from sop_jax.evaluation.task import Features  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh  # noqa: E402
 
 
@@ -46,20 +47,18 @@ def main() -> None:
         pixels(source, config.eval.resize, config.eval.crop) for source in (train, test)
     )
     mean = known.mean(0)
-    unit = [
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
-        for x in (known - mean, asked - mean)
-    ]
-    top1 = knn_top1(
-        unit[0],
-        classes,
-        unit[1],
-        truth,
+    train_features, test_features = (
+        Features(rows - mean, None, np.arange(len(rows), dtype=np.int32), labels, [])
+        for rows, labels in ((known, classes), (asked, truth))
+    )
+    found = accuracies(
+        train_features,
+        test_features,
         tuple(config.eval.knn_k),
         config.eval.knn_temperature,
         mesh=make_mesh(),
     )
-    print(json.dumps({f"k{k}": share for k, share in top1.items()}))
+    print(json.dumps({f"k{k}": accuracy.top1 for k, accuracy in found.items()}))
 
 
 if __name__ == "__main__":

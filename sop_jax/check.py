@@ -1,6 +1,6 @@
 """Checks a config before any long work starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -8,6 +8,7 @@ import ml_collections
 from sop_jax.config import flatten, misnamed, paper
 from sop_jax.data import named
 from sop_jax.errors import UserError
+from sop_jax.evaluation.tasks import TASKS
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.layers import REMATS
@@ -125,6 +126,7 @@ RULES: dict[str, Rule] = {
     "eval.resize": COUNT,
     "eval.crop": COUNT,
     "eval.batch_size": COUNT,
+    "eval.tasks": some(one_of(name for name, task in TASKS.items() if task.during_training)),
     "eval.knn_k": some(COUNT),
     "eval.knn_temperature": POSITIVE,
     "checkpoint.minutes": NOT_NEGATIVE,
@@ -153,20 +155,36 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     flat, defaults = flatten(config), flatten(paper())
     if wrong := misnamed(flat):
         raise UserError("; ".join(wrong))
-    for key, rule in RULES.items():
-        if not rule.fits(flat[key]):
-            value = tuple(flat[key]) if isinstance(flat[key], list) else flat[key]
-            raise UserError(
-                f"{key} is {value!r}; expected {rule.expected}; {_remedy(key, defaults[key])}"
-            )
+    check_rules(flat, RULES, defaults, "--config.")
 
 
-def _remedy(key: str, default: Any) -> str:
+def check_rules(
+    values: Mapping[str, Any], rules: Mapping[str, Rule], examples: Mapping[str, Any], flag: str
+) -> None:
+    """Checks that each setting has a value that its rule allows.
+
+    Args:
+        values: the flattened settings.
+        rules: the rule of each setting.
+        examples: valid values of the settings.
+        flag: the flag that sets a setting, without the setting's name.
+
+    Raises:
+        UserError: names the first setting that has an invalid value, and a valid one.
+    """
+    for key, rule in rules.items():
+        if not rule.fits(values[key]):
+            value = tuple(values[key]) if isinstance(values[key], list) else values[key]
+            remedy = _remedy(f"{flag}{key}", examples[key])
+            raise UserError(f"{key} is {value!r}; expected {rule.expected}; {remedy}")
+
+
+def _remedy(flag: str, example: Any) -> str:
     """Returns what to do about a setting that has an invalid value."""
-    if default in (None, ""):
-        return f"set --config.{key} to such a value, or leave it out"
-    shown = ",".join(map(str, default)) if isinstance(default, list) else default
-    return f"for example, set --config.{key}={shown}"
+    if example in (None, ""):
+        return f"set {flag} to such a value, or leave it out"
+    shown = ",".join(map(str, example)) if isinstance(example, list) else example
+    return f"for example, set {flag}={shown}"
 
 
 # The settings of `config.model` that only model.size=custom uses.

@@ -37,6 +37,8 @@ FLAGS = flags.FLAGS
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 PROCESSES = ("coordinator", "processes", "process")
 
+_SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_settings`, by section
+
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
@@ -145,12 +147,23 @@ def define_config() -> None:
     flags.mark_flag_as_required("config")
 
 
-def given() -> list[str]:
+def define_settings(section: str, settings: config_dict.ConfigDict) -> None:
+    """Defines `--SECTION.KEY` for settings that do not come from a recipe.
+
+    Args:
+        section: the first part of the names, such as eval.
+        settings: the settings with their defaults.
+    """
+    _SETTINGS[section] = config_dict.ConfigDict(settings)
+    config_flags.DEFINE_config_dict(section, settings, lock_config=True)
+
+
+def given(section: str = "config") -> list[str]:
     """Returns the dotted names of the settings that are given on the command line."""
     return [
-        name.removeprefix("config.")
+        name.removeprefix(f"{section}.")
         for name in FLAGS
-        if name.startswith("config.") and FLAGS[name].present
+        if name.startswith(f"{section}.") and FLAGS[name].present
     ]
 
 
@@ -218,6 +231,11 @@ def _help(config: config_dict.ConfigDict | None) -> str:
         lines += ["", "Settings:", *textwrap.wrap(text, 96, break_on_hyphens=False)]
         for key, value in flatten(config or {}).items():
             lines.append(f"  --config.{key}={tuple(value) if isinstance(value, list) else value}")
+    for section, settings in _SETTINGS.items():
+        lines += ["", "Settings:"]
+        for key, value in flatten(settings).items():
+            shown = tuple(value) if isinstance(value, list) else value
+            lines.append(f"  --{section}.{key}={'' if shown is None else shown}")
     return "\n".join(lines)
 
 
@@ -244,8 +262,11 @@ def _settings() -> dict[str, Any]:
     """Returns the flags of this command and the settings of its config, by their names."""
     own = FLAGS.get_key_flags_for_module(sys.argv[0])
     values = {f"--{flag.name}": flag.value for flag in own if flag.name != "config"}
-    config = FLAGS["config"].value if "config" in FLAGS else None
-    return values | {f"--config.{name}": value for name, value in flatten(config or {}).items()}
+    for section in ("config", *_SETTINGS):
+        if section in FLAGS:
+            settings = flatten(FLAGS[section].value or {})
+            values |= {f"--{section}.{name}": value for name, value in settings.items()}
+    return values
 
 
 def _end_among_others(hosts: Any, error: BaseException) -> None:
@@ -294,7 +315,7 @@ def _exit(message: str, code: int) -> NoReturn:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    config = None
+    config, sections = None, _SETTINGS
     try:
         if "config" in FLAGS:
             argv = _find_recipes(argv)
@@ -302,16 +323,17 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if any(flag in HELP for flag in argv[1:]):
             print(_help(config))
             sys.exit(0)
-        if config is not None:
-            _check_names(argv, config)
+        sections = _SETTINGS if config is None else {"config": config, **_SETTINGS}
+        for section, settings in sections.items():
+            _check_names(argv, settings, section)
         _check_empty(argv, config)
         rest = FLAGS(argv)
         if config is not None:
             _expand_paths(FLAGS["config"].value)
         if hosts := _hosts():
             hosts.check_flags(*_processes())
-        if config is not None:
-            _check_tuples(flatten(FLAGS["config"].value), flatten(config))
+        for section, settings in sections.items():
+            _check_tuples(flatten(FLAGS[section].value), flatten(settings), section)
         if rest[1:]:
             raise UserError(
                 f"unexpected argument {rest[1]!r}: flags are written --name=value, settings "
@@ -322,7 +344,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             verbosity.value, verbosity.using_default_value = logging.WARNING, False
         return rest
     except (UserError, flags.Error) as error:
-        _exit(f"error: {_usage(error, config)}", 2)
+        _exit(f"error: {_usage(error, sections)}", 2)
 
 
 def recipes() -> epath.Path:
@@ -398,18 +420,19 @@ def _load_config(argv: Sequence[str]) -> config_dict.ConfigDict | None:
     return config
 
 
-def _check_names(argv: Sequence[str], config: config_dict.ConfigDict) -> None:
+def _check_names(argv: Sequence[str], config: config_dict.ConfigDict, section: str) -> None:
     known = list(flatten(config))
     for flag in argv:
-        match = re.match(r"--?(?:no)?config\.([^=\[]*)", flag)
+        match = re.match(rf"--?(?:no)?{section}\.([^=\[]*)", flag)
         if not match or match[1] in known:
             continue
         if within := [name for name in known if name.startswith(f"{match[1]}.")]:
             raise UserError(
-                f"config.{match[1]} is a section of settings; set one of them, such as "
-                f"--config.{within[0]}"
+                f"{section}.{match[1]} is a section of settings; set one of them, such as "
+                f"--{section}.{within[0]}"
             )
-        raise UserError(f"unknown setting config.{match[1]}{nearest(match[1], known, 'config.')}")
+        like = nearest(match[1], known, f"{section}.")
+        raise UserError(f"unknown setting {section}.{match[1]}{like}")
 
 
 def _check_empty(argv: Sequence[str], config: config_dict.ConfigDict | None) -> None:
@@ -443,32 +466,34 @@ def _expand_paths(config: config_dict.ConfigDict) -> None:
             config.update_from_flattened_dict({name: path})
 
 
-def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
+def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any], section: str) -> None:
     """Checks the items of tuples, which absl does not: it accepts any words as a tuple."""
     for name, example in file.items():
         if isinstance(example, list):
             kind = str if any(isinstance(item, str) for item in example) else numbers.Real
             if not all(isinstance(item, kind) for item in given[name]):
-                raise UserError(_wrong_type(name, "tuple", tuple(example), tuple(given[name])))
+                own = f"{section}.{name}"
+                raise UserError(_wrong_type(own, "tuple", tuple(example), tuple(given[name])))
 
 
 def _wrong_type(name: str, kind: str, example: Any, given: Any) -> str:
     such_as = "" if example is None else f", such as {example!r}"
-    return f"config.{name} must be of type {kind}{such_as}, not {given!r}"
+    return f"{name} must be of type {kind}{such_as}, not {given!r}"
 
 
-def _usage(error: Exception, config: config_dict.ConfigDict | None) -> str:
+def _usage(error: Exception, sections: Mapping[str, config_dict.ConfigDict]) -> str:
     """Returns the message for an error of the command line: the flag, its type and an example."""
     text = str(error)
     if match := re.match(r"flag --(\S+)=None: .* other than None", text):
         if match[1] == "config":
             return f"--config is required: give --config=NAME or FILE. {_known_recipes()}"
         return f"--{match[1]} is required: give --{match[1]}=value"
-    match = re.match(r"flag --config\.([^=]+)=(.*?): ", text, re.DOTALL)
-    if match and config is not None:
-        kind = config_path.get_type(match[1], config).__name__
-        example = config_path.get_value(match[1], config)
-        return _wrong_type(match[1], kind, example, match[2])
+    for section, settings in sections.items():
+        match = re.match(rf"flag --{section}\.([^=]+)=(.*?): ", text, re.DOTALL)
+        if match:
+            kind = config_path.get_type(match[1], settings).__name__
+            example = config_path.get_value(match[1], settings)
+            return _wrong_type(f"{section}.{match[1]}", kind, example, match[2])
     return text.removeprefix("flag ")
 
 

@@ -32,6 +32,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "model.pool": "cls",
         "checkpoint.minutes": 15.0,  # this does not change the results
     },
+    "0.4.0": {
+        "eval.tasks": ("knn",),
+    },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json
 
@@ -65,6 +68,8 @@ PATHS = ("data.path", "init_from")
 # The only settings and flags that can be empty. An empty value means that there is none, or that a
 # default is used.
 MAY_BE_EMPTY = (*PATHS, "data.name", "data.train_split", "data.test_split", "splits")
+
+_ANY_LENGTH = ("eval.tasks", "eval.knn_k")  # lists that can have any number of items
 
 _FILE = "config.json"
 
@@ -195,7 +200,14 @@ def paper() -> ml_collections.ConfigDict:
         )
     )
     config.eval = ml_collections.ConfigDict(
-        dict(resize=256, crop=224, batch_size=256, knn_k=(10, 20, 100, 200), knn_temperature=0.07)
+        dict(
+            resize=256,
+            crop=224,
+            batch_size=256,
+            tasks=("knn",),  # what is measured at `eval_every`
+            knn_k=(10, 20, 100, 200),
+            knn_temperature=0.07,
+        )
     )
     config.checkpoint = ml_collections.ConfigDict(
         dict(
@@ -305,12 +317,12 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
             f"{path} lacks {', '.join(missing)}, which every run of sop_jax {version} has; {remedy}"
         )
     for key, value in settings.items():
-        if isinstance(value, list) and key != "eval.knn_k" and len(value) != len(default[key]):
+        if isinstance(value, list) and key not in _ANY_LENGTH and len(value) != len(default[key]):
             raise UserError(
                 f"{path}: {key} is {value!r}; expected {len(default[key])} numbers; {remedy}"
             )
         if not _fits(value, default[key]):
-            kind = "list of numbers" if isinstance(default[key], list) else _kind(default[key])
+            kind = _kind(default[key])
             raise UserError(f"{path}: {key} is {value!r}; expected a {kind}; {remedy}")
     return version, settings
 
@@ -343,7 +355,8 @@ def _order(version: str) -> tuple[int, ...]:
 
 def _fits(value: Any, example: Any) -> bool:
     if isinstance(example, list):
-        return isinstance(value, list) and all(_fits(item, 0.0) for item in value)
+        one = example[0] if isinstance(example[0], str) else 0.0
+        return isinstance(value, list) and all(_fits(item, one) for item in value)
     if example is None:
         return value is None or _fits(value, 0)
     if isinstance(value, bool) != isinstance(example, bool):
@@ -352,6 +365,8 @@ def _fits(value: Any, example: Any) -> bool:
 
 
 def _kind(example: Any) -> str:
+    if isinstance(example, list):
+        return "list of words" if isinstance(example[0], str) else "list of numbers"
     if isinstance(example, bool):
         return "truth value (true or false)"
     if isinstance(example, float):

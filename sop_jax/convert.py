@@ -18,15 +18,14 @@ import ml_collections
 from absl import flags
 from etils import epath
 
-from sop_jax import check, paths, pretrained
 from sop_jax import config as config_lib
+from sop_jax import paths, pretrained
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES, Params, build
+from sop_jax.models import Params
 from sop_jax.models.positions import RULES
 from sop_jax.training import checkpoint
 from sop_jax.training.checkpoint import named_leaves
-from sop_jax.weights import files, mapping, recognition
-from sop_jax.weights.tables import Layout
+from sop_jax.weights import files, mapping
 
 PROJECTS = ("timm", "hf", "hf4", "ibot")
 
@@ -93,7 +92,9 @@ def convert(
                 f"--step={step} is for folders with checkpoints, but {source} is a file; leave out "
                 "--step"
             )
-        config, params, absent, words = read(source, key, prefix, heads, positions, bool(project))
+        config, params, absent, words = pretrained.network_of_file(
+            source, key, prefix, heads, positions, bool(project)
+        )
         step = 0
     if project:
         leaves = {path: jax.device_get(leaf) for path, leaf in named_leaves(params).items()}
@@ -110,109 +111,6 @@ def convert(
         return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
     save(config, params, step, pretrained.Origin(str(source), absent), to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]
-
-
-def read(
-    path: epath.Path,
-    key: str | None,
-    prefix: str | None,
-    heads: int | None,
-    positions: str | None,
-    exports: bool,
-) -> tuple[ml_collections.ConfigDict, Params, list[str], list[str]]:
-    """Reads the network of a file; `exports` says that it is only exported and needs no heads.
-
-    Returns:
-        Its config, its parameters, the paths of the parameters that the file does not have, and
-        lines for the user that describe what was done.
-
-    Raises:
-        UserError: see `convert`.
-    """
-    file = pretrained.read_file(path, key, prefix)
-    try:
-        config, params, start = _network(file, heads, positions, exports)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    words = [] if positions else _other_positions(file.alike, config.model.positions)
-    absent = [path for path in named_leaves(params) if path not in start.leaves]
-    return config, pretrained.replace(params, start.leaves), absent, start.words + words
-
-
-def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
-    """Returns hints about projects that use the same names but resize positions differently."""
-    projects: dict[str, list[str]] = {}
-    for layout in alike:
-        rule = layout.settings.get("positions", chosen)
-        if rule != chosen:
-            projects.setdefault(rule, []).append(layout.project)
-    return [
-        f"these are also the names of {' and '.join(names)}: if the weights are from there, give "
-        f"--positions={rule}"
-        for rule, names in projects.items()
-    ]
-
-
-def _network(
-    file: recognition.Recognised, heads: int | None, positions: str | None, exports: bool
-) -> tuple[ml_collections.ConfigDict, Params, pretrained.InitialWeights]:
-    """Returns the config of a file's network, initial parameters, and what the file provides."""
-    family = file.layout.family
-    for flag, value in (("heads", heads), ("positions", positions)):
-        if value is not None and flag in FAMILIES[family].unused:
-            raise UserError(
-                f"--{flag} is for a ViT, but these are the weights of a {family}; leave it out"
-            )
-    if exports and heads is None and "heads" not in FAMILIES[family].unused:
-        heads = 1  # an export does not depend on it
-    config = settings(mapping.describe(file.layout, file.arrays), heads)
-    if positions:
-        config.model.positions = positions
-    check.check_sizes(config)
-    model = build(config, config.augment.global_size)
-    params = model.init(jax.random.key(config.seed))
-    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    return config, params, pretrained.of_arrays(file, shapes, config.model)
-
-
-def settings(found: dict[str, object], heads: int | None) -> ml_collections.ConfigDict:
-    """Returns the config of a network, with the name of its size if it has one.
-
-    Args:
-        found: settings by their dotted names, from `weights.mapping.describe`.
-        heads: the number of heads of a ViT whose size has no name.
-
-    Raises:
-        UserError: the number of heads is needed and not given.
-    """
-    config = config_lib.paper()
-    config.update_from_flattened_dict(found)
-    config.model.dtype = "float32"
-    config.data.source = "folder"  # with which evaluate needs only --data.path
-    crop = min(224, config.augment.global_size)
-    if crop % config.model.patch:
-        crop = config.augment.global_size
-    config.eval.crop, config.eval.resize = crop, crop * 256 // 224
-    patch = config.model.patch
-    config.augment.local_size = -(-config.augment.local_size // patch) * patch
-    family = FAMILIES[config.model.family]
-    unknown = heads is None and "heads" not in family.unused
-    if heads is not None:
-        config.model.heads = heads
-    for name, size in family.sizes.items():
-        custom = family.custom(config.model)
-        if unknown:
-            custom = custom._replace(heads=size.heads)
-        if custom == size:
-            config.model.size = name
-            return config
-    if unknown:
-        raise UserError(
-            f"no size is known for a ViT of width {config.model.width} and depth "
-            f"{config.model.depth}, and its number of heads cannot be inferred from the weights; "
-            "give --heads=N"
-        )
-    return config
 
 
 def save(

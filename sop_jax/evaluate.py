@@ -1,236 +1,404 @@
-"""Measures the quality of the features of a run.
+"""Measures the quality of the features of a network.
 
     python -m sop_jax.evaluate --workdir=DIR --task=knn [--step=N] [--data.path=PATH]
+    python -m sop_jax.evaluate --weights=FILE --task=knn --data.path=PATH
+    python -m sop_jax.evaluate --workdir=DIR --task=TASK --help
+    python -m sop_jax.evaluate --workdir=DIR --task=all --root=ROOT
 
-Prints a table, then one line of JSON, which it also writes to DIR/knn_<step>.json.
+Prints a table, then one line of JSON, which it also writes to DIR/evaluations/. --task=TASK --help
+lists the settings of a task, which --eval.KEY=VALUE changes, and the data that it needs.
+--task=all does all tasks whose data is below ROOT, and lists the others.
 
 By default the data is that of the run. --data.path names other data: a folder of images, a packed
-.npz file or a TFDS data set. If the path does not determine which data to use, --data.source,
---data.name, --data.train_split and --data.test_split do. The command prints which data it uses.
+.npz file, a TFDS data set, or what the task expects. If the path does not determine which data to
+use, --data.source, --data.name, --data.train_split and --data.test_split do.
+
+Features are computed once and kept in DIR/evaluations/features, where an interrupted command
+continues. A measurement that is finished is not repeated: the same command prints it again.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from etils import epath
-from jax.sharding import Mesh
 
 from sop_jax import cli, paths
-from sop_jax.data import sources
-from sop_jax.data.decode import decoding
-from sop_jax.data.named import LOOKED_AT, describe, name_data, splits_of
-from sop_jax.data.sources import Source, open_source
-from sop_jax.errors import UserError
-from sop_jax.evaluation.features import Extract, make_extractor
-from sop_jax.evaluation.knn import knn_top1
-from sop_jax.models import Params
-from sop_jax.monitor.corrupt import print_corrupt
+from sop_jax.check import check_rules
+from sop_jax.config import flatten
+from sop_jax.data.named import LOOKED_AT
+from sop_jax.data.sources import identity
+from sop_jax.errors import UserError, nearest
+from sop_jax.evaluation.task import Subject, Task
+from sop_jax.evaluation.tasks import TASKS
+from sop_jax.evaluation.tools import Toolbox
+from sop_jax.models import Params, build
+from sop_jax.models.positions import RULES as POSITIONS
 from sop_jax.parallel import hosts
-from sop_jax.parallel.mesh import make_mesh
+from sop_jax.parallel.interruption import Interruption
+from sop_jax.parallel.mesh import make_mesh, put, replicated
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load_network, settings_of
+from sop_jax.pretrained import load_network, network_of_file, settings_of
 from sop_jax.training import resume
+from sop_jax.training.checkpoint import named_leaves
+
+ALL = "all"
 
 
-def knn_evaluation(
-    extract: Extract,
-    params: Params,
-    train: Source,
-    test: Source | None,
-    eval_config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    between: Callable[[], Any] | None = None,
-    unreadable: Callable[[Source, list[int]], Any] | None = None,
-) -> dict[str, float | int | None]:
-    """Returns the weighted k-NN accuracy of the test images among the train images, as in DINO.
+class Asked(NamedTuple):
+    """What a command asks for.
 
-    Args:
-        extract: the function that `features.make_extractor` returns.
-        params: the parameters of the network to evaluate, usually the teacher's.
-        train: the images that vote.
-        test: the images to classify. Without a test split nothing is measured: the train images
-            are not classified by leave-one-out.
-        eval_config: a config with `knn_k` and `knn_temperature`.
-        mesh: the devices, over which the train images are sharded.
-        between: called after each batch of images and each chunk of the search; it may raise.
-        unreadable: called with each source and its records that cannot be read.
-
-    Returns:
-        `knn_top1`, the best accuracy over k; `knn_k`, the k that reached it; `knn_top1_k<k>` for
-        each k, None if there are fewer train images than k; and `knn_unreadable`, the number of
-        images that were left out. Accuracies are shares in [0, 1]. All values are None without a
-        test split or without labels.
-    """
-    ks = tuple(eval_config.knn_k)
-    names = ["knn_top1", "knn_k", *(f"knn_top1_k{k}" for k in ks), "knn_unreadable"]
-    result: dict[str, float | int | None] = dict.fromkeys(names)
-    if test is None or not (train.has_labels and test.has_labels):
-        return result
-    known, queries = (extract(params, source, between=between) for source in (train, test))
-    if unreadable:
-        unreadable(train, known.corrupt)
-        unreadable(test, queries.corrupt)
-    top1 = knn_top1(
-        known.vectors,
-        known.labels,
-        queries.vectors,
-        queries.labels,
-        ks,
-        eval_config.knn_temperature,
-        mesh=mesh,
-        between=between,
-    )
-    best = max(top1, key=lambda k: top1[k])  # the first k of those with the same accuracy
-    return result | {
-        "knn_top1": top1[best],
-        "knn_k": best,
-        **{f"knn_top1_k{k}": share for k, share in top1.items()},
-        "knn_unreadable": len(known.corrupt) + len(queries.corrupt),
-    }
-
-
-def knn(
-    workdir: epath.PathLike,
-    step: int | None = None,
-    data: Mapping[str, str] | None = None,
-    batch_size: int | None = None,
-) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run with k-NN, prints the table and writes the JSON file.
-
-    Args:
-        workdir: the folder of the run.
-        step: the step of the checkpoint; the newest by default.
-        data: data other than the run's, see `data.named.name_data`.
+    Attributes:
+        workdir: the folder of a run or of a conversion; None for a file of weights.
+        weights: a file of weights; None for a folder.
+        step: the step of the checkpoint of a run; the newest by default.
+        network: which of several networks: "teacher" or "student"; the teacher by default.
+        heads: the number of heads of a ViT in a file whose size has no name.
+        positions: how positions are resized, if not as the file's project does.
+        out: the folder of the results; by default the workdir, or the folder of the file.
+        cache: the folder of the cache of features; "off" for none, None for the default.
+        again: whether to measure what has been measured before.
         batch_size: the number of images that are computed at a time, which bounds the memory;
             `eval.batch_size` of the run by default.
+    """
+
+    workdir: epath.PathLike | None = None
+    weights: epath.PathLike | None = None
+    step: int | None = None
+    network: str | None = None
+    heads: int | None = None
+    positions: str | None = None
+    out: epath.PathLike | None = None
+    cache: str | None = None
+    again: bool = False
+    batch_size: int | None = None
+
+    @property
+    def folder(self) -> epath.Path:
+        """The folder in which `evaluations/` is."""
+        if self.out is not None:
+            return epath.Path(self.out)
+        return epath.Path(self.workdir) if self.workdir else epath.Path(self.weights or "").parent
+
+
+def evaluate(
+    asked: Asked,
+    name: str = "knn",
+    changes: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measures a network by one task, prints the table and writes the JSON file.
+
+    Args:
+        asked: the network, and where results go.
+        name: the name of the task.
+        changes: settings of the task that differ from its defaults, by their dotted names.
+        data: data other than the run's, see `data.named.name_data`.
 
     Returns:
-        The result of `knn_evaluation`, and `task`, `step` and `data`.
+        The record: `task`, `step`, `results`, `settings`, `weights`, `data`, `versions` and
+        `seconds`.
 
     Raises:
-        UserError: there is no run, checkpoint or data, or the data has no labels or test split.
+        UserError: something is wrong that the user can fix; everything that can be is checked
+            before the network is loaded.
+        Interrupted: SIGINT or SIGTERM was received.
     """
-    config = settings_of(workdir)
-    config.eval.batch_size = batch_size or config.eval.batch_size
-    try:
-        train, test = open_labelled(config.data, data or {})
-    except UserError as error:  # its message names the flags of `sop_jax.train`
-        raise UserError(str(error).replace("--config.data.", "--data.")) from error
-    now = resume.data_of(train, test)
-    hosts.check_agreement(resume.facts(now))
-    began = None if data else resume.recorded(epath.Path(workdir))
-    if began and hosts.is_first():
-        for line in resume.differences(began, now):
-            print(f"the data is not the data of the run: {line}", file=sys.stderr)
-    try:
-        paths.check_writable(workdir, "--workdir")
-    except UserError as error:  # the accuracy can still be measured and printed
-        if hosts.is_first():
-            print(f"the accuracy will only be printed, not saved: {error}", file=sys.stderr)
-        writable = False
-    else:
-        writable = True
-    _, model, teacher, step = load_network(workdir, step)
-    mesh = make_mesh()
-    extract = make_extractor(model, config, mesh)
-
-    def unreadable(source: Source, corrupt: list[int]) -> None:
-        if hosts.is_first():
-            print_corrupt(source, corrupt, decoding(config.data, source))
-
-    result = knn_evaluation(extract, teacher, train, test, config.eval, mesh, unreadable=unreadable)
-    names = ("source", *LOOKED_AT[config.data.source])
-    settings = {name: config.data[name] for name in names}
-    record = {"task": "knn", "step": step, "data": settings | resume.facts(now), **result}
-    if not hosts.is_first():
-        return record  # only the first process prints and writes
-    print(f"k-NN of {workdir}, step {step}: {len(test)} images among {len(train)}")
-    print(f"of {describe(config.data)}")
-    print(table(result))
-    if not writable:
-        return record
-    other = f"_{test.digest}" if data else ""  # the results on the run's own data are kept
-    path = epath.Path(workdir) / f"knn_{step}{other}.json"
-    try:
-        write_whole(path, json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"the accuracy above was not saved, because {path} cannot be written: {error}; make "
-            "the workdir writable or copy it, and run the same command again"
-        ) from error
+    task = TASKS[name]
+    began, data = time.monotonic(), data or {}
+    settings = task.settings()
+    settings.update_from_flattened_dict(dict(changes or {}))
+    check_rules(flatten(settings), task.rules, flatten(task.settings()), "--eval.")
+    with Interruption() as interruption:
+        interruption.starting = "interrupted before anything was measured"
+        loaded = None if asked.workdir else _of_file(asked)  # its settings follow from the weights
+        config = loaded.config if loaded else settings_of(asked.workdir or "")
+        config.eval.batch_size = asked.batch_size or config.eval.batch_size
+        inputs = task.open(config, settings, data)
+        _compare_data(asked, task, inputs, data)
+        writable = _is_writable(asked)
+        subject = loaded._replace(config=config) if loaded else _of_run(asked, config)
+        facts = {
+            "task": name,
+            "step": subject.step,
+            "settings": flatten(settings),
+            "weights": {"of": subject.name, "fingerprint": subject.fingerprint},
+            "data": _data_of(task, config, inputs, data),
+        }
+        hosts.check_agreement(facts)
+        place = _place(asked, subject, facts)
+        if (before := _finished(place, facts)) and not asked.again:
+            _show(task, before, settings, f"measured before; {place}.json has the result:")
+            return before
+        interruption.starting = None
+        tools = Toolbox(
+            subject,
+            make_mesh(),
+            folder=place if writable else None,
+            seed=config.seed,
+            cache=_cache(asked) if writable else None,
+            check=interruption.check,
+        )
+        results = task.run(subject, inputs, settings, tools)
+    record = facts | {
+        "results": results,
+        "versions": hosts.versions(),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    record = {key: record[key] for key in RECORD}
+    _show(task, record, settings, f"{name} of {subject.name}:")
+    if hosts.is_first() and writable:
+        _save(epath.Path(f"{place}.json"), record)
     return record
 
 
-def open_labelled(data_config: Any, given: Mapping[str, str]) -> tuple[Source, Source]:
-    """Returns the train and the test split of the data of a run, or of the data that flags name.
+RECORD = ("task", "step", "results", "settings", "weights", "data", "versions", "seconds")
 
-    Args:
-        data_config: `config.data` of the run; updated to the data that is opened.
-        given: the flags that were given, see `data.named.name_data`.
+
+def evaluate_all(asked: Asked, root: epath.PathLike) -> dict[str, Any]:
+    """Does all tasks whose data is below a folder; prints what was done, and what was not and why.
+
+    Returns:
+        The results by task; None for those that were not done.
 
     Raises:
-        UserError: the data does not exist, or it has no labels or no split to classify.
+        Interrupted: SIGINT or SIGTERM was received; finished tasks are not done again.
     """
-    name_data(data_config, given)
-    train = open_source(data_config, "train")
-    assert train is not None  # only the test split may be missing
-    test = open_source(data_config, "test", train)
-    if hosts.is_first():
-        for note in sources.notes(train, test):
-            print(note, file=sys.stderr)
-    if test is None:
-        found = ", ".join(sorted(splits_of(data_config).values()))
-        remedy = "name it with --data.test_split" if found else "put it into a folder called val"
-        raise UserError(
-            f"there is no split {data_config.test_split!r} to classify in {describe(data_config)}"
-            f"{f', but there are {found}' * bool(found)}. k-NN needs one besides the train split: "
-            f"{remedy}, or use --data.path to name other data that has both"
-        )
-    if not (train.has_labels and test.has_labels):
-        raise UserError(
-            f"the images have no labels ({describe(data_config)}), and k-NN needs them. Sort them "
-            "into one folder per class, in the train and in the test split, or use --data.path to "
-            "name other data that has labels"
-        )
-    return train, test
-
-
-def table(result: dict[str, float | int | None]) -> str:
-    """Returns the accuracy by k in percent, one line for each k, with the best one marked."""
-    lines = [f"{'k':>5}  top-1 %"]
-    for name, share in result.items():
-        k = name.removeprefix("knn_top1_k")
-        if k == name:
+    results: dict[str, Any] = {}
+    lines = []
+    for name, task in TASKS.items():
+        place = epath.Path(root) / task.place
+        results[name] = None
+        if not place.exists():
+            lines.append(f"{name}: not done, {place} does not exist; it needs {task.expects}")
             continue
-        mark = "  best" if int(k) == result["knn_k"] else ""
-        value = "  (fewer train images)" if share is None else f"{100 * share:7.2f}{mark}"
-        lines.append(f"{k:>5}  {value}")
-    if result["knn_unreadable"]:
-        lines.append(f"{result['knn_unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        try:
+            results[name] = evaluate(asked, name, data={"path": str(place)})["results"]
+            lines.append(f"{name}: done")
+        except UserError as error:
+            if isinstance(error, KeyboardInterrupt) or type(error) is not UserError:
+                raise
+            lines.append(f"{name}: not done, {error}")
+    if hosts.is_first():
+        print("\n".join(lines))
+    return results
 
 
-TASKS = {"knn": knn}
+def _of_run(asked: Asked, config: ml_collections.ConfigDict) -> Subject:
+    """Loads the network of a folder."""
+    network = asked.network or "teacher"
+    assert asked.workdir is not None
+    _, model, params, step = load_network(asked.workdir, asked.step, network)
+    name = f"the {network} of {asked.workdir}, step {step}"
+    return Subject(name, config, model, params, fingerprint(config, params), step)
+
+
+def _of_file(asked: Asked) -> Subject:
+    """Loads the network of a file of weights."""
+    assert asked.weights is not None
+    path = epath.Path(asked.weights)
+    if not path.exists():
+        raise UserError(f"there is no file {path}; check --weights")
+    if path.is_dir():
+        raise UserError(f"--weights={path} is a folder; give --workdir={path}, or a file in it")
+    if asked.step is not None:
+        raise UserError(f"--step={asked.step} is for --workdir, but {path} is a file; leave it out")
+    config, params, absent, words = network_of_file(
+        path, asked.network, None, asked.heads, asked.positions, False
+    )
+    if hosts.is_first():
+        lines = [f"{path}:", *words, *([f"absent: {', '.join(absent)}"] if absent else [])]
+        print("\n  ".join(lines), file=sys.stderr)
+    everywhere = replicated(make_mesh())
+    params = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), params)
+    model = build(config, config.augment.global_size)
+    return Subject(str(path), config, model, params, fingerprint(config, params), None)
+
+
+def fingerprint(config: ml_collections.ConfigDict, params: Params) -> str:
+    """Returns a hash of a network: the settings of the model, and all its parameters."""
+    own = flatten(config.model) | {"size": config.augment.global_size}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for path, leaf in sorted(named_leaves(params).items()):
+        digest.update(path.encode() + np.ascontiguousarray(leaf.addressable_data(0)).data)
+    return digest.hexdigest()[:16]
+
+
+def _compare_data(asked: Asked, task: Task, inputs: Any, data: Mapping[str, Any]) -> None:
+    """Warns if the data is not that with which the run began, though no other data was named."""
+    found = task.sources(inputs)
+    if asked.workdir is None or data or not {"train", "test"} <= found.keys():
+        return
+    began = resume.recorded(epath.Path(asked.workdir))
+    if began and found["train"] is not None and hosts.is_first():
+        now = resume.data_of(found["train"], found["test"])
+        for line in resume.differences(began, now):
+            print(f"the data is not the data of the run: {line}", file=sys.stderr)
+
+
+def _data_of(
+    task: Task, config: ml_collections.ConfigDict, inputs: Any, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what identifies the data of a task."""
+    own = config.data
+    names = {name: own[name] for name in ("source", *LOOKED_AT[own.source])}
+    found = {split: source for split, source in task.sources(inputs).items() if source is not None}
+    return names | dict(data) | {split: identity(source) for split, source in found.items()}
+
+
+def _is_writable(asked: Asked) -> bool:
+    try:
+        paths.check_writable(asked.folder, "--out")
+    except UserError as error:  # the network can still be measured and the result printed
+        if hosts.is_first():
+            print(f"the result will only be printed, not saved: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _place(asked: Asked, subject: Subject, facts: Mapping[str, Any]) -> epath.Path:
+    """Returns the path of the result, without its extension; the same for the same measurement."""
+    stem = epath.Path(subject.name).stem if subject.step is None else str(subject.step)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return asked.folder / "evaluations" / f"{facts['task']}_{stem}_{digest}"
+
+
+def _cache(asked: Asked) -> epath.Path | None:
+    """Returns the folder of the cache of features; None if there is none."""
+    if asked.cache == "off":
+        return None
+    if asked.cache is not None:
+        return epath.Path(asked.cache)
+    folder = asked.folder / "evaluations" / "features"
+    if "://" in str(folder):
+        if hosts.is_first():
+            print(
+                f"features are not kept, because {folder} is not local; name a local folder with "
+                "--cache=DIR to keep them",
+                file=sys.stderr,
+            )
+        return None
+    return folder
+
+
+def _finished(place: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the record of the same measurement, if there is one."""
+    try:
+        record = json.loads(epath.Path(f"{place}.json").read_text())
+        same = all(record[key] == json.loads(json.dumps(value)) for key, value in facts.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        record, same = None, False
+    return record if hosts.agree(int(same)) and same else None
+
+
+def _show(
+    task: Task, record: Mapping[str, Any], settings: ml_collections.ConfigDict, title: str
+) -> None:
+    if hosts.is_first():
+        print(title)
+        images = [f"{key}: {x['images']} images" for key, x in record["data"].items() if _is(x)]
+        names = [f"data.{key}={x}" for key, x in record["data"].items() if not _is(x)]
+        print(", ".join(images + names))
+        print(task.table(record["results"], settings))
+
+
+def _is(value: Any) -> bool:
+    """Whether a value of a record's data is the identity of a split."""
+    return isinstance(value, Mapping)
+
+
+def _save(path: epath.Path, record: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the result above was not saved, because {path} cannot be written: {error}; name "
+            "another folder with --out, and run the same command again"
+        ) from error
+
+
+def _help_of(name: str) -> str:
+    task = TASKS[name]
+    return f"\n\nThe task {name}: {task.does}. It needs {task.expects}."
+
+
+def _task_on(argv: list[str]) -> str:
+    """Returns the value of --task on a command line, which decides which settings there are."""
+    value = "knn"
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        word, equals, text = flag.partition("=")
+        if word in ("--task", "-task"):
+            value = text if equals else following
+    return value
 
 
 def main() -> None:
-    """Evaluates the run that the flags name."""
+    """Evaluates the network that the flags name."""
     args = flags.FLAGS
-    if args.task not in TASKS:
-        raise UserError(f"unknown --task={args.task}; expected one of: {', '.join(TASKS)}")
-    record = TASKS[args.task](args.workdir, args.step, cli.given_data(), args.batch_size)
+    if bool(args.workdir) == bool(args.weights):
+        raise UserError("give either --workdir=DIR or --weights=FILE, and not both")
+    if args.workdir and (args.heads or args.positions):
+        raise UserError("--heads and --positions are for --weights; a folder has its own settings")
+    asked = Asked(
+        args.workdir,
+        args.weights,
+        args.step,
+        args.network,
+        args.heads,
+        args.positions,
+        args.out,
+        args.cache,
+        args.again,
+        args.batch_size,
+    )
+    if args.task == ALL:
+        if not args.root:
+            raise UserError("--task=all needs --root=ROOT, the folder with the data of all tasks")
+        record = evaluate_all(asked, args.root)
+    elif args.task in TASKS:
+        if args.root:
+            raise UserError("--root is for --task=all; name the data with --data.path")
+        changes = {key: flatten(args["eval"].value)[key] for key in cli.given("eval")}
+        changes = {key: tuple(x) if isinstance(x, list) else x for key, x in changes.items()}
+        record = evaluate(asked, args.task, changes, cli.given_data())
+    else:
+        known = ", ".join([*TASKS, ALL])
+        raise UserError(
+            f"unknown --task={args.task}{nearest(args.task, [*TASKS, ALL])}; expected one of: "
+            f"{known}"
+        )
     if hosts.is_first():
         print(json.dumps(record))
 
 
 if __name__ == "__main__":
-    cli.define_path("workdir", "The folder of the run.", required=True)
-    flags.DEFINE_string("task", "knn", f"What to measure: {', '.join(TASKS)}.")
+    chosen = _task_on(sys.argv)
+    if chosen in TASKS:
+        cli.define_settings("eval", TASKS[chosen].settings())
+        __doc__ = (__doc__ or "") + _help_of(chosen)
+    cli.define_path("workdir", "The folder of a run, or of sop_jax.convert.")
+    cli.define_path("weights", "A file of weights that sop_jax.convert can read.")
+    flags.DEFINE_string("task", "knn", f"What to measure: {', '.join([*TASKS, ALL])}.")
+    cli.define_path("root", "With --task=all, the folder with the data of all tasks.")
     flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
+    flags.DEFINE_enum(
+        "network", None, ["teacher", "student"], "Which network; by default the teacher."
+    )
+    flags.DEFINE_integer(
+        "heads", None, "The heads of a ViT in --weights whose size has no name.", lower_bound=1
+    )
+    flags.DEFINE_enum("positions", None, list(POSITIONS), "How --weights resizes positions.")
+    cli.define_path("out", "The folder of the results; by default that of the network.")
+    flags.DEFINE_string("cache", None, "The folder in which features are kept; off for none.")
+    flags.DEFINE_bool("again", False, "Measure again what has been measured before.")
     flags.DEFINE_integer(
         "batch_size", None, "The images per batch; by default as in the run.", lower_bound=1
     )

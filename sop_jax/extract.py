@@ -35,7 +35,8 @@ from sop_jax.data.folders import FolderSource, list_images, printable, whole_tre
 from sop_jax.data.named import describe, name_data
 from sop_jax.data.sources import Source, notes, open_source
 from sop_jax.errors import UserError
-from sop_jax.evaluation.features import make_extractor
+from sop_jax.evaluation.features import make_extractor, whole
+from sop_jax.evaluation.views import view_of
 from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
@@ -75,9 +76,9 @@ def export(
     config, model, teacher, step = load_network(workdir, step)
     config.eval.batch_size = batch_size or config.eval.batch_size
     mesh = make_mesh()
-    extract = make_extractor(model, config, mesh, patches)
+    extract = make_extractor(model, config, mesh, view_of(config, patches=patches))
     with tqdm.tqdm(total=len(source), unit="image", dynamic_ncols=True, disable=not chief) as bar:
-        features = extract(teacher, source, bar.update)
+        features = whole(extract(teacher, source, bar.update))
     if not chief:
         return
     print_corrupt(source, features.corrupt, decoding(config.data, source))

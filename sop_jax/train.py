@@ -7,6 +7,7 @@ again resumes an interrupted run exactly, and leaves a finished run as it is.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -34,8 +35,10 @@ from sop_jax.data.decode import decoding
 from sop_jax.data.pipeline import Batches, check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.errors import Interrupted, UserError
-from sop_jax.evaluate import knn_evaluation
-from sop_jax.evaluation.features import make_extractor
+from sop_jax.evaluation.splits import Splits
+from sop_jax.evaluation.task import Subject
+from sop_jax.evaluation.tasks import measure
+from sop_jax.evaluation.tools import Toolbox
 from sop_jax.models import Params
 from sop_jax.monitor.corrupt import CorruptImages, lines_of
 from sop_jax.monitor.journal import Journal
@@ -342,19 +345,20 @@ def open_tools(
         for line in lines:
             journal.note_once(f"cannot be read, left out of the evaluation: {line}")
 
-    extract = make_extractor(run.model, config, run.mesh)
+    splits = Splits(parts.train, parts.test)
+    toolbox = functools.partial(
+        Toolbox,
+        mesh=run.mesh,
+        seed=config.seed,
+        check=interruption.check,
+        extractors={},
+        corrupt=report_unreadable,
+        shown=False,
+    )
 
     def evaluate(params: Params) -> dict[str, Any]:
-        return knn_evaluation(
-            extract,
-            params,
-            parts.train,
-            parts.test,
-            config.eval,
-            run.mesh,
-            between=interruption.check,
-            unreadable=report_unreadable,
-        )
+        subject = Subject("teacher", config, run.model, params, "", None)
+        return measure(subject, splits, toolbox(subject))
 
     how = decoding(config.data, parts.train)
     return Tools(

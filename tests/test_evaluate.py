@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -19,10 +20,11 @@ from sop_jax import evaluate, paths
 from sop_jax.data import sources
 from sop_jax.data.named import name_data
 from sop_jax.data.prepare import prepare
-from sop_jax.data.sources import DigitsSource, open_source
+from sop_jax.data.sources import DigitsSource
 from sop_jax.errors import UserError
-from sop_jax.evaluate import knn_evaluation
-from sop_jax.evaluation.features import Features, make_extractor
+from sop_jax.evaluation.splits import Splits
+from sop_jax.evaluation.task import Features, Subject
+from sop_jax.evaluation.tasks import measure
 from sop_jax.models import build
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
@@ -77,40 +79,56 @@ class Unlabelled(DigitsSource):
         self.labels = None  # type: ignore[assignment]
 
 
-def fake_extract(params: Any, source: Any, between: Any = None) -> Features:
-    """Returns raw pixels as features; `params` names the corrupt records."""
-    corrupt = params.get("corrupt", [])
-    index = np.setdiff1d(np.arange(len(source)), corrupt).astype(np.int32)
-    vectors = source.images[index].reshape(len(index), -1).astype(np.float32)
-    return Features(vectors, None, index, source.labels[index], corrupt)
+class Pixels:
+    """Tools that return pixels as features; some records may be unreadable."""
+
+    def __init__(self, corrupt: tuple[int, ...] = ()) -> None:
+        self.mesh, self.folder, self.seed, self.corrupt = make_mesh(), None, 0, list(corrupt)
+
+    def features(self, source: Any, view: Any) -> Features:
+        assert -1 not in self.corrupt, "nothing is to be computed"
+        index = np.setdiff1d(np.arange(len(source)), self.corrupt).astype(np.int32)
+        vectors = source.images[index].reshape(len(index), -1).astype(np.float32)
+        return Features(vectors, None, index, source.labels[index], self.corrupt)
+
+    def whole(self, features: Features) -> Features:
+        return features
+
+    def between(self) -> None:
+        pass
+
+    def progress(self, total: int, unit: str) -> Any:
+        raise AssertionError
+
+    def note(self, text: str) -> None:
+        raise AssertionError
+
+
+def knn_row(train: Any, test: Any, tools: Any, **changes: Any) -> dict[str, Any]:
+    """Returns the row that an evaluation during training adds."""
+    config = make_config(**changes)
+    subject = Subject("", config, None, {}, "", None)  # type: ignore[arg-type]
+    return measure(subject, Splits(train, test), tools)
 
 
 def test_reports_each_k_and_the_best() -> None:
-    config = make_config(**{"eval.knn_k": (1, 10, 5000)})
-    train, test = DigitsSource("train"), DigitsSource("test")
-    found = knn_evaluation(fake_extract, {}, train, test, config.eval, make_mesh())
-    assert list(found) == [
-        "knn_top1",
-        "knn_k",
-        "knn_top1_k1",
-        "knn_top1_k10",
-        "knn_top1_k5000",
-        "knn_unreadable",
-    ]
+    found = knn_row(
+        DigitsSource("train"), DigitsSource("test"), Pixels(), **{"eval.knn_k": (1, 10, 5000)}
+    )
+    names = ["top1", "top5", "k"]
+    names += [f"{top}_k{k}" for k in (1, 10, 5000) for top in ("top1", "top5")]
+    assert list(found) == [f"knn_{name}" for name in [*names, "images", "unreadable"]]
     assert found["knn_top1"] == max(found["knn_top1_k1"], found["knn_top1_k10"]) > 0.95
     assert found["knn_top1"] == found[f"knn_top1_k{found['knn_k']}"]
+    assert found["knn_top1"] <= found["knn_top5"] == found[f"knn_top5_k{found['knn_k']}"]
     assert found["knn_top1_k5000"] is None  # there are 1437 train images
     assert found["knn_unreadable"] == 0
 
 
 def test_labels_follow_the_images_that_could_be_read() -> None:
-    config = make_config()
-    train, test = DigitsSource("train"), DigitsSource("test")
-    found = knn_evaluation(
-        fake_extract, {"corrupt": [0, 1, 200]}, train, test, config.eval, make_mesh()
-    )
+    found = knn_row(DigitsSource("train"), DigitsSource("test"), Pixels((0, 1, 200)))
     assert found["knn_top1"] > 0.95
-    assert found["knn_unreadable"] == 6
+    assert found["knn_unreadable"] == 6 and found["knn_images"] == 357
 
 
 @pytest.mark.parametrize(
@@ -122,21 +140,25 @@ def test_labels_follow_the_images_that_could_be_read() -> None:
     ],
 )
 def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
-    def extract(params: Any, source: Any, between: Any = None) -> Features:
-        raise AssertionError("nothing is to be computed")
-
-    found = knn_evaluation(extract, {}, train, test, make_config().eval, make_mesh())
+    found = knn_row(train, test, Pixels((-1,)))
     assert {"knn_top1", "knn_k", "knn_top1_k10", "knn_top1_k200"} <= set(found)
     assert set(found.values()) == {None}
 
 
 def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> None:
-    config = make_run(tmp_path)
-    _, model, params, _ = load_network(tmp_path)
-    extract = make_extractor(model, config, make_mesh())
-    train, test = open_source(config.data, "train"), open_source(config.data, "test")
-    found = knn_evaluation(extract, params, train, test, config.eval, make_mesh())
-    assert found["knn_top1"] > 0.3  # chance is 0.1
+    make_run(tmp_path)
+    found = results(tmp_path)
+    assert found["top1"] > 0.3  # chance is 0.1
+
+
+def record(workdir: pathlib.Path, **options: Any) -> dict[str, Any]:
+    """Evaluates the run in a workdir with k-NN."""
+    data = options.pop("data", None)
+    return evaluate.evaluate(evaluate.Asked(workdir, **options), "knn", data=data)
+
+
+def results(workdir: pathlib.Path, **options: Any) -> dict[str, Any]:
+    return record(workdir, **options)["results"]
 
 
 # Loading
@@ -191,16 +213,21 @@ def test_command_prints_a_table_and_writes_the_same_json(tmp_path: pathlib.Path)
     done = command(f"--workdir={tmp_path}", "--task=knn", "--step=3")
     assert done.returncode == 0, done.stderr
     *shown, last = done.stdout.splitlines()
-    record = json.loads(last)
-    assert record == json.loads((tmp_path / "knn_3.json").read_text())
-    assert record["task"] == "knn" and record["step"] == 3
-    assert f"{100 * record['knn_top1']:.2f}  best" in "\n".join(shown)
+    found = json.loads(last)
+    (file,) = (tmp_path / "evaluations").glob("knn_3_*.json")
+    assert found == json.loads(file.read_text())
+    assert list(found) == list(evaluate.RECORD)
+    assert found["task"] == "knn" and found["step"] == 3
+    best = found["results"]["top1"]
+    assert re.search(rf"{100 * best:.2f} .* best", "\n".join(shown))
+    again = command(f"--workdir={tmp_path}", "--task=knn", "--step=3")
+    assert "measured before" in again.stdout and json.loads(again.stdout.splitlines()[-1]) == found
 
 
 def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:
     done = command(f"--workdir={tmp_path}", "--task=kmn")
     assert done.returncode == 1
-    assert "kmn" in done.stderr and "one of: knn" in done.stderr
+    assert "kmn" in done.stderr and "did you mean knn?" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -222,14 +249,13 @@ def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path / "run", **folder)
     colours(tmp_path / "data", labelled=True)
     with pytest.raises(UserError, match="/moved/away"):
-        evaluate.knn(tmp_path / "run")
-    found = evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data")})
-    assert found["knn_top1"] == 1.0 and found["step"] == 7
-    assert found["data"]["train images"] == 24
-    # The results on the data of the run are kept next to these.
-    (written,) = (tmp_path / "run").glob("knn_7*.json")
-    assert written.name != "knn_7.json" and json.loads(written.read_text()) == found
-    assert found["knn_top1_k100"] is None  # 24 train images
+        record(tmp_path / "run")
+    found = record(tmp_path / "run", data={"path": str(tmp_path / "data")})
+    assert found["results"]["top1"] == 1.0 and found["step"] == 7
+    assert found["data"]["train"]["images"] == 24
+    (written,) = (tmp_path / "run" / "evaluations").glob("knn_7_*.json")
+    assert json.loads(written.read_text()) == found
+    assert found["results"]["top1_k100"] is None  # 24 train images
 
 
 def test_other_images_than_those_of_the_run_are_reported(
@@ -241,10 +267,10 @@ def test_other_images_than_those_of_the_run_are_reported(
     train = sources.open_source(config.data, "train")
     test = sources.open_source(config.data, "test", train)
     resume.save(config, resume.data_of(train, test), epath.Path(tmp_path / "run"))
-    evaluate.knn(tmp_path / "run")
+    record(tmp_path / "run")
     assert "not the data of the run" not in capsys.readouterr().err
     (tmp_path / "data" / "train" / "red" / "red0.png").unlink()
-    evaluate.knn(tmp_path / "run")
+    record(tmp_path / "run")
     assert "not the data of the run: train: 24 images then, 23 now" in capsys.readouterr().err
 
 
@@ -254,7 +280,7 @@ def test_a_tree_of_classes_only_is_an_error_that_says_how_to_hold_images_out(
     make_run(tmp_path / "run")
     colours(tmp_path / "data", labelled=True)
     with pytest.raises(UserError, match="no split .*put it into a folder called val") as caught:
-        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "data" / "train")})
+        record(tmp_path / "run", data={"path": str(tmp_path / "data" / "train")})
     assert "red" not in str(caught.value)
 
 
@@ -269,16 +295,16 @@ def test_a_setting_of_decoding_may_be_given(tmp_path: pathlib.Path) -> None:
                 grey = np.full((20, 24), 0.2 + 0.5 * channel + 0.005 * i, np.float32)
                 Image.fromarray(grey).save(folder / f"{i}.tif")
     data = {"path": str(tmp_path / "data"), "white": 1.0}
-    assert evaluate.knn(tmp_path / "run", data=data)["knn_unreadable"] == 0
+    assert results(tmp_path / "run", data=data)["unreadable"] == 0
 
 
 def test_a_result_that_cannot_be_saved_is_shown(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_run(tmp_path)
-    (tmp_path / "knn_7.json").mkdir()
+    (tmp_path / "evaluations").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):
-        evaluate.knn(tmp_path)
+        record(tmp_path, cache="off")
     assert "best" in capsys.readouterr().out
 
 
@@ -286,11 +312,11 @@ def test_data_without_labels_or_test_split_is_an_error(tmp_path: pathlib.Path) -
     make_run(tmp_path / "run", **{"data.source": "folder", "data.test_split": "val"})
     colours(tmp_path / "bare", labelled=False)
     with pytest.raises(UserError, match="no split 'val'.*folder called val.*--data.path"):
-        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "bare")})
+        record(tmp_path / "run", data={"path": str(tmp_path / "bare")})
     colours(tmp_path / "split" / "train", labelled=False)
     colours(tmp_path / "split" / "val", labelled=False)
     with pytest.raises(UserError, match="no labels.*--data.path"):
-        evaluate.knn(tmp_path / "run", data={"path": str(tmp_path / "split")})
+        record(tmp_path / "run", data={"path": str(tmp_path / "split")})
 
 
 @pytest.mark.parametrize(
@@ -310,7 +336,7 @@ def test_a_flag_that_names_data_is_never_ignored(
 ) -> None:
     make_run(tmp_path, steps=())  # the data is opened before the checkpoint
     with pytest.raises(UserError, match=message):
-        evaluate.knn(tmp_path, data=data)
+        record(tmp_path, data=data)
 
 
 def pack(root: pathlib.Path, file: pathlib.Path) -> None:
@@ -334,25 +360,25 @@ def test_a_converted_network_is_evaluated_on_any_data(
     colours(tree, labelled=True)
     pack(tree, packed)
     prepare(str(tree), str(tmp_path / "tfds"), "colours", ["train", "val"])
-    record = tmp_path / "tfds" / "colours" / "1.0.0"
+    prepared = tmp_path / "tfds" / "colours" / "1.0.0"
     with pytest.raises(UserError, match=r"Set --data\.path"):
-        evaluate.knn(tmp_path / "net")
+        record(tmp_path / "net")
     for data, source in (
         ({"path": str(tree)}, "folder"),
         ({"path": str(tree), "source": "folder", "test_split": "val"}, "folder"),
         ({"path": str(packed)}, "packed"),
-        ({"path": str(record)}, "tfds"),
+        ({"path": str(prepared)}, "tfds"),
         ({"path": str(tmp_path / "tfds"), "name": "colours"}, "tfds"),
     ):
-        found = evaluate.knn(tmp_path / "net", data=data)
-        assert found["knn_top1"] == 1.0
+        found = record(tmp_path / "net", data=data)
+        assert found["results"]["top1"] == 1.0
         assert found["data"]["source"] == source and found["data"]["test_split"] == "val"
         shown = capsys.readouterr().out
-        assert "10 images among 24" in shown
+        assert "train: 24 images, test: 10 images" in shown
         assert f"data.source={source}, data.path={data['path']}" in shown
         assert "data.test_split=val" in shown
     with pytest.raises(UserError, match="no split 'test'.*there are train, val"):
-        evaluate.knn(tmp_path / "net", data={"path": str(tree), "test_split": "test"})
+        record(tmp_path / "net", data={"path": str(tree), "test_split": "test"})
 
 
 def test_a_run_whose_tfds_data_moved_keeps_its_name(tmp_path: pathlib.Path) -> None:
@@ -379,7 +405,7 @@ def test_a_run_that_is_read_only_is_evaluated_and_not_saved(
         raise UserError(f"cannot write to {path}: Read-only file system")
 
     monkeypatch.setattr(paths, "check_writable", refuse)
-    evaluate.knn(tmp_path)
+    record(tmp_path)
     shown = capsys.readouterr()
     assert "will only be printed, not saved: cannot write to" in shown.err
-    assert "best" in shown.out and not list(tmp_path.glob("knn_*"))
+    assert "best" in shown.out and not (tmp_path / "evaluations").exists()

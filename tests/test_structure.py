@@ -16,9 +16,9 @@ LAYERS = [
     {"cli", "models", "monitor"},
     {"objectives"},
     {"training"},
-    {"pretrained"},
     {"evaluation"},
     {"check"},
+    {"pretrained"},
     {"evaluate", "extract", "convert"},
     {"train", "plan"},
 ]

@@ -508,7 +508,7 @@ def test_a_signal_to_all_processes_saves_the_step_and_says_so_in_one_line(
         ("open_source", {}),
         ("assemble", {}),
         ("compiled_step", {}),
-        ("knn_evaluation", {}),
+        ("measure", {}),
         ("train_batches", {"eval_every": 0, "data.workers": 1}),
         ("to_devices", {"eval_every": 0}),
     ],
@@ -557,16 +557,16 @@ def test_an_evaluation_ends_at_a_signal_and_is_repeated_on_resume(
     tmp_path: pathlib.Path, finished: pathlib.Path, monkeypatch: pytest.MonkeyPatch, asked: int
 ) -> None:
     """Interrupts the evaluations of the untrained network, of two steps, and of the last one."""
-    evaluate, evaluated = train.knn_evaluation, [0, 7, 14, 16]
+    evaluate, evaluated = train.measure, [0, 7, 14, 16]
 
-    def interrupted(*args: Any, between: Callable[[], None], **kwargs: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
         if len([row for row in rows(tmp_path) if "knn_top1" in row]) == evaluated.index(asked):
             os.kill(os.getpid(), signal.SIGTERM)
-        found = evaluate(*args, between=between, **kwargs)
+        found = evaluate(*args)
         assert evaluated.index(asked) > len([row for row in rows(tmp_path) if "knn_top1" in row])
         return found
 
-    monkeypatch.setattr(train, "knn_evaluation", interrupted)
+    monkeypatch.setattr(train, "measure", interrupted)
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     saved = f"step {asked} of 16 is saved" if asked else "nothing was trained"

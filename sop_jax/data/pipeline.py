@@ -245,6 +245,7 @@ def eval_batches(
     batch_size: int,
     how: Decoding = AS_STORED,
     interpolation: str = "bicubic",
+    start: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Makes one pass over a source in order, with the centre crops of the k-NN protocol.
 
@@ -255,6 +256,7 @@ def eval_batches(
         batch_size: the number of images per batch; the last batch is padded with the last image.
         how: the decoding options.
         interpolation: "bicubic" or "bilinear", both antialiased.
+        start: the first record.
 
     Yields:
         Dicts of `image` uint8 [batch_size, crop, crop, 3], `index` int32 [batch_size], `corrupt`
@@ -271,11 +273,17 @@ def eval_batches(
             f"A centre crop of {crop} pixels does not fit an image resized to {resize}. "
             "Make the resized side at least as large as the crop."
         )
-    return _eval_batches(source, resize, crop, batch_size, how, interpolation)
+    return _eval_batches(source, resize, crop, batch_size, how, interpolation, start)
 
 
 def _eval_batches(
-    source: Source, resize: int, crop: int, batch_size: int, how: Decoding, interpolation: str
+    source: Source,
+    resize: int,
+    crop: int,
+    batch_size: int,
+    how: Decoding,
+    interpolation: str,
+    first: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     threads = os.cpu_count() or 1
     stop = threading.Event()
@@ -297,10 +305,12 @@ def _eval_batches(
         return indices, [pool.submit(make, piece) for piece in np.array_split(real, threads)]
 
     last = len(source) - 1
+    if first > last:
+        return
     with ThreadPoolExecutor(threads) as pool:
         try:
-            pending = submit(0)
-            for start in range(0, len(source), batch_size):
+            pending = submit(first)
+            for start in range(first, len(source), batch_size):
                 indices, pieces = pending
                 if start + batch_size < len(source):
                     pending = submit(start + batch_size)  # made while this batch is used

@@ -1,190 +1,281 @@
 """The features that a trained network gives to images, for evaluations and exports."""
 
-import dataclasses
+import itertools
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import Array, Float16, Float32, Int32
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sop_jax.data.decode import AS_STORED, Decoding, decoding
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.sources import Source
+from sop_jax.data.subsets import block
+from sop_jax.evaluation.task import Features, View
+from sop_jax.evaluation.views import view_of
 from sop_jax.models import Model, Params
-from sop_jax.parallel.mesh import replicated, to_devices
+from sop_jax.parallel import hosts
+from sop_jax.parallel.mesh import put, replicated, split, to_devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """The features of the n images of a source that could be read, in the source's order.
+@runtime_checkable
+class Store(Protocol):
+    """Where the arrays of one process are kept while they are filled."""
 
-    Attributes:
-        vectors: [CLS] after the final norm; the mean of the patches for a Swin, and for a ViT with
-            `model.pool=mean`.
-        patches: the L tokens of the patches, row by row; None unless requested.
-        index: the record that each row belongs to.
-        labels: the labels of these records, -1 where there are none.
-        corrupt: the records that could not be read, which have no row.
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns an array to fill, with what an earlier process has filled in."""
+
+    def filled(self) -> int:
+        """Returns the number of records, from the first on, that are filled already."""
+
+    def keep(self, records: int) -> None:
+        """Notes that this number of records is filled; called after every batch and at the end."""
+
+
+class Memory:
+    """A store that ends with the process."""
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns an empty array."""
+        return np.empty(shape, dtype)
+
+    def filled(self) -> int:
+        """Returns 0."""
+        return 0
+
+    def keep(self, records: int) -> None:
+        """Does nothing."""
+
+
+@runtime_checkable
+class Extract(Protocol):
+    """Computes the features of this process's share of a source."""
+
+    def __call__(
+        self,
+        params: Params,
+        source: Source,
+        progress: Callable[[int], Any] | None = None,
+        between: Callable[[], Any] | None = None,
+        store: Store | None = None,
+    ) -> Features:
+        """Returns the features.
+
+        Args:
+            params: the parameters of the network.
+            source: the images.
+            progress: called after each batch with the number of images in it, of all processes.
+            between: called before each batch but the first; it may raise.
+            store: keeps the arrays; they are in memory by default.
+        """
+
+
+def pooled(
+    model: Model, params: Params, images: UInt8[Array, "B H W 3"], view: View
+) -> tuple[Float[Array, "B F"], Float[Array, "B L D"]]:
+    """Returns the features of images that `view.pool` and `view.layers` say, and the patches.
+
+    Both are in float32; the patches are those of the last layer, after the final norm.
     """
-
-    vectors: Float32[np.ndarray, "n D"]
-    patches: Float16[np.ndarray, "n L D"] | None
-    index: Int32[np.ndarray, " n"]
-    labels: Int32[np.ndarray, " n"]
-    corrupt: list[int]
-
-
-Extract = Callable[..., Features]
+    layers = model.features(params, images, last=view.layers)
+    parts = [tokens[:, 0].astype(jnp.float32) for tokens in layers]
+    patches = layers[-1][:, 1:].astype(jnp.float32)
+    if view.pool == "cls_patches":
+        parts.append(patches.mean(axis=1))
+    elif view.pool == "patches":
+        (raw,) = model.features(params, images, norm=False)
+        parts = [raw[:, 1:].astype(jnp.float32).mean(axis=1)]
+    return jnp.concatenate(parts, axis=1), patches
 
 
 def make_extractor(
-    model: Model, config: ml_collections.ConfigDict, mesh: Mesh, patches: bool = False
+    model: Model, config: ml_collections.ConfigDict, mesh: Mesh, view: View | None = None
 ) -> Extract:
     """Returns a function that computes the features of a source; its program is compiled once.
 
-    Images are decoded as `config.data` says, resized so that the shorter side has
-    `config.eval.resize` pixels, and centre-cropped to `config.eval.crop` pixels. A batch has
-    `config.eval.batch_size` images, rounded up to a multiple of the number of devices. Of several
-    hosts each decodes its share, and all receive all features.
+    Images are decoded as `config.data` says. A batch has `config.eval.batch_size` images, rounded
+    up to a multiple of the number of devices. Each process decodes a block of the records, and
+    receives the features of that block only.
 
     Args:
         model: the network.
         config: the config of the run.
         mesh: the devices to split the batches over.
-        patches: whether to return the tokens of patches as well.
-
-    Returns:
-        A function `(params, source, progress=None, between=None) -> Features`. After each batch it
-        calls `between()`, which may raise, and `progress(n)`, with the number of images in the
-        batch.
+        view: what the features are; by default [CLS] of the centre crops of `config.eval`.
     """
-    host, hosts = jax.process_index(), jax.process_count()
+    view = view or view_of(config)
+    host, count = jax.process_index(), jax.process_count()
     devices = mesh.devices.size
-    batch_size = -(-config.eval.batch_size // devices) * devices
+    batch_size = -(-config.eval.batch_size // devices) * devices // count  # per process
 
-    def forward(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
-        (tokens,) = model.features(params, batch["image"])
-        outputs = {name: batch[name] for name in ("index", "label", "corrupt", "valid")}
-        outputs["vectors"] = tokens[:, 0].astype(jnp.float32)
-        if patches:
-            outputs["patches"] = tokens[:, 1:].astype(jnp.float16)
+    def forward(params: Params, images: Array) -> dict[str, Array]:
+        vectors, patches = pooled(model, params, images, view)
+        outputs = {"vectors": vectors}
+        if view.patches:
+            outputs["patches"] = patches.astype(jnp.float16)
         return outputs
 
-    # Replicated, so that every host can read the results of all.
-    forward = jax.jit(forward, out_shardings=replicated(mesh))
+    compiled = jax.jit(forward, out_shardings=split(mesh))
 
-    def outputs(params: Params, source: Source) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the results of the batches, each fetched while the devices compute the next."""
-        pending = None
+    def outputs(
+        params: Params, source: Source, start: int
+    ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """Yields batches and their results, each fetched while the devices compute the next."""
+        pending: Any = None
         how = decoding(config.data, source)
-        for batch in host_batches(source, config.eval, batch_size // hosts, host, hosts, how):
-            done, pending = pending, forward(params, to_devices(mesh, batch))
+        for batch in host_batches(source, view, batch_size, host, count, how, start):
+            images = to_devices(mesh, {"images": batch.pop("image")})["images"]
+            done, pending = pending, (batch, compiled(params, images))
             if done is not None:
-                yield jax.device_get(done)
-        yield jax.device_get(pending)
+                yield done[0], own_rows(done[1])
+        if pending is not None:
+            yield pending[0], own_rows(pending[1])
 
     def extract(
         params: Params,
         source: Source,
         progress: Callable[[int], Any] | None = None,
         between: Callable[[], Any] | None = None,
+        store: Store | None = None,
     ) -> Features:
-        kept: list[dict[str, np.ndarray]] = []
-        corrupt: list[int] = []
-        for output in outputs(params, source):
-            bad, valid = output.pop("corrupt"), output.pop("valid")
-            corrupt.extend(bad[bad >= 0].tolist())
-            kept.append({name: array[valid] for name, array in output.items()})
-            if between:
-                between()
+        store = store or Memory()
+        rows = len(block(source, host, count))
+        image = jax.ShapeDtypeStruct((1, view.crop, view.crop, 3), np.uint8)
+        arrays = {
+            name: store.array(name, (rows, *one.shape[1:]), one.dtype)
+            for name, one in jax.eval_shape(forward, params, image).items()
+        }
+        labels, valid = store.array("label", (rows,), np.int32), store.array("valid", (rows,), bool)
+        # All processes start at the same batch, since they compute each batch together.
+        start = min(int(text) for text in hosts.gather(str(store.filled())))
+        start -= start % batch_size if start < rows else 0
+        if progress and start:
+            progress(min(start * count, len(source)))
+        first = host * rows
+        for batch, made in outputs(params, source, start):
+            part = slice(start, min(start + batch_size, rows))
+            size = part.stop - part.start
+            for name, array in made.items():
+                arrays[name][part] = array[:size]
+            labels[part], valid[part] = batch["label"][:size], batch["valid"][:size]
+            start = part.stop
+            store.keep(start)
             if progress:
-                progress(int(valid.sum() + (bad >= 0).sum()))
-        joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-        order = np.argsort(joined["index"])  # records alternate between hosts
-        joined = {name: array[order] for name, array in joined.items()}
+                done = min(start, rows) * count
+                progress(min(done, len(source)) - min(done - size * count, len(source)))
+            if between and start < rows:
+                between()
+        store.keep(rows)
+        here = np.arange(first, first + rows)
+        inside = here < len(source)
+        mine = here[inside & ~valid].tolist()
+        corrupt = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
+        kept = {name: array if valid.all() else array[valid] for name, array in arrays.items()}
         return Features(
-            joined["vectors"],
-            joined.get("patches"),
-            joined["index"],
-            joined["label"],
-            sorted(corrupt),
+            kept["vectors"],
+            kept.get("patches"),
+            here[valid].astype(np.int32),
+            labels[valid],
+            sorted(itertools.chain.from_iterable(corrupt)),
         )
 
     return extract
 
 
-class HostShare:
-    """Every `hosts`-th record of a source.
-
-    All hosts have the same number of records; where the source has too few, the last is repeated.
-    """
-
-    def __init__(self, source: Source, host: int, hosts: int) -> None:
-        rounds = -(-len(source) // hosts)
-        self.source = source
-        self.records = np.minimum(np.arange(rounds) * hosts + host, len(source) - 1)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> bytes | np.ndarray:
-        return self.source[int(self.records[index])]
-
-    def name(self, index: int) -> str:
-        """Returns the source's name of one of this host's records."""
-        return self.source.name(int(self.records[index]))
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether the source has labels."""
-        return self.source.has_labels
-
-    def label(self, index: int) -> int:
-        """Returns the label of one of this host's records."""
-        return self.source.label(int(self.records[index]))
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The class names of the source."""
-        return self.source.class_names
-
-    @property
-    def digest(self) -> str:
-        """The digest of the whole source."""
-        return self.source.digest
+def own_rows(outputs: dict[str, Array]) -> dict[str, np.ndarray]:
+    """Returns this process's rows of arrays that are split over all devices by row."""
+    found = {}
+    for name, array in outputs.items():
+        shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+        found[name] = np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+    return found
 
 
 def host_batches(
     source: Source,
-    eval_config: Any,
+    view: View,
     batch_size: int,
     host: int,
     hosts: int,
     how: Decoding = AS_STORED,
+    start: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields one host's part of the batches of `eval_batches`, with indices into the whole source.
+    """Yields one process's part of the batches of `eval_batches`, with its labels and `valid`.
 
-    All hosts yield the same number of batches, for any size of the source. Each record is valid or
-    corrupt on exactly one of them.
+    All processes yield the same number of batches, for any size of the source. Each record is valid
+    or corrupt in exactly one of them.
 
     Args:
         source: the images.
-        eval_config: `config.eval` of the run.
-        batch_size: the number of images per batch and host.
-        host: the number of this host.
-        hosts: the number of hosts.
+        view: how they are scaled and cropped.
+        batch_size: the number of images per batch and process.
+        host: the number of this process.
+        hosts: the number of processes.
         how: how images are decoded.
+        start: the first record of this process's share to make.
     """
-    share = HostShare(source, host, hosts)
-    for batch in eval_batches(share, eval_config.resize, eval_config.crop, batch_size, how):
-        index = batch["index"] * hosts + host
+    share = block(source, host, hosts)
+    crops = eval_batches(share, view.resize, view.crop, batch_size, how, view.interpolation, start)
+    for batch in crops:
+        index = batch["index"] + host * len(share)
         inside = index < len(source)
         yield batch | {
             "index": index,
             "valid": batch["valid"] & inside,
             "corrupt": np.where(inside & (batch["corrupt"] >= 0), index, -1),
         }
+
+
+def whole(features: Features) -> Features:
+    """Returns the features with the rows of all processes, on every process."""
+    if not hosts.several():
+        return features
+    arrays = {"vectors": features.vectors, "index": features.index, "labels": features.labels}
+    if features.patches is not None:
+        arrays["patches"] = features.patches
+    counts = [int(text) for text in hosts.gather(str(len(features.index)))]
+    most = max(counts)
+    joined = {}
+    for name, array in arrays.items():
+        padded = np.pad(array, [(0, most - len(array)), *[(0, 0)] * (array.ndim - 1)])
+        parts = process_allgather(padded)
+        joined[name] = np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)])
+    return Features(
+        joined["vectors"],
+        joined.get("patches"),
+        joined["index"],
+        joined["labels"],
+        features.corrupt,
+    )
+
+
+def on_devices(
+    features: Features, mesh: Mesh
+) -> tuple[Float[Array, "N D"], Int[Array, " N"], Bool[Array, " N"]]:
+    """Returns the vectors of all processes as one array that is split over the devices by row.
+
+    Rows are in the order of the records, with padding between the shares of processes.
+
+    Returns:
+        The rows; their labels, and which rows are images, both on every device.
+    """
+    here, count = len(mesh.local_devices), jax.process_count()
+    most = max(int(text) for text in hosts.gather(str(len(features.index))))
+    size = max(1, -(-most // here)) * here
+    padding = size - len(features.index)
+    rows = np.pad(features.vectors, ((0, padding), (0, 0)))
+    labels = np.pad(features.labels, (0, padding), constant_values=-1)
+    present = np.arange(size) < len(features.index)
+    if count > 1:
+        labels, present = (process_allgather(x).reshape(-1) for x in (labels, present))
+    return (
+        to_devices(mesh, {"rows": rows})["rows"],
+        put(labels, replicated(mesh)),
+        put(present, replicated(mesh)),
+    )

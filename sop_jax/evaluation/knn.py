@@ -1,128 +1,296 @@
 """Weighted k-nearest-neighbour classification of frozen features, DINO's protocol."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int
 
 from sop_jax.errors import UserError
-from sop_jax.parallel.mesh import put, replicated, split
+from sop_jax.evaluation.features import on_devices
+from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
+from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
+from sop_jax.evaluation.task import Features, Subject, Task, Tools
+from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
+from sop_jax.parallel import hosts
+from sop_jax.parallel.mesh import replicated, to_devices
 from sop_jax.parallel.search import nearest
+from sop_jax.rules import COUNT, POSITIVE, TEXT, number, some
 
-CHUNK = 1024  # test images at a time; the last chunk is padded, so that all share one program
+NEVER = np.iinfo(np.int32).max  # the rank of a class without a vote
+
+CHUNK = 1024  # test images at a time, over all processes; all chunks share one program
+
+# ImageNet-1k, top-1 in percent: table 1 of the paper, and table B.2 for 1 % and 10 % of the labels.
+PAPER = {
+    100: {
+        "ViT-S/16": {"DINO": 74.5, "iBOT": 75.2, "MaSSL": 75.1, "SOP": 75.3},
+        "ViT-B/16": {"DINO": 76.1, "iBOT": 77.1, "MaSSL": 77.2, "SOP": 78.2},
+        "ViT-L/16": {"iBOT": 78.0, "SOP": 79.2},
+        "Swin-T/14": {"iBOT": 76.2, "SOP": 77.2},
+    },
+    10: {
+        "ViT-S/16": {"DINO": 69.1, "iBOT": 70.1, "SOP": 70.3},
+        "ViT-B/16": {"DINO": 71.0, "iBOT": 72.9, "SOP": 74.3},
+        "Swin-T/14": {"iBOT": 71.5, "SOP": 72.3},
+    },
+    1: {
+        "ViT-S/16": {"DINO": 61.3, "iBOT": 62.3, "SOP": 62.2},
+        "ViT-B/16": {"DINO": 63.6, "iBOT": 66.3, "SOP": 68.6},
+        "Swin-T/14": {"iBOT": 64.2, "SOP": 65.3},
+    },
+}
 
 
-def knn_top1(
-    train_features: Float[np.ndarray, "N D"],
-    train_labels: Integer[np.ndarray, " N"],
-    test_features: Float[np.ndarray, "M D"],
-    test_labels: Integer[np.ndarray, " M"],
+class Accuracy(NamedTuple):
+    """The accuracy of the classifier with one number of neighbours.
+
+    Attributes:
+        top1: the share of images whose class has the most votes, in [0, 1].
+        top5: the share of images whose class is among the five with the most votes. Only classes
+            with a vote count, unlike in iBOT's `eval_knn.py`, where for k < 5 classes without one
+            are drawn by an unstable sort.
+    """
+
+    top1: float
+    top5: float
+
+
+def settings() -> ml_collections.ConfigDict:
+    """Returns the settings of the task `knn`."""
+    return ml_collections.ConfigDict(
+        dict(
+            k=(10, 20, 100, 200),  # neighbours
+            temperature=0.07,
+            percent=100.0,  # of the labels of each class that are used; drawn by seed
+            list="",  # a file that lists the train images to use instead, such as SimCLR's
+            **view_settings(),
+        )
+    )
+
+
+RULES = {
+    "k": some(COUNT),
+    "temperature": POSITIVE,
+    "percent": number(1e-6, 100),
+    "list": TEXT,
+    **VIEW_RULES,
+}
+
+
+def open_inputs(
+    config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict, data: Mapping[str, Any]
+) -> Splits:
+    """Opens the images, see `task.Open`."""
+    view_of(config, settings)
+    splits = open_splits(config, data, "k-NN")
+    train = few_labels(splits.train, settings.percent, settings.list, config.seed)
+    return splits._replace(train=train)
+
+
+def run(
+    subject: Subject, inputs: Splits, settings: ml_collections.ConfigDict, tools: Tools
+) -> dict[str, Any]:
+    """Returns the accuracy of the test images among the train images, as in DINO.
+
+    Returns:
+        `top1`, the best accuracy over k; `k`, the first k that reached it; `top5` of this k;
+        `top1_k<k>` and `top5_k<k>` for each k, None if there are fewer train images than k; and
+        `unreadable`, the number of images that were left out. Accuracies are shares in [0, 1]. All
+        values are None without a test split or without labels.
+    """
+    names = [f"{top}_k{k}" for k in settings.k for top in ("top1", "top5")]
+    result: dict[str, Any] = dict.fromkeys(["top1", "top5", "k", *names, "images", "unreadable"])
+    train, test = inputs.train, inputs.test
+    if test is None or not (train.has_labels and test.has_labels):
+        return result
+    view = view_of(subject.config, settings)
+    known, queries = tools.features(train, view), tools.features(test, view)
+    found = accuracies(
+        known, queries, settings.k, settings.temperature, mesh=tools.mesh, between=tools.between
+    )
+    best = max(found, key=lambda k: found[k].top1)  # the first k of those with the same accuracy
+    result |= {"top1": found[best].top1, "top5": found[best].top5, "k": best}
+    for k, accuracy in found.items():
+        result |= {f"top1_k{k}": accuracy.top1, f"top5_k{k}": accuracy.top5}
+    unreadable = len(known.corrupt) + len(queries.corrupt)
+    return result | {"images": len(test) - len(queries.corrupt), "unreadable": unreadable}
+
+
+def accuracies(
+    train: Features,
+    test: Features,
     ks: Sequence[int],
     temperature: float = 0.07,
     *,
     mesh: Mesh,
     between: Callable[[], Any] | None = None,
-) -> dict[int, float]:
-    """Returns the top-1 accuracy of the weighted k-NN classifier for each k.
+) -> dict[int, Accuracy]:
+    """Returns the accuracy of the weighted k-NN classifier for each k.
 
     The k train images with the largest cosine vote for their class with weight exp(cosine /
-    temperature). The class with the most votes wins; ties go to the class of the nearer neighbour.
-    This is the protocol of DINO's and iBOT's `eval_knn.py`, with a temperature of 0.07 and k of 10,
-    20, 100 and 200.
+    temperature). The class with the most votes wins; ties go to the class of the nearer neighbour,
+    and of equally near ones to that of the earlier record. This is the protocol of DINO's and
+    iBOT's `eval_knn.py`, with a temperature of 0.07 and k of 10, 20, 100 and 200. That script stops
+    if there are fewer than 100 test images or a label of 1000 or more, which work here.
 
     Args:
-        train_features: features of any norm; they are normalized here.
-        train_labels: any integers.
-        test_features: features of at least one image.
-        test_labels: any integers; a class that no train image has counts as an error.
-        ks: the numbers of neighbours that vote. Numbers above N are left out; if all are, k = N is
-            used.
+        train: features of any norm; they are normalized here. The labels are any numbers.
+        test: features of at least one image; a class that no train image has counts as an error.
+        ks: the numbers of neighbours that vote. Numbers above the number N of train images are left
+            out; if all are, k = N is used.
         temperature: the temperature of the weights.
         mesh: the devices, over which the train images are split.
-        between: called after each CHUNK of test images; it may raise.
+        between: called between chunks of CHUNK test images; it may raise.
 
     Returns:
-        The share of test images that are classified correctly, in [0, 1], by k in ascending order.
+        The accuracies by k, in ascending order.
 
     Raises:
         UserError: there are no train or no test images.
-        AssertionError: the arrays do not have the shapes above.
     """
-    chex.assert_rank([train_features, train_labels, test_features, test_labels], [2, 1, 2, 1])
-    chex.assert_equal_shape_prefix([train_features, train_labels], 1)
-    chex.assert_equal_shape_prefix([test_features, test_labels], 1)
-    chex.assert_equal_shape_suffix([train_features, test_features], 1)
-    train_size, test_size = len(train_features), len(test_features)
+    own = f"{len(train.vectors)} {len(test.vectors)}"
+    counts = [text.split() for text in hosts.gather(own)]
+    train_size, test_size = (sum(int(count[i]) for count in counts) for i in (0, 1))
     if not train_size or not test_size:
         raise UserError(
             f"k-NN needs train and test images, but {train_size} and {test_size} could be read; "
             "check that the data set is complete."
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
-    padding = -train_size % mesh.devices.size
-    rows = put(np.pad(unit_rows(train_features), ((0, padding), (0, 0))), split(mesh))
-    present = put(np.arange(len(rows)) < train_size, split(mesh))
-    labels = put(np.asarray(train_labels, np.int32), replicated(mesh))
-    test_features = unit_rows(test_features)
-    chunk = min(CHUNK, test_size)
-    right = np.zeros(len(usable), np.int64)
-    for start in range(0, test_size, chunk):
-        queries = test_features[start : start + chunk]
-        padded = put(np.pad(queries, ((0, chunk - len(queries)), (0, 0))), replicated(mesh))
-        predicted = classify(padded, rows, present, labels, tuple(usable), temperature, mesh)
-        truth = test_labels[start : start + chunk]
-        right += (np.asarray(predicted)[:, : len(truth)] == truth).sum(axis=1)
-        if between:
+    rows, labels, present = on_devices(train, mesh)
+    rows = jax.jit(unit_rows, donate_argnums=0)(rows)
+    devices, processes = mesh.devices.size, len(counts)
+    most = max(int(count[1]) for count in counts)  # the largest share of the test images
+    chunk = -(-min(CHUNK, most * processes) // devices) * devices // processes
+    right = np.zeros((len(usable), 2), np.int64)
+    for start in range(0, most, chunk):
+        if start and between:
             between()
-    return {k: int(count) / test_size for k, count in zip(usable, right, strict=True)}
+        part = slice(start, start + chunk)
+        queries, truth = test.vectors[part], test.labels[part]
+        padding = chunk - len(truth)
+        batch = {
+            "queries": np.pad(queries, ((0, padding), (0, 0))),
+            "truth": np.pad(truth, (0, padding)),
+            "valid": np.arange(chunk) < len(truth),
+        }
+        right += np.asarray(
+            count_right(
+                to_devices(mesh, batch), rows, present, labels, tuple(usable), temperature, mesh
+            )
+        )
+    shares = right / test_size
+    return {k: Accuracy(*map(float, pair)) for k, pair in zip(usable, shares, strict=True)}
 
 
 @partial(jax.jit, static_argnames=("ks", "temperature", "mesh"))
-def classify(
-    queries: Float[Array, "Q D"],
+def count_right(
+    batch: Mapping[str, Array],
     rows: Float[Array, "N D"],
     present: Bool[Array, " N"],
-    labels: Int[Array, " n"],
+    labels: Int[Array, " N"],
     ks: tuple[int, ...],
     temperature: float,
     mesh: Mesh,
-) -> Int[Array, "K Q"]:
-    """Returns the labels that the nearest rows give to queries, for each of the K numbers `ks`.
+) -> Int[Array, "K 2"]:
+    """Returns how many queries are right, by top-1 and by top-5, for each of the K numbers `ks`.
 
     Args:
-        queries: unit vectors.
+        batch: `queries` [Q, D] of any norm, their classes `truth` [Q], and which are `valid` [Q].
         rows: unit vectors, split over the devices.
         present: which rows are images; the others are padding.
-        labels: the labels of the n <= N rows that are images.
+        labels: the labels of the rows.
         ks: the numbers of neighbours that vote.
-        temperature: see `knn_top1`.
+        temperature: see `accuracies`.
         mesh: the devices.
     """
+    queries = jax.lax.with_sharding_constraint(unit_rows(batch["queries"]), replicated(mesh))
     scores, indices = nearest(queries, rows, max(ks), mesh, allowed=present)
     classes = labels[indices]
     # Relative to the nearest row: the winner is the same, and no temperature makes it overflow.
     weights = jnp.exp((scores - scores[:, :1]) / temperature)
-    elected = jnp.stack([elect(classes[:, :k], weights[:, :k]) for k in ks])
-    return jax.lax.with_sharding_constraint(elected, replicated(mesh))  # every host reads it
+    counts = []
+    for k in ks:
+        rank = rank_of(batch["truth"], classes[:, :k], weights[:, :k])
+        counts.append([jnp.sum(batch["valid"] & (rank < top)) for top in (1, 5)])
+    counted = jnp.stack([jnp.stack(pair) for pair in counts])
+    return jax.lax.with_sharding_constraint(counted, replicated(mesh))  # every process reads it
 
 
-def elect(classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]) -> Int[Array, " Q"]:
-    """Returns the class with the largest sum of weights; ties go to the nearer neighbour's."""
-    # Every neighbour collects the votes of its class, so the cost does not depend on the number of
-    # classes.
+def rank_of(
+    truth: Int[Array, " Q"], classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]
+) -> Int[Array, " Q"]:
+    """Returns the number of classes with more votes than the true one; NEVER if it has no vote."""
+    votes, first = vote(classes, weights)
+    own = first & (classes == truth[:, None])
+    place = jnp.argmax(own, axis=1, keepdims=True)  # where the true class first occurs
+    mine = jnp.take_along_axis(votes, place, axis=1)
+    earlier = jnp.arange(classes.shape[1]) < place
+    ahead = first & ((votes > mine) | ((votes == mine) & earlier))
+    return jnp.where(own.any(axis=1), ahead.sum(axis=1), NEVER)
+
+
+def vote(
+    classes: Int[Array, "Q k"], weights: Float[Array, "Q k"]
+) -> tuple[Float[Array, "Q k"], Bool[Array, "Q k"]]:
+    """Returns the votes for the class of each neighbour, and whether it is the first of its class.
+
+    Every neighbour collects the votes of its class, so that the cost does not depend on the number
+    of classes.
+    """
     same = classes[:, :, None] == classes[:, None, :]
     votes = jnp.sum(jnp.where(same, weights[:, None, :], 0), axis=2)
-    best = jnp.argmax(votes, axis=1, keepdims=True)
-    return jnp.take_along_axis(classes, best, axis=1)[:, 0]
+    return votes, ~jnp.any(jnp.tril(same, -1), axis=2)
 
 
-def unit_rows(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Returns the rows scaled to unit norm in float32; a row of zeros remains zero."""
-    features = np.asarray(features, np.float32)
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+def unit_rows(vectors: Float[Array, "N D"]) -> Float[Array, "N D"]:
+    """Returns the rows scaled to unit norm; a row of zeros remains zero."""
+    norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / jnp.maximum(norms, 1e-12)
+
+
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+    """Returns the accuracies by k in percent, the best one marked, and the papers'."""
+    if result["top1"] is None:
+        return "no accuracy: there are no labels, or no images to classify"
+    rows: list[list[Any]] = [["k", "top-1 %", "top-5 %", ""]]
+    for k in settings.k:
+        values = [percent(result[f"{top}_k{k}"]) for top in ("top1", "top5")]
+        best = "best" if result["k"] == k else ""
+        rows.append([k, *values, "(fewer train images)" if None in values else best])
+    error = 100 * standard_error(result["top1"], result["images"])
+    lines = [aligned(rows), f"standard error of the best: {error:.2f}"]
+    if result["unreadable"]:
+        lines.append(f"{result['unreadable']} images could not be read and were left out")
+    if papers := PAPER.get(settings.percent):
+        lines += [
+            "",
+            "ImageNet-1k, top-1 % of the best k, from the SOP paper:",
+            papers_text(papers),
+        ]
+    return "\n".join(lines)
+
+
+TASK = Task(
+    does="weighted k-NN accuracy of frozen features",
+    expects=(
+        "labelled images in a train split and a test split: a folder with train/ and val/, each "
+        "with one folder per class, a packed .npz file, or a TFDS data set. ImageNet-1k is at "
+        "https://image-net.org; the lists of 1 % and 10 % of its images are `1percent.txt` and "
+        "`10percent.txt` in google-research/simclr, imagenet_subsets/"
+    ),
+    settings=settings,
+    rules=RULES,
+    open=open_inputs,
+    run=run,
+    table=table,
+    place="imagenet",
+    sources=sources_of,
+    during_training=True,
+)

@@ -24,7 +24,7 @@ class View(NamedTuple):
     Attributes:
         resize: the shorter side after scaling, in pixels.
         crop: the side of the centre crop, in pixels.
-        resample: the filter, bicubic or bilinear, both antialiased (Pillow's).
+        interpolation: the filter, "bicubic" or "bilinear", both antialiased (Pillow's).
         layers: n, the number of last layers.
         pool: what stands for the image. `cls` is [CLS] of the n layers after the final norm, oldest
             first; `cls_patches` is the same, then the mean of the patches of the last layer after
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
     resize: int = 256
     crop: int = 224
-    resample: str = "bicubic"
+    interpolation: str = "bicubic"
     layers: int = 1
     pool: str = "cls"
     patches: bool = False
@@ -164,7 +164,7 @@ class Task(NamedTuple):
         rules: the values that each setting can have.
         open: opens the data.
         run: measures a network.
-        table: returns the result as a table for people, with the papers' numbers beside it.
+        table: maps the result and the settings to a table for people, with the papers' numbers.
         place: the name of its data's folder below `--root`.
         sources: maps the inputs to the sources by split, which identify the data in the results.
         during_training: whether it is fast enough to run on the way; its result must be flat.
@@ -176,7 +176,7 @@ class Task(NamedTuple):
     rules: Mapping[str, Rule]
     open: Open
     run: Run
-    table: Callable[[Mapping[str, Any]], str]
+    table: Callable[[Mapping[str, Any], ml_collections.ConfigDict], str]
     place: str
     sources: Callable[[Any], Mapping[str, Source | None]]
     during_training: bool = False

@@ -51,7 +51,7 @@ _VIRTUAL = r"--xla_force_host_platform_device_count=(\d+)"
 _FAILURE = "sop_jax/failure"  # the key under which a failing process says why
 _SHOWN = 10  # differences listed in an error
 
-_call = itertools.count()  # numbers the calls of `_gather`, equally on all processes
+_call = itertools.count()  # numbers the calls of `gather`, equally on all processes
 _watch: threading.Thread | None = None  # runs `_leave_with_others`
 _over = threading.Event()  # set when all processes have finished normally
 _leaving = threading.Lock()  # held by the thread that ends this process
@@ -189,6 +189,33 @@ def is_first() -> bool:
     return not distributed().process_id
 
 
+def gather(text: str, timeout: int = START_TIMEOUT) -> list[str]:
+    """Returns the texts of all processes in their order; all call this at the same points.
+
+    Args:
+        text: the text of this process.
+        timeout: the seconds to wait for the slowest process; END_TIMEOUT after work that takes
+            them different times.
+
+    Raises:
+        UserError: a process did not come in time.
+    """
+    if not several():
+        return [text]
+    client, place = _client(), f"sop_jax/{next(_call)}"
+    client.key_value_set(f"{place}/{distributed().process_id}", text)
+    try:
+        client.wait_at_barrier(place, timeout * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"{name()} waited {timeout} s for the others to reach the same point of their "
+            f"start: {str(error).partition(chr(10))[0]}. The longest step of a start is to list "
+            "the images; check that every process can read them, and start all of them again"
+        ) from error
+    values = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(place)}
+    return [values[process] for process in sorted(values)]
+
+
 def agree(value: int) -> int:
     """Returns process 0's value on all processes, which call this at the same points."""
     return int(broadcast(str(value)))
@@ -196,7 +223,7 @@ def agree(value: int) -> int:
 
 def broadcast(text: str) -> str:
     """Returns process 0's text on all processes, which call this at the same points."""
-    return _gather(text)[0]
+    return gather(text)[0]
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
@@ -210,7 +237,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
             and in what.
     """
     mine = {fact: json.dumps(value, default=str) for fact, value in facts.items()}
-    first, *rest = (json.loads(text) for text in _gather(json.dumps([name(), mine])))
+    first, *rest = (json.loads(text) for text in gather(json.dumps([name(), mine])))
     different = [
         f"{who}: {fact} is {theirs.get(fact, 'absent')}, {first[0]} has "
         f"{first[1].get(fact, 'none')}"
@@ -265,11 +292,11 @@ def check_shared(folder: epath.PathLike) -> None:
                 _write(folder / probe, traces)
             except OSError as error:
                 trouble = f"{name()} cannot write to {folder}: {error}; choose another --workdir"
-        trouble, probe = json.loads(_gather(json.dumps([trouble, probe]))[0])
+        trouble, probe = json.loads(gather(json.dumps([trouble, probe]))[0])
         seen = not trouble and _appears(folder / probe)
-        answers = (json.loads(text) for text in _gather(json.dumps([name(), seen])))
+        answers = (json.loads(text) for text in gather(json.dumps([name(), seen])))
         blind = [who for who, sees in answers if not sees]
-    _gather("")  # no process continues before the probe is removed
+    gather("")  # no process continues before the probe is removed
     if trouble or blind:
         raise UserError(
             trouble
@@ -434,24 +461,6 @@ def _devices_of_task() -> list[int] | None:
 
 def _client() -> Any:
     return distributed().client
-
-
-def _gather(value: str) -> list[str]:
-    """Returns the values of all processes in their order; all call this at the same points."""
-    if not several():
-        return [value]
-    client, place = _client(), f"sop_jax/{next(_call)}"
-    client.key_value_set(f"{place}/{distributed().process_id}", value)
-    try:
-        client.wait_at_barrier(place, START_TIMEOUT * 1000)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"{name()} waited {START_TIMEOUT} s for the others to reach the same point of their "
-            f"start: {str(error).partition(chr(10))[0]}. The longest step of a start is to list "
-            "the images; check that every process can read them, and start all of them again"
-        ) from error
-    values = {int(key.rpartition("/")[2]): value for key, value in client.key_value_dir_get(place)}
-    return [values[process] for process in sorted(values)]
 
 
 @functools.cache

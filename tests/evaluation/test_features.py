@@ -13,6 +13,7 @@ from small import small_config
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.sources import DigitsSource
 from sop_jax.evaluation.features import host_batches, make_extractor
+from sop_jax.evaluation.views import view_of
 from sop_jax.models import Model, Params, build
 from sop_jax.parallel.mesh import make_mesh
 
@@ -84,7 +85,9 @@ def test_do_not_depend_on_devices_or_batch() -> None:
 
 def test_patches_come_row_by_row_where_asked_for() -> None:
     config, (model, params) = make_config(), network("float32")
-    found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
+    found = make_extractor(model, config, make_mesh(1), view_of(config, patches=True))(
+        params, Some(20)
+    )
     assert found.patches is not None
     assert found.patches.dtype == np.float16 and found.patches.shape == (20, 16, WIDTH)
     (batch,) = eval_batches(Some(20), 18, 16, 20)
@@ -99,7 +102,9 @@ def test_a_swin_gives_the_mean_of_its_tokens_and_all_of_them() -> None:
     config = make_config(**settings | {"eval.crop": 64, "eval.resize": 64})
     model = build(config, 64)
     params = jax.jit(model.init)(jax.random.key(0))
-    found = make_extractor(model, config, make_mesh(1), patches=True)(params, Some(20))
+    found = make_extractor(model, config, make_mesh(1), view_of(config, patches=True))(
+        params, Some(20)
+    )
     assert found.patches is not None and found.patches.shape == (20, 4, 64)
     assert found.vectors.shape == (20, 64)
     np.testing.assert_allclose(found.patches.astype(np.float32).mean(1), found.vectors, atol=1e-2)
@@ -136,7 +141,7 @@ def test_hosts_share_the_images(count: int) -> None:
     (whole,) = eval_batches(source, 18, 16, count)
     seen, corrupt, batches = [], [], []
     for host in range(hosts):
-        made = list(host_batches(source, make_config().eval, 2, host, hosts))
+        made = list(host_batches(source, view_of(make_config()), 2, host, hosts))
         batches.append(len(made))
         for batch in made:
             seen += batch["index"][batch["valid"]].tolist()

@@ -1,16 +1,36 @@
 """The k-NN classifier compared with a plain loop, also for sizes that are easy to get wrong."""
 
-import functools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sop_jax.errors import UserError
 from sop_jax.evaluation import knn
+from sop_jax.evaluation.task import Features
 from sop_jax.parallel.mesh import make_mesh
 
-# Eight devices, which divide neither the train nor the test images of most tests.
-knn_top1 = functools.partial(knn.knn_top1, mesh=make_mesh())
+
+def features(vectors: np.ndarray, labels: np.ndarray) -> Features:
+    index = np.arange(len(labels), dtype=np.int32)
+    return Features(vectors, None, index, labels.astype(np.int32), [])
+
+
+def accuracies(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    *more: Any,
+    **options: Any,
+) -> dict[int, knn.Accuracy]:
+    """Classifies on eight devices, which divide neither split of most tests."""
+    known, asked = features(train, train_labels), features(test, test_labels)
+    return knn.accuracies(known, asked, *more, **options, mesh=make_mesh())
+
+
+def knn_top1(*arguments: Any, **options: Any) -> dict[int, float]:
+    return {k: found.top1 for k, found in accuracies(*arguments, **options).items()}
 
 
 def clusters(
@@ -83,9 +103,9 @@ def test_is_as_good_as_scikit_learns() -> None:
 
 def test_one_program_serves_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "CHUNK", 16)
-    before = knn.classify._cache_size()
+    before = knn.count_right._cache_size()
     knn_top1(*clusters(0, 61, dim=9), *clusters(1, 16 * 3 + 5, dim=9), ks=(3,))
-    assert knn.classify._cache_size() == before + 1
+    assert knn.count_right._cache_size() == before + 1
 
 
 def test_can_be_given_up_between_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +167,22 @@ def test_a_feature_of_zeros_is_classified_like_any_other() -> None:
     train, labels = clusters(0, 30)
     found = knn_top1(train, labels, np.zeros((1, 8), np.float32), labels[:1], ks=(1,))
     assert found == {1: 1.0}  # all cosines are zero, and the first row comes first
+
+
+def test_the_top_five_are_the_classes_with_the_most_votes() -> None:
+    """Of 7 classes at the same place, those with more images have more votes."""
+    counts = [1, 2, 3, 4, 5, 6, 7]
+    labels = np.repeat(np.arange(7), counts)
+    train = np.ones((len(labels), 4), np.float32)
+    for label, count in enumerate(counts):
+        found = accuracies(train, labels, train[:1], np.array([label]), ks=(28,))[28]
+        assert found == (float(count == 7), float(count >= 3))
+
+
+def test_a_class_without_a_vote_is_not_among_the_top_five() -> None:
+    train, labels = clusters(0, 40)
+    found = accuracies(train, labels, train[:1], np.array([labels[0] + 1]), ks=(1,))
+    assert found == {1: (0.0, 0.0)}
 
 
 @pytest.mark.parametrize(("train", "test"), [(0, 5), (5, 0)])

@@ -1,0 +1,110 @@
+"""The tools with which tasks measure one network."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import tqdm
+from etils import epath
+from jax.sharding import Mesh
+
+from sop_jax.data.decode import decoding
+from sop_jax.data.sources import Source, identity
+from sop_jax.evaluation import cache
+from sop_jax.evaluation.cache import Disk, key_of, size_on_disk
+from sop_jax.evaluation.features import Extract, Memory, Store, make_extractor, whole
+from sop_jax.evaluation.task import Bar, Features, Subject, View
+from sop_jax.monitor.corrupt import print_corrupt
+from sop_jax.parallel import hosts
+
+
+@dataclasses.dataclass
+class Toolbox:
+    """The tools of a command; see `task.Tools`.
+
+    Attributes:
+        subject: the network.
+        mesh: the devices.
+        folder: where the task leaves files; None if nothing can be written.
+        seed: the seed of all random draws.
+        cache: the folder of the cache of features; None to keep none.
+        check: raises Interrupted if the command was asked to stop.
+        extractors: the compiled extractors by view; they can be shared with other toolboxes of the
+            same network.
+        corrupt: called with a source and its records that cannot be read.
+        shown: whether progress is shown.
+    """
+
+    subject: Subject
+    mesh: Mesh
+    folder: epath.Path | None = None
+    seed: int = 0
+    cache: epath.Path | None = None
+    check: Callable[[], Any] = lambda: None
+    extractors: dict[View, Extract] = dataclasses.field(default_factory=dict)
+    corrupt: Callable[[Source, list[int]], Any] | None = None
+    shown: bool = True
+
+    def features(self, source: Source, view: View) -> Features:
+        """Returns the features of this process's share of a source, computed once per view."""
+        if view not in self.extractors:
+            subject = self.subject
+            self.extractors[view] = make_extractor(subject.model, subject.config, self.mesh, view)
+        store = self._store(source, view)
+        known = store.filled() if isinstance(store, Disk) else 0
+        with self.progress(len(source), "image") as bar:
+            found = self.extractors[view](
+                self.subject.params, source, bar.update, self.between, store
+            )
+        if isinstance(store, Disk) and store.filled() > known:
+            size = size_on_disk(store.folder) / 1e6
+            self.note(
+                f"kept the features of {len(source)} images in {store.folder} ({size:.1f} MB); "
+                "they can be deleted, or not kept with --cache=off"
+            )
+        elif isinstance(store, Disk):
+            self.note(f"took the features of {len(source)} images from {store.folder}")
+        if found.corrupt:
+            self._report(source, found.corrupt)
+        return found
+
+    def _store(self, source: Source, view: View) -> Store:
+        if self.cache is None:
+            return Memory()
+        facts = {
+            "weights": self.subject.fingerprint,
+            "images": identity(source),
+            "view": view._asdict(),
+            "decoding": decoding(self.subject.config.data, source)._asdict(),
+            "versions": hosts.versions(),
+            "processes": jax.process_count(),
+        }
+        folder = self.cache / key_of(facts) / f"{jax.process_index()}"
+        return Disk(folder, facts, cache.KEEP_SECONDS)
+
+    def _report(self, source: Source, corrupt: list[int]) -> None:
+        if self.corrupt is not None:
+            self.corrupt(source, corrupt)
+        elif hosts.is_first():
+            print_corrupt(source, corrupt, decoding(self.subject.config.data, source))
+
+    def whole(self, features: Features) -> Features:
+        """Returns the same features with the rows of all processes."""
+        return whole(features)
+
+    def between(self) -> None:
+        """Raises Interrupted, on all processes, if one of them was asked to stop."""
+        self.check()
+
+    def progress(self, total: int, unit: str) -> AbstractContextManager[Bar]:
+        """Returns a context that shows a progress bar, in the first process."""
+        shown = self.shown and hosts.is_first()
+        return tqdm.tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shown, leave=False)
+
+    def note(self, text: str) -> None:
+        """Prints a line for people, in the first process."""
+        if self.shown and hosts.is_first():
+            tqdm.tqdm.write(text, file=sys.stderr)
