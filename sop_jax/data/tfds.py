@@ -18,7 +18,10 @@ class TfdsSource:
     """One split of a prepared TFDS data set in array_record files."""
 
     def __init__(self, folder: str, split: str) -> None:
-        """Takes the folder with dataset_info.json and a split, or a slice such as train[:10%]."""
+        """Takes the folder with dataset_info.json and a split.
+
+        That can be a slice, such as train[:10%], or a sum, such as train+validation.
+        """
         self.folder, self.split = folder, split
 
     @functools.cached_property
@@ -89,7 +92,8 @@ class TfdsSource:
     def digest(self) -> str:
         """A hash of the data set's name, version and shard lengths, and of the split."""
         info = self._builder.info
-        shards = info.splits[self.split.split("[")[0]].shard_lengths
+        lengths = [info.splits[name].shard_lengths for name in _parts(self.split)]
+        shards = lengths if len(lengths) > 1 else lengths[0]
         text = f"{info.full_name} {shards} {self.split} {len(self)}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -98,6 +102,11 @@ def _tfds() -> Any:
     import tensorflow_datasets  # only when used, because it delays the start of other sources
 
     return tensorflow_datasets
+
+
+def _parts(split: str) -> list[str]:
+    """Returns the names of the splits that a split is made of: one, or the terms of a sum."""
+    return [term.split("[")[0] for term in split.split("+")]
 
 
 def builder_of(data_config: Any) -> Any:
@@ -134,7 +143,7 @@ def open_tfds(data_config: Any, split: str) -> TfdsSource | None:
             f"TFDS knows {where}, but the data set is not prepared there. Prepare it once with "
             'file_format="array_record", or with python -m sop_jax.data.prepare.'
         )
-    if wanted.split("[")[0] not in splits:
+    if not splits.issuperset(_parts(wanted)):
         if split == "test":
             return None
         raise UserError(
