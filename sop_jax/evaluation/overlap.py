@@ -70,19 +70,15 @@ def disk(radius: int) -> UInt8[np.ndarray, "side side"]:
 
 
 def measure(
-    found: UInt8[np.ndarray, "T H W"], truth: UInt8[np.ndarray, "T H W"], objects: int
-) -> Float64[np.ndarray, "2 objects T"]:
-    """Returns J and F of the objects 1 to `objects` in each frame.
+    found: UInt8[np.ndarray, "H W"], truth: UInt8[np.ndarray, "H W"], objects: int
+) -> Float64[np.ndarray, "2 objects"]:
+    """Returns J and F of the objects 1 to `objects` in a frame.
 
     Numbers above `objects` count as background, and so does void (255), as in the official
     evaluation with the first mask given.
     """
-    pairs = [
-        [(a == number, b == number) for a, b in zip(found, truth, strict=True)]
-        for number in range(1, objects + 1)
-    ]
-    both = [[[score(*pair) for pair in row] for row in pairs] for score in (region, boundary)]
-    return np.array(both).reshape(2, objects, len(found))
+    pairs = [(found == number, truth == number) for number in range(1, objects + 1)]
+    return np.array([[score(*pair) for pair in pairs] for score in (region, boundary)])
 
 
 def statistics(values: Float64[np.ndarray, " T"]) -> Statistics:

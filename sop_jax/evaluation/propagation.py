@@ -1,8 +1,8 @@
 """Masks of objects, propagated from frame to frame by the similarity of patch tokens.
 
-The protocol of DINO (its `eval_video_segmentation.py`, which iBOT copied), after Jabri et al., 2020:
-a token of a new frame has the mean mask of the most similar tokens in its neighbourhood of the
-first frame and of the last few frames. That script computes the similarities of all pairs of
+This is the protocol of DINO (`eval_video_segmentation.py`, which iBOT copied) after Jabri et al.
+(2020): a token of a new frame has the mean mask of the most similar tokens in its neighbourhood,
+of the first frame and of the last few. That script computes the similarities of all pairs of
 tokens, and then sets those outside the neighbourhood to zero. Here they are computed in blocks of
 tokens, each with the window around it, which saves half of the products at 480 x 854 pixels.
 """
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
@@ -27,15 +28,15 @@ class Contexts(NamedTuple):
     Attributes:
         features: unit vectors of the h*w tokens of each.
         masks: the share of each of C objects in each token; object 0 is the background.
-        count: the number of frames so far; only the first `count` rows are filled.
+        seen: the number of frames so far; only the first `seen` rows are filled.
     """
 
     features: Float32[Array, "n h w D"]
     masks: Float32[Array, "n h w C"]
-    count: Int32[Array, ""]
+    seen: Int32[Array, ""]
 
 
-def first(
+def start(
     features: Float32[Array, "h w D"], masks: Float32[Array, "h w C"], last_frames: int
 ) -> Contexts:
     """Returns the contexts of the second frame: the first one, and room for `last_frames` more."""
@@ -47,11 +48,15 @@ def first(
     return remember(empty, features, masks)
 
 
+@functools.partial(jax.jit, donate_argnames="contexts")
 def remember(
     contexts: Contexts, features: Float32[Array, "h w D"], masks: Float32[Array, "h w C"]
 ) -> Contexts:
-    """Returns the contexts with a new frame, which replaces the oldest but the first."""
-    frame, last_frames = contexts.count, len(contexts.features) - 1
+    """Returns the contexts with a new frame, which replaces the oldest one other than the first.
+
+    The memory of the given contexts is reused, so they cannot be read afterwards.
+    """
+    frame, last_frames = contexts.seen, len(contexts.features) - 1
     row = jnp.where(frame == 0, 0, 1 + (frame - 1) % last_frames)
     return Contexts(
         contexts.features.at[row].set(unit(features)), contexts.masks.at[row].set(masks), frame + 1
@@ -63,7 +68,7 @@ def unit(features: Float32[Array, "*shape D"]) -> Float32[Array, "*shape D"]:
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
-@functools.partial(jax.jit, static_argnames=("radius", "top_k"))
+@functools.partial(jax.jit, static_argnames=("radius", "top_k", "temperature"))
 def propagate(
     contexts: Contexts,
     features: Float32[Array, "h w D"],
@@ -88,16 +93,14 @@ def propagate(
     high, wide = min(rows + 2 * radius, h), min(columns + 2 * radius, w)  # the window
     padding = (0, down * rows - h), (0, across * columns - w), (0, 0)
     targets = jnp.pad(unit(features), padding)
-    filled = jnp.arange(n) < contexts.count
+    filled = jnp.arange(n) < contexts.seen
 
-    def block(start: Int32[Array, "2"]) -> Float32[Array, "rows columns C"]:
-        y, x = start
+    def block(corner: Int32[Array, "2"]) -> Float32[Array, "rows columns C"]:
+        y, x = corner
         top, left = jnp.clip(y - radius, 0, h - high), jnp.clip(x - radius, 0, w - wide)
 
         def window(frames: Float32[Array, "n h w X"]) -> Float32[Array, "n high wide X"]:
-            return lax.dynamic_slice(
-                frames, (0, top, left, 0), (n, high, wide, frames.shape[-1])
-            )
+            return lax.dynamic_slice(frames, (0, top, left, 0), (n, high, wide, frames.shape[-1]))
 
         tokens = lax.dynamic_slice(targets, (y, x, 0), (rows, columns, width))
         cosines = jnp.einsum(
@@ -114,17 +117,15 @@ def propagate(
         total = jnp.einsum("st,sc->tc", weights, masks, precision=FLOAT32)
         return (total / weights.sum(0)[:, None]).reshape(rows, columns, objects)
 
-    starts = jnp.stack(
+    corners = jnp.stack(
         jnp.meshgrid(jnp.arange(down) * rows, jnp.arange(across) * columns, indexing="ij"), -1
     )
-    blocks = lax.map(block, starts.reshape(-1, 2)).reshape(down, across, rows, columns, objects)
+    blocks = lax.map(block, corners.reshape(-1, 2)).reshape(down, across, rows, columns, objects)
     whole = blocks.swapaxes(1, 2).reshape(down * rows, across * columns, objects)
     return whole[:h, :w]
 
 
-def near(
-    a: Int32[Array, " a"], b: Int32[Array, " b"], radius: int
-) -> Bool[Array, "a b"]:
+def near(a: Int32[Array, " a"], b: Int32[Array, " b"], radius: int) -> Bool[Array, "a b"]:
     """Returns which coordinates differ by at most `radius`."""
     return jnp.abs(a[:, None] - b) <= radius
 
@@ -139,7 +140,7 @@ def largest_and_kth(
     """
     largest = x.max(0)
 
-    def lower(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def lower(_: Int32[Array, ""], state: tuple[Array, Array]) -> tuple[Array, Array]:
         value, found = state  # the values that are at least `value`
         below = jnp.max(jnp.where(x < value, x, -jnp.inf), 0)
         value = jnp.where(found < k, below, value)
@@ -149,9 +150,14 @@ def largest_and_kth(
     return largest, lax.fori_loop(1, k, lower, (largest, found))[0]
 
 
-def one_hot(objects: Int32[Array, "h w"], count: int) -> Float32[Array, "h w C"]:
-    """Returns masks that give each token wholly to one object, a number below `count`."""
-    return jax.nn.one_hot(objects, count, dtype=jnp.float32)
+def one_hot(objects: UInt8[np.ndarray, "h w"]) -> Float32[Array, "h w C"]:
+    """Returns masks that give each token wholly to one object; C - 1 is the largest number."""
+    return jax.nn.one_hot(objects, int(objects.max()) + 1, dtype=jnp.float32)
+
+
+def harden(masks: Float32[Array, "h w C"]) -> Float32[Array, "h w C"]:
+    """Returns masks that give each token wholly to the object with the largest share."""
+    return jax.nn.one_hot(masks.argmax(-1), masks.shape[-1], dtype=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="patch")
