@@ -4,11 +4,11 @@ from typing import Any
 
 import ml_collections
 
-from sop_jax.evaluation import knn
+from sop_jax.evaluation import knn, video
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Subject, Task, Tools
 
-TASKS: dict[str, Task] = {"knn": knn.TASK}
+TASKS: dict[str, Task] = {"knn": knn.TASK, "video": video.TASK}
 
 
 def settings_in_training(

@@ -10,6 +10,7 @@ as background in J and F; and the standard deviation of red is .228, where the n
 with .229 (`red_std`).
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -28,7 +29,7 @@ from sop_jax.data.davis import Clip
 from sop_jax.data.listed import ListedFiles
 from sop_jax.errors import UserError
 from sop_jax.evaluation import overlap, propagation
-from sop_jax.evaluation.task import Subject, Tools
+from sop_jax.evaluation.task import Subject, Task, Tools
 from sop_jax.parallel import hosts
 from sop_jax.paths import write_whole
 from sop_jax.rules import COUNT, COUNT_OR_ZERO, POSITIVE, one_of
@@ -107,6 +108,8 @@ def open_clips(
 ) -> Inputs:
     """Opens the clips in the folder `path`, all or those of the list `test_split`.
 
+    `config.data` is updated to them.
+
     Raises:
         UserError: no folder is named, or `open_davis` finds fault with it; another flag is given;
             or the network has no patch tokens, or larger ones than frames.
@@ -133,6 +136,8 @@ def open_clips(
             "the folder that contains JPEGImages with --data.path"
         )
     clips = davis.open_davis(data["path"], data.get("test_split"))
+    config.data.update(source="folder", name="", train_split="", test_split="")
+    config.data.update(data)
     return Inputs(clips, davis.frames_of(data["path"], clips))
 
 
@@ -141,8 +146,9 @@ def measure_clips(
 ) -> dict[str, Any]:
     """Propagates the masks of all clips and scores them.
 
-    Each process computes whole clips. Its masks are written to `tools.folder`/CLIP/, and the scores
-    of a finished clip to `tools.folder`/CLIP.json; a clip that is finished is not computed again.
+    Each process computes whole clips. Masks are written to `tools.folder`/CLIP, and the record of a
+    finished clip to `tools.folder`/CLIP.json until all are finished: after an interruption, these
+    clips are not computed again.
 
     Returns:
         `JF_mean`, the mean of J and F; `J_mean`, `J_recall`, `J_decay`, and the same of F, all
@@ -150,11 +156,6 @@ def measure_clips(
         `objects`, their number; and `clips`, which has the same of each clip, and its `Record`.
     """
     look = make_look(subject, settings.red_std)
-    about = {
-        "weights": subject.fingerprint,
-        "settings": settings.to_dict(),
-        "versions": hosts.versions(),
-    }
     longest_first = sorted(inputs.clips, key=lambda clip: -len(clip.frames))
     place, places = jax.process_index(), jax.process_count()
     mine: dict[str, Record | None] = {}
@@ -163,7 +164,7 @@ def measure_clips(
             together = longest_first[start : start + places]  # one clip for each process
             own = together[place : place + 1]
             work = (
-                finish(own[0], look, subject.model.patch, settings, tools.folder, about)
+                finish(own[0], look, subject.model.patch, settings, tools.folder)
                 if own
                 else iter(())
             )
@@ -176,6 +177,9 @@ def measure_clips(
     every: dict[str, Any] = {}
     for text in hosts.gather(json.dumps(mine), hosts.END_TIMEOUT):
         every |= json.loads(text)
+    if tools.folder is not None:  # the records of clips are for a measurement that is interrupted
+        for name in mine:
+            (tools.folder / f"{name}.json").unlink(missing_ok=True)
     records = [every[clip.name] for clip in inputs.clips]
     return {
         **summary([row for record in records for row in record["scores"]]),
@@ -193,7 +197,6 @@ def finish(
     patch: int,
     settings: ml_collections.ConfigDict,
     folder: epath.Path | None,
-    about: Mapping[str, Any],
 ) -> Iterator[Record | None]:
     """Propagates the masks of a clip and scores them, a frame at a time.
 
@@ -202,9 +205,8 @@ def finish(
         look: see `make_look`.
         patch: the pixels on each side of the square that a token stands for.
         settings: the settings of the task.
-        folder: where masks and the record are written; None to write nothing.
-        about: what the record depends on besides the clip. If the folder has a record for the same,
-            the clip is not computed again.
+        folder: where masks and the record are written; None to write nothing. A clip whose record
+            is there is not computed again.
 
     Yields:
         None after each frame but the last, then the record.
@@ -212,14 +214,17 @@ def finish(
     Raises:
         UserError: a file of the clip cannot be read, or the folder cannot be written to.
     """
-    about = {**about, "clip": [len(clip.frames), len(clip.masks), clip.objects, *clip.size]}
+    about = {
+        "versions": hosts.versions(),
+        "clip": [len(clip.frames), len(clip.masks), clip.objects, *clip.size],
+    }
     path = None if folder is None else folder / f"{clip.name}.json"
     if path is not None and (known := _known(path, about)):
         yield known
         return
     first = davis.read_mask(clip.masks[0])
     there = np.unique(on_grid(first, settings.short_side, patch))
-    lost = [int(number) for number in np.setdiff1d(np.unique(first), there)]
+    lost = [int(number) for number in np.setdiff1d(first[first > 0], there)]
     values = []
     for number, mask in enumerate(track(clip, first, look, patch, settings)):
         if number:
@@ -228,11 +233,14 @@ def finish(
             truth = davis.read_mask(clip.masks[number])
             values.append(overlap.measure(mask, truth, clip.objects))
         if folder is not None:
-            _write(folder / clip.name / f"{clip.frames[number].stem}.png", mask)
+            with _writing(folder / clip.name / f"{clip.frames[number].stem}.png") as png:
+                png.parent.mkdir(parents=True, exist_ok=True)
+                png.write_bytes(davis.encode_mask(mask))
     scores = statistics(np.stack(values, -1)) if len(values) > 2 else []
     record = Record(frames=len(clip.frames), objects=clip.objects, lost=lost, scores=scores)
     if path is not None:
-        write_whole(path, json.dumps({**about, "record": record}) + "\n")
+        with _writing(path):
+            write_whole(path, json.dumps({**about, "record": record}) + "\n")
     yield record
 
 
@@ -356,6 +364,19 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
     )
 
 
+TASK = Task(
+    does="objects in video (DAVIS-2017), found by their patches: J, F and their mean",
+    expects=davis.EXPECTED,
+    settings=settings,
+    rules=RULES,
+    open=open_clips,
+    run=measure_clips,
+    table=table,
+    place="DAVIS",
+    sources=lambda inputs: {"frames": inputs.frames},
+)
+
+
 def _known(path: epath.Path, about: Mapping[str, Any]) -> Record | None:
     """Returns the record of a clip that was computed from the same facts, or None."""
     try:
@@ -366,13 +387,13 @@ def _known(path: epath.Path, about: Mapping[str, Any]) -> Record | None:
     return record if found == json.loads(json.dumps(about)) else None
 
 
-def _write(path: epath.Path, mask: UInt8[np.ndarray, "H W"]) -> None:
-    """Writes a mask; raises UserError if it cannot be written."""
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[epath.Path]:
+    """Raises UserError if the file cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(davis.encode_mask(mask))
+        yield path
     except OSError as error:
         raise UserError(
-            f"the mask {path} cannot be written: {error}; expected a folder with room for the "
-            "masks of all frames; free some, and run the same command again, which resumes"
+            f"{path} cannot be written: {error}; expected a folder with room for the masks of all "
+            "frames; free some, and run the same command again, which resumes"
         ) from error
