@@ -69,6 +69,40 @@ def name_data(data_config: Any, given: Mapping[str, str]) -> None:
         data_config.test_split = found[0]
 
 
+def name_folder(data_config: Any, given: Mapping[str, Any], expected: str) -> epath.Path:
+    """Updates `config.data` to a data set that has a layout of its own, and returns its folder.
+
+    Args:
+        data_config: `config.data` of the run; updated.
+        given: the flags that were given, see `name_data`.
+        expected: describes the data, for messages.
+
+    Raises:
+        UserError: the folder is not named or does not exist, or a flag would have no effect.
+    """
+    for name in ("source", "name", "train_split", "test_split"):
+        if given.get(name):
+            raise UserError(
+                f"--data.{name}={given[name]} would have no effect: the data is a folder with a "
+                f"layout of its own. Expected {expected}. Give only --data.path"
+            )
+    if not given.get("path"):
+        raise UserError(f"--data.path is missing. Expected {expected}. Name its folder")
+    folder = epath.Path(given["path"])
+    if not folder.is_dir():
+        raise UserError(
+            f"--data.path={folder} is not a folder. Expected {expected}. Name its folder"
+        )
+    use_folder(data_config, folder, given)
+    return folder
+
+
+def use_folder(data_config: Any, folder: epath.PathLike, given: Mapping[str, Any]) -> None:
+    """Updates `config.data` to a folder without splits, read as the flags that were given say."""
+    own = dict(source="folder", path=str(folder), name="", train_split="", test_split="")
+    data_config.update({**given, **own})
+
+
 def source_at(path: str, data_config: Any) -> str:
     """Returns the kind of source that a path is: "packed", "tfds" or "folder".
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
 from sop_jax.data.decode import AS_STORED, Decoding, decoding
 from sop_jax.data.pipeline import eval_batches
@@ -77,7 +77,7 @@ class Extract(Protocol):
 
 
 def pooled(
-    model: Model, params: Params, images: UInt8[Array, "B H W 3"], view: View
+    model: Model, params: Params, images: Num[Array, "B H W 3"], view: View
 ) -> tuple[Float[Array, "B F"], Float[Array, "B L D"]]:
     """Returns the features of images that `view.pool` and `view.layers` say, and the patches.
 
@@ -172,20 +172,38 @@ def make_extractor(
             if between and start < rows:
                 between()
         store.keep(rows)
-        here = np.arange(first, first + rows)
-        inside = here < len(source)
-        mine = here[inside & ~valid].tolist()
-        corrupt = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
-        kept = {name: array if valid.all() else array[valid] for name, array in arrays.items()}
-        return Features(
-            kept["vectors"],
-            kept.get("patches"),
-            here[valid].astype(np.int32),
-            labels[valid],
-            sorted(itertools.chain.from_iterable(corrupt)),
-        )
+        return of_share(source, first, arrays, labels, valid)
 
     return extract
+
+
+def of_share(
+    source: Source,
+    first: int,
+    arrays: Mapping[str, np.ndarray],
+    labels: Int32[np.ndarray, " rows"],
+    valid: Bool[np.ndarray, " rows"],
+) -> Features:
+    """Returns the features of this process's share of a source.
+
+    Args:
+        source: the whole source.
+        first: the first record of the share.
+        arrays: `vectors`, and perhaps `patches`, with one row for each record of the share.
+        labels: the label of each record.
+        valid: which rows are images that could be read; False for padding of the share.
+    """
+    here = np.arange(first, first + len(valid))
+    mine = here[(here < len(source)) & ~valid].tolist()
+    corrupt = [json.loads(text) for text in hosts.gather(json.dumps(mine))]
+    kept = {name: array if valid.all() else array[valid] for name, array in arrays.items()}
+    return Features(
+        kept["vectors"],
+        kept.get("patches"),
+        here[valid].astype(np.int32),
+        labels[valid],
+        sorted(itertools.chain.from_iterable(corrupt)),
+    )
 
 
 def own_rows(outputs: dict[str, Array]) -> dict[str, np.ndarray]:

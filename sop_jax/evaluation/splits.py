@@ -66,6 +66,39 @@ def open_splits(config: ml_collections.ConfigDict, given: Mapping[str, Any], tas
     return Splits(train, test)
 
 
+def open_split(
+    config: ml_collections.ConfigDict, given: Mapping[str, Any], split: str, task: str
+) -> Source:
+    """Returns one split of the data of a run, or of the data that flags name.
+
+    Args:
+        config: the settings of the run; `config.data` is updated to the data that is opened.
+        given: the flags that were given, see `data.named.name_data`.
+        split: "train" or "test".
+        task: the name of the task, for messages.
+
+    Raises:
+        UserError: the data does not exist, or does not have this split.
+    """
+    data_config = config.data
+    try:
+        name_data(data_config, given)
+        train = open_source(data_config, "train")
+        assert train is not None  # only the test split may be missing
+        found = train if split == "train" else open_source(data_config, "test", train)
+    except UserError as error:  # its message names the flags of `sop_jax.train`
+        raise UserError(str(error).replace("--config.data.", "--data.")) from error
+    if found is None:
+        raise UserError(
+            f"there is no split {data_config.test_split!r} in {describe(data_config)}, which "
+            f"{task} uses. Name another one with --data.test_split, or choose --eval.split=train"
+        )
+    if hosts.is_first():
+        for note in sources.notes(found):
+            print(note, file=sys.stderr)
+    return found
+
+
 def few_labels(train: Source, percent: float, file: str, seed: int) -> Source:
     """Returns the train images whose labels a protocol with few labels uses.
 

@@ -4,11 +4,18 @@ from typing import Any
 
 import ml_collections
 
-from sop_jax.evaluation import knn, video
+from sop_jax.evaluation import backgrounds, cluster, knn, retrieval, tsne, video
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Subject, Task, Tools
 
-TASKS: dict[str, Task] = {"knn": knn.TASK, "video": video.TASK}
+TASKS: dict[str, Task] = {
+    "knn": knn.TASK,
+    "retrieval": retrieval.TASK,
+    "video": video.TASK,
+    "backgrounds": backgrounds.TASK,
+    "cluster": cluster.TASK,
+    "tsne": tsne.TASK,
+}
 
 
 def settings_in_training(

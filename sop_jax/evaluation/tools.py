@@ -16,6 +16,7 @@ from sop_jax.data.sources import Source, identity
 from sop_jax.evaluation import cache
 from sop_jax.evaluation.cache import Disk, key_of, size_on_disk
 from sop_jax.evaluation.features import Extract, Memory, Store, make_extractor, whole
+from sop_jax.evaluation.scales import make_scale_extractor
 from sop_jax.evaluation.task import Bar, Features, Subject, View
 from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
@@ -52,7 +53,11 @@ class Toolbox:
         """Returns the features of this process's share of a source, computed once per view."""
         if view not in self.extractors:
             subject = self.subject
-            self.extractors[view] = make_extractor(subject.model, subject.config, self.mesh, view)
+            self.extractors[view] = (
+                make_scale_extractor(subject.model, subject.config, view)
+                if view.longest
+                else make_extractor(subject.model, subject.config, self.mesh, view)
+            )
         store = self._store(source, view)
         known = store.filled() if isinstance(store, Disk) else 0
         with self.progress(len(source), "image") as bar:

@@ -20,7 +20,10 @@ from sop_jax.data.thumbnails import scaled, thumbnail
 from sop_jax.evaluation import ranking
 from sop_jax.evaluation.agreement import agreement
 from sop_jax.evaluation.backgrounds import predict
-from sop_jax.evaluation.scales import SCALES, multi_scale
+from sop_jax.evaluation.retrieval import unit
+from sop_jax.evaluation.scales import SCALES, make_scale_extractor
+from sop_jax.evaluation.task import View
+from sop_jax.parallel.mesh import make_mesh, replicated
 
 Golden = dict[str, np.ndarray]
 
@@ -30,8 +33,29 @@ def golden() -> Golden:
     return golden_numbers.load("evaluate.npz")
 
 
-def network() -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the [CLS] of the network of backbone.npz, as a function of pixels [h, w, 3]."""
+class Pictures:
+    """A source of arrays."""
+
+    has_labels, class_names, digest = False, None, "pictures"
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index]
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+    def label(self, index: int) -> int:
+        return -1
+
+
+def extractor() -> Callable[..., np.ndarray]:
+    """Returns the features of images at scales, by the network of backbone.npz."""
     arrays = golden_numbers.load("backbone.npz")
     image_size, patch, width, depth, heads = (int(x) for x in arrays["vit/config"])
     config = paper()
@@ -41,33 +65,32 @@ def network() -> Callable[[np.ndarray], np.ndarray]:
     model = models.build(config, image_size)
     params = model.init(jax.random.key(0))
     params["backbone"] = jax.tree.map(jnp.asarray, vit_params(arrays, depth))
-    cls = jax.jit(lambda pixels: model.features(params, pixels[None])[0][0, 0])
-    return lambda pixels: np.asarray(cls(pixels))
+    params = jax.device_put(params, replicated(make_mesh()))
 
+    def features(images: list[np.ndarray], longest: int, *scales: float) -> np.ndarray:
+        view = View(longest=longest, scales=scales)
+        return make_scale_extractor(model, config, view)(params, Pictures(images)).vectors
 
-def unit(rows: list[np.ndarray]) -> np.ndarray:
-    stacked = np.stack(rows)
-    return stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
+    return features
 
 
 def descriptors(golden: Golden) -> dict[str, Found]:
     section, numbers = "retrieval", {}
     count = sum(key.startswith(f"{section}/image_") for key in golden)
-    patch = int(golden_numbers.load("backbone.npz")["vit/config"][1])
-    cls = network()
-    single, several = [], []
-    for i in range(count):
-        image = thumbnail(golden[f"{section}/image_{i}"], int(golden[f"{section}/imsize"]))
-        numbers[f"{section}/thumbnail_{i}"] = exact(image)
+    longest, features = int(golden[f"{section}/imsize"]), extractor()
+    images = [golden[f"{section}/image_{i}"] for i in range(count)]
+    by_scale = [features(images, longest, scale) for scale in SCALES]
+    for i, image in enumerate(images):
+        small = thumbnail(image, longest)
+        numbers[f"{section}/thumbnail_{i}"] = exact(small)
         # The array of the file is normalized; normalization and interpolation commute.
-        pixels = (scaled(image, SCALES[1]) / 255 - models.MEAN) / models.STD
+        pixels = (scaled(small, SCALES[1]) / 255 - models.MEAN) / models.STD
         numbers[f"{section}/scaled_{i}"] = Found(pixels.transpose(2, 0, 1), 1e-5)
-        each = [multi_scale(cls, image, (scale,), patch) for scale in SCALES]
-        numbers[f"{section}/scales_{i}"] = Found(np.stack(each), 1e-5)
-        single.append(each[0])
-        several.append(multi_scale(cls, image, SCALES, patch))
-    numbers[f"{section}/descriptors"] = Found(unit(several), 1e-5)
-    numbers[f"{section}/descriptors_single_scale"] = Found(unit(single), 1e-5)
+        each = np.stack([vectors[i] for vectors in by_scale])
+        numbers[f"{section}/scales_{i}"] = Found(each, 1e-5)
+    several = unit(features(images, longest, *SCALES))
+    numbers[f"{section}/descriptors"] = Found(several, 1e-5)
+    numbers[f"{section}/descriptors_single_scale"] = Found(unit(by_scale[0]), 1e-5)
     return numbers
 
 

@@ -1,0 +1,134 @@
+"""Clusters of the digits, and of files of assignments."""
+
+import copy
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import normalized_mutual_info_score
+from subjects import toolbox, untrained
+
+from sop_jax.data.sources import DigitsSource
+from sop_jax.errors import UserError
+from sop_jax.evaluation import cluster
+
+DIGITS = {"source": "digits"}
+
+
+def measure(data: dict[str, str], **changes: Any) -> tuple[dict[str, Any], str]:
+    """Returns the result and the table of the task with a few settings changed."""
+    settings = cluster.settings()
+    settings.update(starts=2, **changes)
+    inputs = cluster.open_inputs(copy.deepcopy(untrained().config), settings, data)
+    result = cluster.run(untrained(), inputs, settings, toolbox())
+    return result, cluster.table(result, settings)
+
+
+@pytest.mark.medium
+def test_clusters_of_the_digits():
+    result, text = measure(DIGITS)
+    assert (result["images"], result["clusters"], result["classes"]) == (360, 10, 10)
+    assert 0.1 < result["accuracy"] <= result["accuracy_majority"] < 1
+    assert 0.05 < result["nmi"] < 1 and result["unreadable"] == 0
+    assert measure(DIGITS)[0] == result  # seeded
+    assert f"{100 * result['accuracy']:.2f}" in text
+    finer, _ = measure(DIGITS, clusters=50)
+    assert finer["clusters"] == 50 and finer["accuracy"] < finer["accuracy_majority"]
+    train, _ = measure(DIGITS, split="train", clusters=5)
+    assert train["images"] == 1437
+
+
+def test_well_separated_clusters_are_found_whatever_their_norm():
+    rng = np.random.default_rng(0)
+    truth = np.arange(90) % 3
+    rows = np.eye(3, dtype=np.float32)[truth] + rng.normal(0, 0.05, (90, 3)).astype(np.float32)
+    found = cluster.k_means(rows, 3, 2, 100, toolbox())
+    assert normalized_mutual_info_score(truth, found) == pytest.approx(1)
+
+
+def test_k_means_can_be_interrupted_between_two_starts():
+    class Stopped(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stopped
+
+    rows = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    cluster.k_means(rows, 3, 1, 10, toolbox(check=stop))
+    with pytest.raises(Stopped):
+        cluster.k_means(rows, 3, 2, 10, toolbox(check=stop))
+
+
+# Assignments
+
+
+def test_given_assignments_need_no_features(tmp_path):
+    digits = DigitsSource("test")
+    names = [digits.name(i) for i in range(len(digits))]
+    path = tmp_path / "clusters.npz"
+    np.savez(path, names=np.array(names[::-1]), clusters=digits.labels[::-1] + 100)
+    result, _ = measure(DIGITS, assignments=str(path))
+    assert result["accuracy"] == result["nmi"] == 1 and result["images"] == 360
+
+
+def write_folder(root: pathlib.Path) -> dict[str, str]:
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png", "dog/4,5.png"):
+        (root / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / "val" / name)
+    return {"path": str(root), "train_split": "val", "test_split": "val"}
+
+
+@pytest.mark.parametrize("header", ["", "name,cluster\n"])
+def test_names_in_tables_are_those_below_the_folder_of_the_split(tmp_path, header):
+    data = write_folder(tmp_path)
+    path = tmp_path / "clusters.csv"
+    path.write_text(f'{header}cat/1.png,7\ncat/2.png,7\ndog/3.png,-1\n"dog/4,5.png",7\n')
+    result, text = measure(data, assignments=str(path))
+    assert result["accuracy"] == 0.75 and result["clusters"] == 2
+    assert text.startswith("2 clusters of 4 images of 2 classes")
+
+
+LINES = ("cat/1.png,1", "cat/2.png,1", "dog/3.png,2", '"dog/4,5.png",2')
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (LINES[:2], r"does not assign 'dog/3.png', 'dog/4,5.png'.* Expected one cluster for each"),
+        ((*LINES, "bird/1.png,1"), r"assigns 'bird/1.png', which .* names such as 'cat/1.png'"),
+        ((*LINES, LINES[0]), "assigns 'cat/1.png' more than once"),
+        (("name,cluster", *LINES, "cat/9.png,x"), "line 6 is 'cat/9.png,x'"),
+        (("a,b,c",), "line 1 is 'a,b,c'"),
+    ],
+)
+def test_assignments_that_are_not_of_these_images(tmp_path, lines, message):
+    data = write_folder(tmp_path)
+    path = tmp_path / "clusters.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        measure(data, assignments=str(path))
+
+
+def test_files_that_are_no_assignments(tmp_path):
+    data, path = write_folder(tmp_path), tmp_path / "clusters.npz"
+    with pytest.raises(UserError, match="cannot be read: .*No such file.* Expected a .csv file"):
+        measure(data, assignments=str(path))
+    np.savez(path, names=np.array(["cat/1.png"]))
+    with pytest.raises(UserError, match="clusters"):
+        measure(data, assignments=str(path))
+    np.savez(path, names=np.array(["cat/1.png"]), clusters=np.array([0.5]))
+    with pytest.raises(UserError, match="not a list of as many whole numbers"):
+        measure(data, assignments=str(path))
+
+
+def test_images_that_cannot_be_clustered(tmp_path):
+    with pytest.raises(UserError, match="eval.clusters is 361, but there are only 360 images"):
+        measure(DIGITS, clusters=361)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    data = {"path": str(tmp_path), "train_split": ""}
+    with pytest.raises(UserError, match="have no labels, with which clusters are compared"):
+        measure(data, split="train")
+    with pytest.raises(UserError, match="--eval.split=train"):
+        measure(data)
