@@ -36,6 +36,7 @@ from sop_jax.config import flatten
 from sop_jax.data.named import LOOKED_AT
 from sop_jax.data.sources import identity
 from sop_jax.errors import UserError, nearest
+from sop_jax.evaluation.fit import UNFINISHED
 from sop_jax.evaluation.task import Subject, Task
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.tools import Toolbox
@@ -144,7 +145,7 @@ def evaluate(
             folder=place if writable else None,
             seed=config.seed,
             cache=_cache(asked) if writable else None,
-            check=interruption.check,
+            interruption=interruption,
         )
         results = task.run(subject, inputs, settings, tools)
     record = facts | {
@@ -318,6 +319,9 @@ def _save(path: epath.Path, record: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(record) + "\n")
+        unfinished = path.with_suffix("") / UNFINISHED
+        if unfinished.exists():
+            unfinished.rmtree()
     except OSError as error:
         raise UserError(
             f"the result above was not saved, because {path} cannot be written: {error}; name "

@@ -350,7 +350,7 @@ def open_tools(
         Toolbox,
         mesh=run.mesh,
         seed=config.seed,
-        check=interruption.check,
+        interruption=interruption,
         extractors={},
         corrupt=report_unreadable,
         shown=False,

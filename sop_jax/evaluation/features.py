@@ -297,3 +297,33 @@ def on_devices(
         put(labels, replicated(mesh)),
         put(present, replicated(mesh)),
     )
+
+
+def in_chunks(features: Features, mesh: Mesh, size: int) -> Iterator[dict[str, Array]]:
+    """Yields the rows of all processes in chunks that are split over the devices.
+
+    All processes yield the same number of chunks, whose shapes are equal.
+
+    Args:
+        features: this process's rows.
+        mesh: the devices.
+        size: the number of rows per chunk, of all processes together.
+
+    Yields:
+        `vectors` [n, D], `labels` [n], and which rows are images and not padding, `valid` [n].
+    """
+    processes, devices = jax.process_count(), mesh.devices.size
+    most = max(int(text) for text in hosts.gather(str(len(features.index))))
+    own = -(-min(size, most * processes) // devices) * devices // processes
+    for start in range(0, most, own):
+        part = slice(start, start + own)
+        vectors, labels = features.vectors[part], features.labels[part]
+        padding = own - len(labels)
+        yield to_devices(
+            mesh,
+            {
+                "vectors": np.pad(vectors, ((0, padding), (0, 0))),
+                "labels": np.pad(labels, (0, padding), constant_values=-1),
+                "valid": np.arange(own) < len(labels),
+            },
+        )

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sop_jax.errors import UserError
-from sop_jax.evaluation.features import on_devices
+from sop_jax.evaluation.features import in_chunks, on_devices
 from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
 from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
 from sop_jax.evaluation.task import Features, Subject, Task, Tools
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
-from sop_jax.parallel.mesh import replicated, to_devices
+from sop_jax.parallel.mesh import replicated
 from sop_jax.parallel.search import nearest
 from sop_jax.rules import COUNT, POSITIVE, TEXT, number, some
 
@@ -165,25 +165,12 @@ def accuracies(
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
     rows, labels, present = on_devices(train, mesh)
     rows = jax.jit(unit_rows, donate_argnums=0)(rows)
-    devices, processes = mesh.devices.size, len(counts)
-    most = max(int(count[1]) for count in counts)  # the largest share of the test images
-    chunk = -(-min(CHUNK, most * processes) // devices) * devices // processes
     right = np.zeros((len(usable), 2), np.int64)
-    for start in range(0, most, chunk):
-        if start and between:
+    for i, chunk in enumerate(in_chunks(test, mesh, CHUNK)):
+        if i and between:
             between()
-        part = slice(start, start + chunk)
-        queries, truth = test.vectors[part], test.labels[part]
-        padding = chunk - len(truth)
-        batch = {
-            "queries": np.pad(queries, ((0, padding), (0, 0))),
-            "truth": np.pad(truth, (0, padding)),
-            "valid": np.arange(chunk) < len(truth),
-        }
         right += np.asarray(
-            count_right(
-                to_devices(mesh, batch), rows, present, labels, tuple(usable), temperature, mesh
-            )
+            count_right(chunk, rows, present, labels, tuple(usable), temperature, mesh)
         )
     shares = right / test_size
     return {k: Accuracy(*map(float, pair)) for k, pair in zip(usable, shares, strict=True)}
@@ -191,7 +178,7 @@ def accuracies(
 
 @partial(jax.jit, static_argnames=("ks", "temperature", "mesh"))
 def count_right(
-    batch: Mapping[str, Array],
+    chunk: Mapping[str, Array],
     rows: Float[Array, "N D"],
     present: Bool[Array, " N"],
     labels: Int[Array, " N"],
@@ -202,7 +189,7 @@ def count_right(
     """Returns how many queries are right, by top-1 and by top-5, for each of the K numbers `ks`.
 
     Args:
-        batch: `queries` [Q, D] of any norm, their classes `truth` [Q], and which are `valid` [Q].
+        chunk: queries of any norm, see `features.in_chunks`.
         rows: unit vectors, split over the devices.
         present: which rows are images; the others are padding.
         labels: the labels of the rows.
@@ -210,15 +197,15 @@ def count_right(
         temperature: see `accuracies`.
         mesh: the devices.
     """
-    queries = jax.lax.with_sharding_constraint(unit_rows(batch["queries"]), replicated(mesh))
+    queries = jax.lax.with_sharding_constraint(unit_rows(chunk["vectors"]), replicated(mesh))
     scores, indices = nearest(queries, rows, max(ks), mesh, allowed=present)
     classes = labels[indices]
     # Relative to the nearest row: the winner is the same, and no temperature makes it overflow.
     weights = jnp.exp((scores - scores[:, :1]) / temperature)
     counts = []
     for k in ks:
-        rank = rank_of(batch["truth"], classes[:, :k], weights[:, :k])
-        counts.append([jnp.sum(batch["valid"] & (rank < top)) for top in (1, 5)])
+        rank = rank_of(chunk["labels"], classes[:, :k], weights[:, :k])
+        counts.append([jnp.sum(chunk["valid"] & (rank < top)) for top in (1, 5)])
     counted = jnp.stack([jnp.stack(pair) for pair in counts])
     return jax.lax.with_sharding_constraint(counted, replicated(mesh))  # every process reads it
 

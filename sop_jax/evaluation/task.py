@@ -114,8 +114,15 @@ class Tools(Protocol):
     def whole(self, features: Features) -> Features:
         """Returns the same features with the rows of all processes."""
 
-    def between(self) -> None:
-        """Raises Interrupted, on all processes, if one of them was asked to stop."""
+    def between(self, save: bool = False) -> bool:
+        """Raises Interrupted, on all processes, if one of them was asked to stop.
+
+        Args:
+            save: whether this process asks all to save their unfinished work.
+
+        Returns:
+            Whether to save it now; the same on all processes.
+        """
 
     def progress(self, total: int, unit: str) -> AbstractContextManager[Bar]:
         """Returns a context that shows a progress bar, in the first process."""

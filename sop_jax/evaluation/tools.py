@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sop_jax.data.decode import decoding
 from sop_jax.data.sources import Source, identity
+from sop_jax.errors import Interrupted
 from sop_jax.evaluation import cache
 from sop_jax.evaluation.cache import Disk, key_of, size_on_disk
 from sop_jax.evaluation.features import Extract, Memory, Store, make_extractor, whole
@@ -20,6 +21,9 @@ from sop_jax.evaluation.scales import make_scale_extractor
 from sop_jax.evaluation.task import Bar, Features, Subject, View
 from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
+from sop_jax.parallel.interruption import Interruption
+
+LINES_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 @dataclasses.dataclass
@@ -32,7 +36,7 @@ class Toolbox:
         folder: where the task leaves files; None if nothing can be written.
         seed: the seed of all random draws.
         cache: the folder of the cache of features; None to keep none.
-        check: raises Interrupted if the command was asked to stop.
+        interruption: reports signals to stop; None if they end the process.
         extractors: the compiled extractors by view; they can be shared with other toolboxes of the
             same network.
         corrupt: called with a source and its records that cannot be read.
@@ -44,7 +48,7 @@ class Toolbox:
     folder: epath.Path | None = None
     seed: int = 0
     cache: epath.Path | None = None
-    check: Callable[[], Any] = lambda: None
+    interruption: Interruption | None = None
     extractors: dict[View, Extract] = dataclasses.field(default_factory=dict)
     corrupt: Callable[[Source, list[int]], Any] | None = None
     shown: bool = True
@@ -100,14 +104,28 @@ class Toolbox:
         """Returns the same features with the rows of all processes."""
         return whole(features)
 
-    def between(self) -> None:
-        """Raises Interrupted, on all processes, if one of them was asked to stop."""
-        self.check()
+    def between(self, save: bool = False) -> bool:
+        """Raises Interrupted if asked to stop, and returns whether to save; see `task.Tools`."""
+        if self.interruption is None:
+            return save
+        answer = self.interruption.poll(save)
+        if answer.stop:
+            raise Interrupted(self.interruption.starting or "interrupted")
+        if answer.save:
+            self.interruption.saved()
+        return answer.save
 
     def progress(self, total: int, unit: str) -> AbstractContextManager[Bar]:
         """Returns a context that shows a progress bar, in the first process."""
         shown = self.shown and hosts.is_first()
-        return tqdm.tqdm(total=total, unit=unit, dynamic_ncols=True, disable=not shown, leave=False)
+        return tqdm.tqdm(
+            total=total,
+            unit=unit,
+            dynamic_ncols=True,
+            disable=not shown,
+            leave=False,
+            mininterval=0.1 if sys.stderr.isatty() else LINES_SECONDS,
+        )
 
     def note(self, text: str) -> None:
         """Prints a line for people, in the first process."""

@@ -11,20 +11,53 @@ from sop_jax.evaluation.task import POOLS, View
 from sop_jax.models import FAMILIES, size_of, token_side
 from sop_jax.rules import COUNT, Rule, one_of, unset_or
 
+AUTO = "auto"  # what the papers use
+LARGE = 768  # the width of ViT-B
+
 # The settings of a task that say what its features are, and the values that they can have.
 VIEW_RULES: dict[str, Rule] = {
     "resize": unset_or(COUNT),
     "crop": unset_or(COUNT),
     "interpolation": one_of(FILTERS),
-    "layers": COUNT,
-    "pool": one_of(POOLS),
+    "layers": unset_or(COUNT),
+    "pool": one_of((*POOLS, AUTO)),
 }
 
 
-def view_settings(layers: int = 1, pool: str = "cls") -> dict[str, Any]:
-    """Returns the settings of VIEW_RULES; an unset `resize` or `crop` is that of the run."""
-    sides = {name: config_dict.placeholder(int) for name in ("resize", "crop")}
-    return {**sides, "interpolation": "bicubic", "layers": layers, "pool": pool}
+def view_settings(layers: int | None = 1, pool: str = "cls") -> dict[str, Any]:
+    """Returns the settings of VIEW_RULES with their defaults.
+
+    Args:
+        layers: the default of `layers`; None for what the papers use for the size of the network.
+        pool: the default of `pool`; AUTO for what the papers use.
+
+    Returns:
+        The settings; an unset `resize` or `crop` is that of the run.
+    """
+    unset = {name: config_dict.placeholder(int) for name in ("resize", "crop", "layers")}
+    given = {} if layers is None else {"layers": layers}
+    return {**unset, **given, "interpolation": "bicubic", "pool": pool}
+
+
+def usual(model: ml_collections.ConfigDict) -> tuple[int, str]:
+    """Returns the layers and the pool that iBOT and the SOP paper use for linear classifiers.
+
+    [CLS] of the last four layers for ViT-S and Swin; [CLS] and the mean of the patches of the last
+    layer for ViT-B and larger (iBOT's `run.sh`). A ResNet has only its last layer.
+    """
+    if not FAMILIES[model.family].patches:
+        return 1, "cls"
+    if model.family == "vit" and size_of(model).width >= LARGE:
+        return 1, "cls_patches"
+    return min(4, depth_of(model)), "cls"
+
+
+def depth_of(model: ml_collections.ConfigDict) -> int:
+    """Returns the number of layers whose tokens can be taken."""
+    if not FAMILIES[model.family].patches:
+        return 1
+    size = size_of(model)
+    return sum(size.depths) if model.family == "swin" else size.depth
 
 
 def view_of(
@@ -46,6 +79,9 @@ def view_of(
     for name in ("resize", "crop"):
         if own[name] is None or settings is None:
             own[name] = config.eval[name]
+    layers, pool = usual(config.model)
+    own["layers"] = layers if own["layers"] is None else own["layers"]
+    own["pool"] = pool if own["pool"] == AUTO else own["pool"]
     view = View(**own)._replace(**changes)
     _check_view(config, view)
     return view
@@ -53,7 +89,7 @@ def view_of(
 
 def _check_view(config: ml_collections.ConfigDict, view: View) -> None:
     model, family = config.model, FAMILIES[config.model.family]
-    size, side = size_of(model), token_side(model)
+    side, depth = token_side(model), depth_of(model)
     if view.crop > view.resize:
         raise UserError(
             f"eval.crop is {view.crop}, larger than eval.resize {view.resize}, the image that it "
@@ -75,7 +111,6 @@ def _check_view(config: ml_collections.ConfigDict, view: View) -> None:
             f"which needs a ViT and eval.layers=1, but this is model.family={model.family} with "
             f"eval.layers={view.layers}; choose eval.pool=cls_patches"
         )
-    depth = sum(size.depths) if hasattr(size, "depths") else size.depth if family.patches else 1
     if view.layers > depth:
         raise UserError(
             f"eval.layers is {view.layers}, but the network has {depth} layers; choose at most that"
