@@ -81,6 +81,14 @@ def test_the_input_is_timed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux, to bind to cores")
+def test_the_propagation_of_masks_is_timed() -> None:
+    found = run("video", "--patch=64", "--times=1")
+    assert found["tokens"] == [7, 13]
+    assert found["propagation_s"]["ours"] > 0 and found["whole_s"]["ours"] > 0
+
+
+@pytest.mark.slow
 def test_raw_pixels_are_evaluated() -> None:
     found = run("pixels", f"--config={BENCHMARKS.parent / 'configs' / 'digits.py'}")
     assert set(found) == {"k10", "k20", "k100", "k200"}

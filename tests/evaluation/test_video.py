@@ -3,16 +3,20 @@
 import json
 import pathlib
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from PIL import Image
 from small import small_config
+from test_evaluate import make_run
 
 from sop_jax import models
 from sop_jax.data import davis
@@ -281,3 +285,52 @@ def test_the_table_has_the_numbers_of_the_paper() -> None:
     assert lines[1].split() == ["bear", "50.0", "50.0", "50.0"]
     assert lines[2].split() == ["swan", "-", "50.0", "50.0"]
     assert lines[-1].split() == ["SOP", "ViT-B/16", "63.3", "61.7", "65.0"]
+
+
+def evaluated(out: str) -> dict[str, Any]:
+    """Returns the results in the last line that the command printed."""
+    return json.loads(out.splitlines()[-1])["results"]
+
+
+@pytest.mark.slow
+def test_the_command_gives_the_same_on_two_processes_and_after_an_interruption(
+    tmp_path: pathlib.Path,
+) -> None:
+    make_run(tmp_path / "run")
+    for name in ("bear", "swan", "wolf"):
+        write_clip(tmp_path / "DAVIS", name, 40)
+    command = [
+        *("-m", "sop_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--task=video"),
+        *(f"--data.path={tmp_path / 'DAVIS'}", f"--eval.short_side={SHORT_SIDE}"),
+    ]
+
+    def flags(out: str) -> list[str]:
+        return [*command, f"--out={tmp_path / out}"]
+
+    (one,) = processes.run([flags("one")], tmp_path / "logs_one", devices=1)
+    assert one.code == 0, one.err
+    assert "bear" in one.out and "SOP ViT-B/16" in one.out
+    two = processes.run(
+        [[*flags("two"), *among] for among in processes.among(2)], tmp_path / "logs_two", devices=4
+    )
+    assert [ended.code for ended in two] == [0, 0], two
+    assert evaluated(two[0].out) == evaluated(one.out)
+
+    def finished() -> list[pathlib.Path]:
+        return list((tmp_path / "resumed").glob("evaluations/*/*.json"))
+
+    with processes.start([flags("resumed")], tmp_path / "logs", devices=1) as started:
+        until = time.monotonic() + 60
+        while not finished():
+            assert time.monotonic() < until and started.running[0].poll() is None, started.end(0)
+            time.sleep(0.002)
+        started.signal(0, signal.SIGTERM)
+        (ended,) = started.end()
+    assert ended.code == 130, ended
+    (record,) = finished()
+    masks = sorted(record.with_suffix("").iterdir())
+    before = [path.stat().st_mtime_ns for path in masks]
+    (ended,) = processes.run([flags("resumed")], tmp_path / "logs_resumed", devices=1)
+    assert ended.code == 0, ended.err
+    assert evaluated(ended.out) == evaluated(one.out)
+    assert [path.stat().st_mtime_ns for path in masks] == before and len(masks) == 40
