@@ -1,5 +1,6 @@
 """The task video: clips from start to end, its files, interruptions and errors."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -26,6 +27,8 @@ from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh, put, replicated
+
+pytestmark = pytest.mark.medium
 
 PATCH, SHORT_SIDE = 8, 64
 SCORES = [f"{measure}_{name}" for measure in "JF" for name in ("mean", "recall", "decay")]
@@ -64,6 +67,17 @@ def root(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "DAVIS"
 
 
+@dataclasses.dataclass
+class Checked(Toolbox):
+    """Tools that call a function where a task can be interrupted."""
+
+    check: Callable[[], Any] = lambda: None
+
+    def between(self, save: bool = False) -> bool:
+        self.check()
+        return save
+
+
 def run(
     subject: Subject,
     root: pathlib.Path,
@@ -76,7 +90,7 @@ def run(
     config = subject.config.copy_and_resolve_references()
     inputs = video.open_clips(config, settings, {"path": str(root)})
     place = None if folder is None else epath.Path(folder)
-    tools = Toolbox(subject, make_mesh(), place, check=check, shown=False)
+    tools = Checked(subject, make_mesh(), place, check=check, shown=False)
     result = video.measure_clips(subject, inputs, settings, tools)
     assert video.table(result, settings)
     assert json.loads(json.dumps(result)) == result
