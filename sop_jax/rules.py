@@ -84,6 +84,14 @@ def each(rule: Rule, count: int) -> Rule:
     )
 
 
+def any_number_of(rule: Rule) -> Rule:
+    """Returns the rule for no value, or values that `rule` allows."""
+    return Rule(
+        lambda values: isinstance(values, list) and all(map(rule.fits, values)),
+        f"values, each {rule.expected}, or none",
+    )
+
+
 def some(rule: Rule) -> Rule:
     """Returns the rule for one or more values that `rule` allows."""
     return Rule(

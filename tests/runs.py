@@ -17,6 +17,8 @@ from sop_jax.training import checkpoint
 from sop_jax.training.optim import optimizer, schedules
 from sop_jax.training.state import init_state
 
+# The settings of an untrained network that maps different images to different features.
+APART = {"model.init_std": 0.2, "model.position_std": 0.5}
 LENGTH = Length(steps=10, epoch=5.0)
 
 

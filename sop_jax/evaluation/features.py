@@ -275,13 +275,13 @@ def whole(features: Features) -> Features:
 
 def on_devices(
     features: Features, mesh: Mesh
-) -> tuple[Float[Array, "N D"], Int[Array, " N"], Bool[Array, " N"]]:
+) -> tuple[Float[Array, "N D"], Int[Array, " N"], Int[Array, " N"]]:
     """Returns the vectors of all processes as one array that is split over the devices by row.
 
     Rows are in the order of the records, with padding between the shares of processes.
 
     Returns:
-        The rows; their labels, and which rows are images, both on every device.
+        The rows; their labels and their records, both on every device. Those of padding are -1.
     """
     here, count = len(mesh.local_devices), jax.process_count()
     most = max(int(text) for text in hosts.gather(str(len(features.index))))
@@ -289,13 +289,13 @@ def on_devices(
     padding = size - len(features.index)
     rows = np.pad(features.vectors, ((0, padding), (0, 0)))
     labels = np.pad(features.labels, (0, padding), constant_values=-1)
-    present = np.arange(size) < len(features.index)
+    index = np.pad(features.index, (0, padding), constant_values=-1)
     if count > 1:
-        labels, present = (process_allgather(x).reshape(-1) for x in (labels, present))
+        labels, index = (process_allgather(x).reshape(-1) for x in (labels, index))
     return (
         to_devices(mesh, {"rows": rows})["rows"],
         put(labels, replicated(mesh)),
-        put(present, replicated(mesh)),
+        put(index, replicated(mesh)),
     )
 
 

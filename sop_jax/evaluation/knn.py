@@ -163,14 +163,14 @@ def accuracies(
             "check that the data set is complete."
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
-    rows, labels, present = on_devices(train, mesh)
+    rows, labels, index = on_devices(train, mesh)
     rows = jax.jit(unit_rows, donate_argnums=0)(rows)
     right = np.zeros((len(usable), 2), np.int64)
     for i, chunk in enumerate(in_chunks(test, mesh, CHUNK)):
         if i and between:
             between()
         right += np.asarray(
-            count_right(chunk, rows, present, labels, tuple(usable), temperature, mesh)
+            count_right(chunk, rows, index >= 0, labels, tuple(usable), temperature, mesh)
         )
     shares = right / test_size
     return {k: Accuracy(*map(float, pair)) for k, pair in zip(usable, shares, strict=True)}

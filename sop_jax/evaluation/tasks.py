@@ -4,13 +4,25 @@ from typing import Any
 
 import ml_collections
 
-from sop_jax.evaluation import backgrounds, cluster, knn, linear, retrieval, tsne, video
+from sop_jax.evaluation import (
+    backgrounds,
+    cluster,
+    fewshot,
+    knn,
+    linear,
+    logistic,
+    retrieval,
+    tsne,
+    video,
+)
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Subject, Task, Tools
 
 TASKS: dict[str, Task] = {
     "knn": knn.TASK,
     "linear": linear.TASK,
+    "logistic": logistic.TASK,
+    "fewshot": fewshot.TASK,
     "retrieval": retrieval.TASK,
     "video": video.TASK,
     "backgrounds": backgrounds.TASK,

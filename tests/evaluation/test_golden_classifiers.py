@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_numbers import Found, differences, load, unnoticed
+from golden_numbers import Found, differences, exact, load, unnoticed
 from test_golden import vit_params
 
 from sop_jax import models
 from sop_jax.config import paper
-from sop_jax.evaluation import knn, linear
+from sop_jax.evaluation import accuracy, knn, linear, logistic
 from sop_jax.evaluation.features import pooled
 from sop_jax.evaluation.task import Features, View
 from sop_jax.parallel.mesh import make_mesh
@@ -140,7 +140,61 @@ def feature_numbers() -> dict[str, Found]:
     return found
 
 
-NUMBERS = {"knn": knn_numbers, "linear": linear_numbers, "features": feature_numbers}
+def logistic_numbers() -> dict[str, Found]:
+    golden = section("logistic")
+    found: dict[str, Found] = {}
+    train = as_features(golden["features"], golden["labels"])
+    classes = int(golden["labels"].max()) + 1
+    val = {
+        kind: logistic.prepare(jnp.asarray(golden["val_features"]), kind)
+        for kind in ("raw", "unit", "centred")
+    }
+    labels = jnp.asarray(golden["val_labels"], jnp.int32)
+    count = len(train.labels)
+    wd = golden["transfer/wd"]
+    for name, kind, strengths in (
+        ("ibot", "unit", golden["ibot/lambda"]),
+        ("msn", "centred", golden["msn/lambda"]),
+        ("transfer", "raw", wd / count),
+    ):
+        rows = logistic.prepare(jnp.asarray(train.vectors), kind)
+        problem = logistic.Problem(rows, jnp.asarray(train.labels), name == "transfer", classes)
+        solutions = [
+            logistic.minimize(
+                problem, np.ones(count, bool), float(strength), mesh=MESH, iterations=5000
+            )
+            for strength in strengths
+        ]
+        assert all(solution.converged for solution in solutions)
+        logits = [np.asarray(val[kind]) @ s.weights.T + s.bias for s in solutions]
+        chosen = range(len(strengths)) if name != "transfer" else golden["transfer/chosen"]
+        weights = np.stack([solutions[i].weights for i in chosen])
+        probabilities = np.stack([jax.nn.softmax(logits[i]) for i in chosen])
+        found[f"logistic/{name}/weights"] = Found(weights)
+        found[f"logistic/{name}/val_probabilities"] = Found(probabilities, absolute=True)
+        top1 = [
+            accuracy.summary(
+                np.asarray(
+                    accuracy.count_right(jnp.asarray(one), labels, jnp.ones(len(labels), bool))
+                )
+            )["top1"]
+            for one in logits
+        ]
+        if name == "transfer":
+            biases = np.stack([solutions[i].bias for i in chosen])
+            found["logistic/transfer/biases"] = Found(biases)
+            found["logistic/transfer/val_accuracy_exact"] = exact(top1)._replace(tolerance=1e-9)
+        else:
+            found[f"logistic/{name}/val_accuracy"] = exact(top1)._replace(tolerance=1e-9)
+    return found
+
+
+NUMBERS = {
+    "logistic": logistic_numbers,
+    "knn": knn_numbers,
+    "linear": linear_numbers,
+    "features": feature_numbers,
+}
 
 
 @functools.cache

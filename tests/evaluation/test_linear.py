@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import make_run
+from runs import APART, make_run
 
 from sop_jax import evaluate
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import fit, linear
 from sop_jax.evaluation.heads import read_head
 
-# An untrained network that maps different images to different features.
-APART = {"model.init_std": 0.2, "model.position_std": 0.5}
 SMALL = {
     "epochs": 4,
     "batch_size": 128,
