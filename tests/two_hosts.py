@@ -1,6 +1,9 @@
 """Tasks that two processes of a test do together: `python two_hosts.py TASK OUT.npz ... FLAGS`."""
 
+import json
+import pathlib
 import sys
+from typing import Any
 
 import jax
 import layouts
@@ -13,6 +16,7 @@ from sop_jax import cli
 from sop_jax import config as config_lib
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import open_source
+from sop_jax.evaluate import Asked, evaluate
 from sop_jax.parallel.mesh import host_rows, make_mesh, to_devices
 from sop_jax.training import checkpoint
 from sop_jax.training.assemble import assemble
@@ -56,13 +60,31 @@ def shuffle(out: str) -> None:
     save(out, found)
 
 
+def evaluations(out: str, workdir: str, plan: str) -> None:
+    """Evaluates a run by several tasks, and saves the results as JSON, from both processes.
+
+    The plan is a JSON file with the name of each task, its settings and its data.
+    """
+    asked = Asked(workdir=workdir, out=f"{out}-files")
+    results = [
+        evaluate(asked, name, {key: _tuple(x) for key, x in changes.items()}, data)["results"]
+        for name, changes, data in json.loads(pathlib.Path(plan).read_text())
+    ]
+    pathlib.Path(f"{out}-{jax.process_index()}.json").write_text(json.dumps(results))
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 def save(out: str, arrays: dict[str, np.ndarray]) -> None:
     if jax.process_index() == 0:
         np.savez(out, **arrays)
 
 
 def main() -> None:
-    {"trajectory": trajectory, "restore": restore, "shuffle": shuffle}[TASK](*arguments)
+    tasks = (trajectory, restore, shuffle, evaluations)
+    {task.__name__: task for task in tasks}[TASK](*arguments)
 
 
 if __name__ == "__main__":

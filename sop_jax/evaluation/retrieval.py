@@ -11,6 +11,7 @@ With `images`, the task finds the nearest images of any folder instead.
 import csv
 import io
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from sop_jax import paths
+from sop_jax.data import sources
 from sop_jax.data.decode import decoding, load_image
 from sop_jax.data.folders import FolderSource, folder_source, printable
 from sop_jax.data.named import name_folder, use_folder
@@ -128,6 +130,9 @@ def open_inputs(
             "has a neighbour. Name another folder"
         )
     use_folder(config.data, folder, data)
+    if hosts.is_first():
+        for note in sources.notes(images):
+            print(note, file=sys.stderr)
     return Inputs((), images)
 
 
