@@ -63,10 +63,11 @@ class MakeCrop(grain.transforms.RandomMap):
         if index >= 0:
             try:
                 pixels = load_image(self.source, index, self.how, self.stop)
-                image = training_crop(pixels, rng, self.recipe)
                 label = self.source.label(index)
             except ValueError:
                 corrupt = index
+            else:
+                image = training_crop(pixels, rng, self.recipe)
         return {
             "image": image,
             "label": np.int32(label),

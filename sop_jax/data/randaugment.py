@@ -47,6 +47,11 @@ def _solarize_add(picture: Image.Image, strength: float, *_: object) -> Image.Im
     return picture.point(table * 3)
 
 
+def _posterize(picture: Image.Image, strength: float, *_: object) -> Image.Image:
+    dropped = 4 + int(4 * strength)  # all eight bits at the largest strength, as in timm
+    return picture.point([value >> dropped << dropped for value in range(256)] * 3)
+
+
 # In the order of timm's list.
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda picture, *_: ImageOps.autocontrast(picture),
@@ -55,7 +60,7 @@ OPERATIONS: dict[str, Operation] = {
     "rotate": lambda picture, strength, sign, kernel: picture.rotate(
         sign * 30 * strength, kernel, fillcolor=FILL
     ),
-    "posterize": lambda picture, strength, *_: ImageOps.posterize(picture, 4 - int(4 * strength)),
+    "posterize": _posterize,
     "solarize": lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
     "solarize_add": _solarize_add,
     "color": _enhance(ImageEnhance.Color),

@@ -8,10 +8,13 @@ HEAD, TAIL = 100, 20  # head classes have more train images, tail classes fewer
 
 
 def rank_of(logits: Float[Array, "B C"], labels: Int[Array, " B"]) -> Int[Array, " B"]:
-    """Returns the number of classes before the true one; the first of equal ones comes first."""
+    """Returns the number of classes before the true one; the first of equal ones comes first.
+
+    That is C where the score of the true class is not a number.
+    """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-    return jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
+    return jnp.sum(~(logits <= own) | ((logits == own) & earlier), axis=1)
 
 
 def count_right(

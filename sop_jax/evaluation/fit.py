@@ -76,7 +76,7 @@ class Problem(NamedTuple):
     """What is learnt, and how.
 
     Attributes:
-        init: maps a key to the initial parameters.
+        init: maps a key to the initial parameters, except those that are pretrained.
         frozen: parameters that the loss uses and that do not change, replicated over the devices.
         loss: the loss.
         optimizer: the optimizer, with its schedules.
@@ -84,6 +84,8 @@ class Problem(NamedTuple):
         batch_size: the number of images per step, over all devices.
         batches: maps the step to start with and the rows of the global batch that this process
             makes to endless batches, as `data.labelled.labelled_batches` does.
+        pretrained: initial parameters that exist already, replicated over the devices; they are
+            copied.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -93,6 +95,7 @@ class Problem(NamedTuple):
     steps: int
     batch_size: int
     batches: Callable[[int, list[int]], Batches]
+    pretrained: Params = {}
 
 
 class FitState(NamedTuple):
@@ -129,6 +132,7 @@ def fit(
     seed: int,
     every: int,
     validate: Validate,
+    name: str = "",
 ) -> Fitted:
     """Trains to the end of a problem, from the saved state if there is one.
 
@@ -140,6 +144,8 @@ def fit(
         seed: the seed of the initial parameters and of the draws of each step.
         every: the number of steps between two validations; the last step is always validated.
         validate: measures the parameters.
+        name: distinguishes the fits of an evaluation that has several. A fit with a name is saved
+            when it is finished, so that it is not repeated if a later one is interrupted.
 
     Raises:
         UserError: the devices do not divide the batch, or the loss is not finite.
@@ -150,8 +156,9 @@ def fit(
     key = jax.random.key(seed)
     everywhere = replicated(mesh)
 
-    def init(key: Key[Array, ""]) -> FitState:
-        params = problem.init(key)
+    def init(key: Key[Array, ""], pretrained: Params) -> FitState:
+        # Copies, because a step reuses the memory of the parameters that it is given.
+        params = {**jax.tree.map(jnp.copy, pretrained), **problem.init(key)}
         return FitState(jnp.zeros((), jnp.int32), params, problem.optimizer.init(params))
 
     def step(
@@ -166,12 +173,17 @@ def fit(
         return FitState(state.step + 1, params, opt_state), loss
 
     compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    saver = Saver(tools.folder / UNFINISHED if tools.folder else None)
-    state, rows = saver.restore(jax.jit(init, out_shardings=everywhere), key)
+    saver = Saver(tools.folder / UNFINISHED / name if tools.folder else None)
+    state, rows, known = saver.restore(
+        jax.jit(init, out_shardings=everywhere), key, problem.pretrained
+    )
     start = int(state.step)
+    if start == problem.steps:
+        saver.close()
+        return Fitted(state.params, rows, known)
     if start:
         tools.note(f"continues after step {start} of {problem.steps}")
-    corrupt: set[int] = set()
+    corrupt = set(known)
     batches = problem.batches(start, host_rows(mesh, problem.batch_size))
     losses: list[jax.Array] = []
     try:
@@ -195,12 +207,14 @@ def fit(
                     rows.append(row)
                     tools.note(_row_text(row, problem.steps))
                 if number == problem.steps:
+                    if name:
+                        saver.save(state, rows, corrupt)
                     break
                 try:
                     save = tools.between(saver.due())
                 except Interrupted as error:
                     _mean_loss(losses, number)
-                    saver.save(state, rows)
+                    saver.save(state, rows, corrupt)
                     raise Interrupted(
                         f"interrupted; step {number} of {problem.steps} is saved, and the same "
                         "command resumes from there"
@@ -209,12 +223,11 @@ def fit(
                     ) from error
                 if save:
                     _mean_loss(losses, number)
-                    saver.save(state, rows)
+                    saver.save(state, rows, corrupt)
     finally:
         batches.close()
         saver.close()
-    found = hosts.gather(json.dumps(sorted(corrupt)))
-    return Fitted(state.params, rows, sorted({i for text in found for i in json.loads(text)}))
+    return Fitted(state.params, rows, _of_all(corrupt))
 
 
 class Saver:
@@ -226,31 +239,34 @@ class Saver:
         if folder is not None:
             self.checkpoints = checkpoint.Checkpoints(folder, keep_last=1)
 
-    def restore(self, init: Any, key: Key[Array, ""]) -> tuple[FitState, list[dict[str, Any]]]:
-        """Returns the saved state and its rows, or a new state."""
+    def restore(
+        self, init: Any, key: Key[Array, ""], pretrained: Params
+    ) -> tuple[FitState, list[dict[str, Any]], list[int]]:
+        """Returns the saved state, its rows and the unreadable records, or a new state."""
         newest = checkpoint.latest_step(self.folder) if self.folder else None
         newest = hosts.agree(newest or 0)
         if not newest or self.folder is None:
-            return init(key), []
-        shapes = jax.eval_shape(init, key)
+            return init(key, pretrained), [], []
+        shapes = jax.eval_shape(init, key, pretrained)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             shapes,
         )
-        rows = json.loads((self.folder / _ROWS).read_text())
+        saved = json.loads((self.folder / _ROWS).read_text())
         state = checkpoint.restore(self.folder, abstract, newest)
-        return state, [row for row in rows if row["step"] <= newest]
+        return state, [row for row in saved["rows"] if row["step"] <= newest], saved["corrupt"]
 
     def due(self) -> bool:
         """Returns whether it is time to save; always False in processes other than the first."""
         return hosts.is_first() and time.monotonic() - self._saved > 60 * MINUTES
 
-    def save(self, state: FitState, rows: list[dict[str, Any]]) -> None:
-        """Saves the state, after its rows."""
+    def save(self, state: FitState, rows: list[dict[str, Any]], corrupt: set[int]) -> None:
+        """Saves the state, after its rows and the unreadable records of all processes."""
         if self.checkpoints is None or self.folder is None:
             return
+        found = _of_all(corrupt)
         if hosts.is_first():
-            write_whole(self.folder / _ROWS, json.dumps(rows) + "\n")
+            write_whole(self.folder / _ROWS, json.dumps({"rows": rows, "corrupt": found}) + "\n")
         self.checkpoints.save(int(state.step), state)
         self.checkpoints.wait()
         self._saved = time.monotonic()
@@ -259,6 +275,12 @@ class Saver:
         """Frees what the checkpoints use."""
         if self.checkpoints is not None:
             self.checkpoints.close()
+
+
+def _of_all(records: set[int]) -> list[int]:
+    """Returns the records that any of the processes has, ascending."""
+    found = hosts.gather(json.dumps(sorted(records)))
+    return sorted({record for text in found for record in json.loads(text)})
 
 
 def _mean_loss(losses: list[jax.Array], step: int) -> float | None:

@@ -20,16 +20,20 @@ TOKENS = ("cls_token", "pos_embed", "mask_token", "register_tokens")
 EMBEDDINGS = (*TOKENS, "patch_embed", "patch_norm")
 
 
-def adamw(schedule: Schedule, weight_decay: float, decay: float) -> optax.GradientTransformation:
+def adamw(
+    schedule: Schedule, weight_decay: float, decay: float, decay_tokens: bool = False
+) -> optax.GradientTransformation:
     """Returns AdamW whose learning rate is multiplied by `layer_scales`.
 
     Args:
         schedule: the learning rate of the last layer.
         weight_decay: for the parameters of `decayed`.
         decay: the factor of the learning rate per layer; 1 for the same rate everywhere.
+        decay_tokens: whether [CLS], positions and other tokens have weight decay too.
     """
+    mask = decays if decay_tokens else decayed
     return optax.chain(
-        optax.adamw(schedule, weight_decay=weight_decay, mask=decayed), scale_by_layer(decay)
+        optax.adamw(schedule, weight_decay=weight_decay, mask=mask), scale_by_layer(decay)
     )
 
 

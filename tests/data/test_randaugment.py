@@ -49,6 +49,15 @@ def test_operations_on_values():
     assert equalized.min() < 5 and equalized.max() > 250 and abs(equalized.mean() - 127.5) < 6
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_works_at_all_magnitudes(name):
+    for magnitude in (0.0, 0.01, 5.0, 9.99, 10.0):
+        for sign in (-1.0, 1.0):
+            assert apply(name, magnitude, sign).shape == picture().shape
+    if name == "posterize":
+        assert not apply(name, 10.0).any()  # no bits are kept
+
+
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_enhancements_blend_with_their_neutral_picture(sign):
     x = picture().astype(float)

@@ -40,6 +40,11 @@ def test_ranks_break_ties_as_argmax_does():
     np.testing.assert_array_equal(rank_of(logits, jnp.arange(4)), [2, 0, 1, 3])
 
 
+def test_scores_that_are_not_numbers_are_wrong():
+    logits = jnp.array([[jnp.nan, jnp.nan], [jnp.nan, 1.0], [1.0, jnp.nan]])
+    assert rank_of(logits, jnp.zeros(3, jnp.int32)).tolist() == [2, 2, 1]
+
+
 def test_counts_add_up_and_leave_out_invalid_rows():
     logits, labels = scores()
     valid = np.arange(len(labels)) % 7 != 0
