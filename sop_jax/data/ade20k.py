@@ -9,13 +9,17 @@ Sources: the scene parsing benchmark (sceneparsing.csail.mit.edu); mmsegmentatio
 
 import hashlib
 import io
+import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
+import grain
 import numpy as np
 from etils import epath
 from PIL import Image
 
+from sop_jax.data import pipeline
 from sop_jax.data.decode import AS_STORED, decode
 from sop_jax.data.folders import printable
 from sop_jax.errors import UserError
@@ -179,6 +183,57 @@ def open_pairs(path: epath.PathLike, split: str) -> Pairs:
     for index in np.unique(np.linspace(0, len(images) - 1, _PROBED).astype(int)):
         pairs.pair(int(index))
     return pairs
+
+
+class MakeCrop(grain.transforms.RandomMap):
+    """Maps the number of a pair to an element of `train_batches`."""
+
+    def __init__(self, pairs: Pairs, crop: int) -> None:
+        self.pairs, self.crop = pairs, crop
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Makes one element."""
+        crop = train_crop(self.pairs.pair(int(element)), self.crop, rng)
+        return crop._asdict() | {"index": np.int32(element), "corrupt": np.int32(-1)}
+
+
+def train_batches(
+    pairs: Pairs,
+    crop: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rows: Sequence[int] | None = None,
+    threads: int = 0,
+    workers: int = 0,
+) -> pipeline.Batches:
+    """Returns endless batches of training crops, reshuffled every epoch.
+
+    The same crops are made for any number of hosts, processes and threads.
+
+    Args:
+        pairs: the training split.
+        crop: S, the side of a crop in pixels.
+        batch_size: the number of pairs per batch, of all processes together.
+        seed: of the order of the pairs and of all draws.
+        start_step: the step of the first batch.
+        rows: the positions in the global batch of the pairs that this process makes; all by
+            default.
+        threads: the number of threads of each process; with 0, batches are made when requested.
+        workers: the number of worker processes; with 0, this process makes the batches.
+
+    Returns:
+        An iterator of dicts, where b = len(rows): `image` uint8 [b, S, S, 3], `mask` uint8
+        [b, S, S], `index` int32 [b], the number of the pair, and `corrupt` int32 [b], always -1,
+        because a pair that cannot be read is an error.
+    """
+    rows = range(batch_size) if rows is None else rows
+    crops = grain.MapDataset.range(len(pairs)).seed(seed).shuffle().repeat()
+    # Before Share, because the random numbers of a crop depend on its position in the stream.
+    crops = crops.random_map(MakeCrop(pairs, crop))
+    crops = pipeline.Share(crops, batch_size, start_step, rows)
+    piece = pipeline.piece_size(len(rows), 4 * crop**2)
+    return pipeline.start(crops, len(rows), piece, threads, workers, threading.Event())
 
 
 def rescale(

@@ -13,6 +13,7 @@ from sop_jax.evaluation import (
     linear,
     logistic,
     retrieval,
+    segment,
     tsne,
     video,
 )
@@ -28,6 +29,7 @@ TASKS: dict[str, Task] = {
     "retrieval": retrieval.TASK,
     "video": video.TASK,
     "backgrounds": backgrounds.TASK,
+    "segment": segment.TASK,
     "cluster": cluster.TASK,
     "tsne": tsne.TASK,
 }

@@ -25,6 +25,7 @@ from sop_jax.models.resnet import BatchNorm, Convolution, Statistics
 
 POOLS = (1, 2, 3, 6)  # the cells on each side of the grids of the pyramid pooling module
 ADAPTED = (16, 8)  # the patches for which there are adaptors
+PARTS = ("backbone", "pyramid", "decode_head", "auxiliary_head")  # of the parameters
 LEVELS = 4  # the feature maps that UPerNet combines
 AUXILIARY_LEVEL = 2  # the one that the auxiliary head sees
 
@@ -86,8 +87,8 @@ class Segmenter(NamedTuple):
     """A network that classifies pixels, as functions of its parameters.
 
     Attributes:
-        init: maps a key to parameters {"backbone", "decode_head"}, and with UPerNet also
-            {"pyramid", "auxiliary_head"}.
+        init: maps a key to parameters, a sub-tree for each of PARTS; a linear head has no pyramid
+            and no auxiliary head.
         apply: maps (params, uint8 images [B,H,W,3], keys [B] or None, training=False) to `Outputs`.
             Rows and columns beyond the last whole patch are left out. With keys, drop path and
             dropout are on; in training, batch norm uses the statistics of the batch. A linear head

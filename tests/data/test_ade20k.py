@@ -100,6 +100,23 @@ def test_crop_is_a_function_of_its_generator():
     assert not np.array_equal(first.image, other.image)
 
 
+def test_batches_are_a_function_of_seed_and_step(tmp_path):
+    pairs = open_pairs(write_pairs(tmp_path, count=5), "training")
+
+    def batches(**options: object) -> list[dict[str, np.ndarray]]:
+        stream = ade20k.train_batches(pairs, 16, batch_size=4, seed=3, **options)
+        found = [next(stream) for _ in range(3)]
+        stream.close()
+        return found
+
+    whole, later, part = batches(), batches(start_step=1), batches(rows=[1, 3], threads=2)
+    for name in ("image", "mask"):
+        np.testing.assert_array_equal(later[0][name], whole[1][name])
+        np.testing.assert_array_equal(part[2][name], whole[2][name][[1, 3]])
+    assert whole[0]["image"].shape == (4, 16, 16, 3) and whole[0]["mask"].dtype == np.uint8
+    assert not np.array_equal(whole[0]["image"], whole[1]["image"])
+
+
 def test_image_and_mask_are_cropped_and_flipped_together(monkeypatch):
     monkeypatch.setattr(ade20k, "distort", lambda image, rng: image)
     for seed in range(20):

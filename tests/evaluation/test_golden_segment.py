@@ -17,7 +17,9 @@ from sop_jax.data import ade20k
 from sop_jax.evaluation import areas, segment, sliding
 from sop_jax.models import segmentation
 from sop_jax.models.segmentation import Design
+from sop_jax.training import layer_decay
 from sop_jax.training.checkpoint import named_leaves
+from sop_jax.training.optim import decays
 from sop_jax.weights import mapping
 from sop_jax.weights.tables import MMSEG
 
@@ -225,8 +227,8 @@ def optimizer() -> dict[str, Found]:
     design = Design("upernet", tuple(range(4)), 3, True, 4, 4)
     made = segmentation.build(config, design, 32)
     params = jax.eval_shape(made.init, jax.random.key(0))
-    scales = segment.rate_scales(params, decay)
-    decayed = segment.decayed(params, official=True)
+    scales = layer_decay.layer_scales(params, decay)
+    decayed = decays(params)  # `decay_tokens`, as in the official code
 
     def by_name(tree: Any) -> np.ndarray:
         whole = jax.tree.map(lambda leaf, x: np.broadcast_to(x, leaf.shape), params, tree)

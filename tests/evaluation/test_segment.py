@@ -1,0 +1,246 @@
+"""The task of segmentation: settings, errors, training, validation, and what it writes."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+from small import small_config
+
+from sop_jax.check import check_rules
+from sop_jax.config import flatten
+from sop_jax.data import ade20k
+from sop_jax.errors import Interrupted, UserError
+from sop_jax.evaluation import areas, segment
+from sop_jax.evaluation.task import Subject
+from sop_jax.evaluation.tools import Toolbox
+from sop_jax.models import build
+from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.weights import files
+
+CROP = 64
+SCORES = ("mIoU", "mAcc", "aAcc", "IoU")
+
+
+@pytest.fixture
+def ade(shared: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The three real pairs, as both splits."""
+    real = shared / "data" / "fixtures" / "ade20k"
+    for kind in ("images", "annotations"):
+        for split in ade20k.SPLITS:
+            shutil.copytree(real / kind / "validation", tmp_path / "ade" / kind / split)
+    return tmp_path / "ade"
+
+
+@pytest.fixture
+def reduced(ade: pathlib.Path) -> pathlib.Path:
+    """The same pairs with an eighth of the height and width."""
+    for path in ade.glob("*/*/*"):
+        with Image.open(path) as picture:
+            small = picture.resize((picture.width // 8, picture.height // 8), Image.NEAREST)
+        small.save(path)
+    return ade
+
+
+def settings(**changes: Any) -> ml_collections.ConfigDict:
+    found = segment.settings()
+    small = dict(crop=CROP, stride=40, iterations=6, batch_size=8, warmup=1, channels=8)
+    found.update(small | changes)
+    check_rules(flatten(found), segment.RULES, flatten(segment.settings()), "--eval.")
+    return found
+
+
+def config(**model: Any) -> ml_collections.ConfigDict:
+    found = small_config()
+    found.augment.global_size = 32
+    found.model.update(dict(depth=4, patch=16, init_std=0.2) | model)
+    found.data.workers = 0
+    return found
+
+
+def subject() -> Subject:
+    own = config()
+    model = build(own, own.augment.global_size)
+    everywhere = replicated(make_mesh())
+    params = jax.jit(model.init, out_shardings=everywhere)(jax.random.key(0))
+    return Subject("", own, model, params, "", None)
+
+
+def toolbox(folder: pathlib.Path | None, stop: int = 0) -> Toolbox:
+    """Returns tools that raise Interrupted between steps `stop` and `stop` + 1, if it is not 0."""
+    calls = 0
+
+    class Stopping(Toolbox):
+        def between(self, save: bool = False) -> bool:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise Interrupted("stop")
+            return save
+
+    place = epath.Path(folder) if folder else None
+    return Stopping(subject(), make_mesh(), place, seed=1, shown=False)
+
+
+def measured(ade: pathlib.Path, tools: Toolbox, **changes: Any) -> dict[str, Any]:
+    asked, own = settings(**changes), subject()
+    inputs = segment.open_inputs(own.config, asked, {"path": str(ade)})
+    result = segment.run(own, inputs, asked, tools)
+    assert "this network" in segment.table(result, asked)
+    return result
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_real_pairs_from_training_to_scores(ade, tmp_path, head):
+    tools = toolbox(tmp_path / "out")
+    result = measured(ade, tools, head=head, every=3, pictures=2, lr=1e-3)
+    assert [row["step"] for row in result["validations"]] == [3, 6]
+    assert all(0 <= result[name] <= 1 for name in ("mIoU", "mAcc", "aAcc"))
+    assert len(result["IoU"]) == 150 and None in result["IoU"]
+    shares = [share for share in result["IoU"] if share is not None]
+    assert result["mIoU"] == pytest.approx(np.mean(shares))
+    first, last = (row["loss"] for row in result["validations"])
+    assert last < first < 1.5 * np.log(150)
+
+    pictures = sorted((tmp_path / "out" / "predictions").iterdir())
+    assert [path.name for path in pictures] == ["ADE_val_00000001.png", "ADE_val_00000002.png"]
+    with Image.open(pictures[0]) as picture:
+        assert picture.mode == "P"
+        with Image.open(ade / "images" / "validation" / "ADE_val_00000001.jpg") as image:
+            assert picture.size == image.size
+        assert 1 <= np.asarray(picture).min() and np.asarray(picture).max() <= 150
+
+    # What was written can be measured, with the same scores.
+    again = measured(ade, tools, head=head, weights=str(tmp_path / "out" / segment.WEIGHTS))
+    assert {name: again[name] for name in SCORES} == {name: result[name] for name in SCORES}
+
+
+def test_weights_of_another_head_are_refused(tmp_path):
+    files.write(
+        tmp_path / "x.safetensors", {"decode_head.conv_seg.weight": np.zeros((7, 64, 1, 1))}
+    )
+    with pytest.raises(
+        UserError, match=r"(?s)x.safetensors: .*is \[7, 64, 1, 1\], expected \[150, 64"
+    ):
+        segment.read_weights(tmp_path / "x.safetensors", config(), settings())
+
+
+@pytest.mark.medium
+def test_interrupted_and_resumed_equals_uninterrupted(reduced, tmp_path):
+    whole = measured(reduced, toolbox(tmp_path / "whole"), head="upernet", iterations=3)
+    with pytest.raises(Interrupted, match="step 2 of 3"):
+        measured(reduced, toolbox(tmp_path / "out", stop=2), head="upernet", iterations=3)
+    resumed = measured(reduced, toolbox(tmp_path / "out"), head="upernet", iterations=3)
+    for row in (whole, resumed):
+        row["loss"] = row["validations"][-1]["loss"] = None  # the mean since the last start
+    assert resumed == whole
+    with files.opened(tmp_path / "out" / segment.WEIGHTS) as found:
+        with files.opened(tmp_path / "whole" / segment.WEIGHTS) as expected:
+            for name in expected:
+                np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+@pytest.mark.medium
+def test_devices_share_windows_and_change_no_area(reduced):
+    asked, own = settings(), subject()
+    pairs = segment.open_inputs(own.config, asked, {"path": str(reduced)}).test
+    _, segmenter = segment.make_segmenter(own.config, asked)
+    params = segmenter.init(jax.random.key(0))
+    params["decode_head"]["conv_seg"]["kernel"] *= 100  # so that many classes are predicted
+    params = jax.device_put(params, replicated(make_mesh()))
+    several, one = (
+        segment.validate(
+            segment.make_logits(segmenter, devices)(params), pairs, asked, toolbox(None)
+        )
+        for devices in (jax.local_devices(), jax.local_devices()[:1])
+    )
+    np.testing.assert_array_equal(one, several)
+    labels = [pairs.pair(i).mask for i in range(len(pairs))]
+    assert several[3].sum() == sum((label != ade20k.IGNORED).sum() for label in labels)
+    assert np.count_nonzero(several[2]) > 3
+
+
+def test_prediction_has_the_size_of_the_image():
+    _, segmenter = segment.make_segmenter(config(), settings())
+    params = segmenter.init(jax.random.key(0))
+    params = jax.device_put(params, replicated(make_mesh()))
+    logits_of = segment.make_logits(segmenter, jax.local_devices())(params)
+    sizes = [(100, 90), (20, 200), (64, 64)]  # the second is scaled by its longer side
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3)).astype(np.uint8) for size in sizes]
+    together = segment.predict(logits_of, images, settings())
+    assert [x.shape for x in together] == sizes
+    for image, found in zip(images, together, strict=True):
+        np.testing.assert_array_equal(segment.predict(logits_of, [image], settings())[0], found)
+
+
+def test_sizes_choose_what_is_unset():
+    small, base, large = (segment.tuning(*size) for size in ((384, 12), (768, 12), (1024, 24)))
+    assert (small.rate, base.rate, large.rate) == (3e-5, 8e-5, 2e-5)
+    assert (small.decay, base.decay, large.decay) == (0.9, 0.65, 0.95)
+    assert segment.layers_of(segment.settings(), 12) == (3, 5, 7, 11)
+    assert segment.layers_of(segment.settings(), 24) == (7, 11, 15, 23)
+    chosen, _ = segment.make_segmenter(config(drop_path=0.3), settings())
+    assert (chosen.lr, chosen.drop_path) == (8e-4, 0.0)
+    chosen, _ = segment.make_segmenter(config(), settings(head="upernet", lr=0.5, drop_path=0.0))
+    assert (chosen.lr, chosen.drop_path, chosen.layer_decay) == (0.5, 0.0, 0.9)
+
+
+def test_positions_of_other_grids_are_resized():
+    table = jnp.arange(10.0).reshape(5, 2)
+    np.testing.assert_array_equal(segment.resized_positions(table, 2), table)
+    larger = segment.resized_positions(table, 4)
+    assert larger.shape == (17, 2)
+    np.testing.assert_array_equal(larger[0], table[0])
+    np.testing.assert_allclose(larger[1:].mean(0), table[1:].mean(0), atol=1e-5)
+
+
+def test_loss_is_divided_by_ignored_pixels_too():
+    logits = jnp.zeros((1, 2, 2, 5))
+    labels = jnp.array([[[0, 1], [255, 255]]])
+    assert segment.pixel_loss(logits, labels) == pytest.approx(np.log(5) / 2)
+    assert segment.pixel_accuracy(logits, labels) == 1 / 4
+
+
+def test_areas_of_all_processes_are_summed_beyond_int32(monkeypatch):
+    total = np.array([[2**40 + 5, 7], [0, 2**24], [1, 2], [2**33, 2**24 - 1]])
+    total = np.pad(total, ((0, 0), (0, 148)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(segment, "process_allgather", lambda x: np.stack([x, x]))
+    np.testing.assert_array_equal(segment.summed(total), 2 * total)
+
+
+def test_palette_differs_between_labels():
+    colours = segment.palette()
+    assert len(np.unique(colours, axis=0)) == len(colours) == 151
+
+
+@pytest.mark.parametrize(
+    "model, changes, message",
+    [
+        (dict(family="resnet"), {}, "a resnet does not have"),
+        (dict(family="swin"), {}, "a swin does not have"),
+        ({}, dict(layers=(1, 4)), r"layers \[1, 4\] .* has 4 layers"),
+        ({}, dict(head="upernet", layers=(1, 2)), "UPerNet combines 4"),
+        ({}, dict(crop=8, stride=8), "eval.crop is 8"),
+        ({}, dict(crop=64, stride=65), "eval.stride 65 is larger"),
+        ({}, dict(batch_size=7), r"eval.batch_size 7 cannot be split over 8 devices"),
+        ({}, {}, "there is no data to segment. Expected the scene parsing benchmark"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_work(model, changes, message):
+    own = small_config(model=dict(family=model["family"])) if model else config()
+    with pytest.raises(UserError, match=message):
+        segment.open_inputs(own, settings(**changes), {})
+
+
+def test_areas_need_no_predictions_of_labelled_classes():
+    total = areas.areas(np.zeros((2, 2), int), np.full((2, 2), 3), 5)
+    assert areas.scores(total)["mIoU"] == 0.0
