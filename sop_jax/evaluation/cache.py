@@ -38,7 +38,7 @@ class Disk:
         """
         self.folder, self.about, self.every = folder, dict(about), every
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
-        self._kept, self._records = time.monotonic(), _records(folder)
+        self._noted, self._latest, self._records = time.monotonic(), 0, _records(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -61,14 +61,19 @@ class Disk:
         return self._records
 
     def keep(self, records: int) -> None:
-        """Writes the arrays, and notes the number of records, when it is time or all are filled."""
-        whole = all(len(array) == records for array in self._arrays.values())
-        if records <= self._records or not (whole or time.monotonic() - self._kept > self.every):
+        """Remembers the number of records that are filled, and notes it when it is time."""
+        self._latest = records
+        if time.monotonic() - self._noted > self.every:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the arrays, and notes how many records are filled."""
+        if self._latest <= self._records:
             return
         for array in self._arrays.values():
             array.flush()
-        write_whole(self.folder / _FILE, json.dumps(self.about | {"records": records}) + "\n")
-        self._kept, self._records = time.monotonic(), records
+        write_whole(self.folder / _FILE, json.dumps(self.about | {"records": self._latest}) + "\n")
+        self._noted, self._records = time.monotonic(), self._latest
 
 
 def _records(folder: epath.Path) -> int:

@@ -35,7 +35,10 @@ class Store(Protocol):
         """Returns the number of records, from the first on, that are filled already."""
 
     def keep(self, records: int) -> None:
-        """Notes that this number of records is filled; called after every batch and at the end."""
+        """Takes the number of records that are filled; called after every batch and at the end."""
+
+    def close(self) -> None:
+        """Ends the work; what is filled stays."""
 
 
 class Memory:
@@ -50,6 +53,9 @@ class Memory:
         return 0
 
     def keep(self, records: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
         """Does nothing."""
 
 

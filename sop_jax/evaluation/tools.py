@@ -1,5 +1,6 @@
 """The tools with which tasks measure one network."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class Toolbox:
             )
         store = self._store(source, view)
         known = store.filled() if isinstance(store, Disk) else 0
-        with self.progress(len(source), "image") as bar:
+        with contextlib.closing(store), self.progress(len(source), "image") as bar:
             found = self.extractors[view](
                 self.subject.params, source, bar.update, self.between, store
             )
