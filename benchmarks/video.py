@@ -14,7 +14,6 @@ import ast
 import importlib
 import json
 import os
-import statistics
 import sys
 import time
 import types
@@ -46,16 +45,20 @@ NETWORKS = ("models/vision_transformer.py", "vision_transformer.py")
 Calls = dict[str, Callable[[], Any]]
 
 
-def in_turns(calls: Calls, times: int) -> dict[str, float]:
-    """Returns the median seconds of each of the calls, which take turns after a warm-up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+def in_turns(calls: Calls, times: int) -> dict[str, np.ndarray]:
+    """Returns the median seconds of each of the calls, which take turns after a warm-up.
+
+    The first number is the elapsed time. The second is the time of the CPU in all threads of this
+    process, which depends less on what else the machine does.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(times + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             call()
             if turn:
-                taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+                taken[name].append((time.perf_counter() - began, time.process_time() - cpu_began))
+    return {name: np.median(rows, axis=0) for name, rows in taken.items()}
 
 
 def ours(patch: int, frame: np.ndarray, tokens: np.ndarray, masks: np.ndarray) -> Calls:
@@ -167,14 +170,19 @@ def main() -> None:
     if args.official:
         codes["official"] = official(args.official, args.patch, frame, tokens, masks, args.threads)
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "tokens": [h, w]}
-    print("| | " + " | ".join(f"{code}, s" for code in codes) + " |")
-    print("|---" * (1 + len(codes)) + "|")
+    print("| | " + " | ".join(f"{code}, s | {code}, s of CPU" for code in codes) + " |")
+    print("|---" * (1 + 2 * len(codes)) + "|")
     for part in ("propagation", "whole"):
         seconds = in_turns({code: calls[part] for code, calls in codes.items()}, args.times)
-        result[f"{part}_s"] = {code: round(value, 4) for code, value in seconds.items()}
-        print(f"| {part} | " + " | ".join(f"{value:.3f}" for value in seconds.values()) + " |")
+        for i, kind in enumerate(("s", "cpu_s")):
+            result[f"{part}_{kind}"] = {
+                code: round(float(row[i]), 4) for code, row in seconds.items()
+            }
         if args.official:
-            result[f"{part}_ratio"] = round(seconds["official"] / seconds["ours"], 2)
+            wall, cpu = (seconds["official"] / seconds["ours"]).tolist()
+            result[f"{part}_ratio"], result[f"{part}_cpu_ratio"] = round(wall, 2), round(cpu, 2)
+        numbers = [f"{value:.3f}" for row in seconds.values() for value in row]
+        print(f"| {part} | " + " | ".join(numbers) + " |")
     if args.official:
         found = (np.asarray(calls["propagation"]()) for calls in codes.values())
         result["largest_difference"] = float(np.abs(np.subtract(*found)).max())
