@@ -64,8 +64,8 @@ class Inputs(NamedTuple):
 def settings() -> ml_collections.ConfigDict:
     """Returns the defaults.
 
-    `head` is the file of a linear head, which `--task=linear` writes. Images are used at the size
-    `crop`, which is theirs, so that nothing is cut off.
+    `head` is the file of a linear head: `--task=linear` leaves head.npz in its folder. Images are
+    used at the size `crop`, which is theirs, so that nothing is cut off.
     """
     return ml_collections.ConfigDict(dict(head="", crop=224))
 
@@ -77,7 +77,7 @@ def open_inputs(
     if not settings.head:
         raise UserError(
             "eval.head is not set. Expected the file of a linear head of ImageNet's 1000 classes, "
-            "or of ImageNet-9's nine. Train one with --task=linear, and name its file"
+            "or of ImageNet-9's nine. Train one with --task=linear, which leaves head.npz"
         )
     root = name_folder(config.data, data, EXPECTED)
     head = read_head(paths.expand(settings.head))

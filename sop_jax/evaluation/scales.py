@@ -74,19 +74,26 @@ def make_scale_extractor(model: Model, config: ml_collections.ConfigDict, view: 
 
     def compute(params: Params, images: list[list[np.ndarray] | None]) -> list[np.ndarray | None]:
         """Returns the features of images, given at all scales; None for None."""
-        places: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        places: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for number, sizes in enumerate(images):
-            for pixels in sizes or ():
-                places.setdefault(pixels.shape, []).append((number, pixels))
-        parts: list[list[np.ndarray]] = [[] for _ in images]
-        for same in places.values():
+            for scale, pixels in enumerate(sizes or ()):
+                places.setdefault(pixels.shape, []).append((number, scale))
+        pending = []
+        for shape, same in places.items():
             for start in range(0, len(same), devices):
                 some = same[start : start + devices]
-                padded = [pixels for _, pixels in some] + [some[-1][1]] * (devices - len(some))
-                found = np.asarray(forward(params, put(np.stack(padded), split(mesh))))
-                for (number, _), vector in zip(some, found, strict=False):
-                    parts[number].append(vector)
-        return [np.stack(found).mean(axis=0) if found else None for found in parts]
+                batch = np.zeros((devices, *shape), np.float32)
+                for row, (number, scale) in enumerate(some):
+                    batch[row] = (images[number] or [])[scale]
+                pending.append((some, forward(params, put(batch, split(mesh)))))
+        vectors: dict[tuple[int, int], np.ndarray] = {}
+        for some, found in pending:  # fetched when the devices have received all
+            vectors |= zip(some, np.asarray(found), strict=False)
+        parts = [
+            [vectors[number, scale] for scale in range(len(sizes or ()))]
+            for number, sizes in enumerate(images)
+        ]
+        return [np.stack(own).mean(axis=0) if own else None for own in parts]
 
     def extract(
         params: Params,

@@ -48,17 +48,18 @@ def test_well_separated_clusters_are_found_whatever_their_norm():
     assert normalized_mutual_info_score(truth, found) == pytest.approx(1)
 
 
-def test_k_means_can_be_interrupted_between_two_starts():
+def test_k_means_can_be_interrupted_between_two_starts(monkeypatch):
     class Stopped(Exception):
         pass
 
     def stop() -> None:
         raise Stopped
 
-    rows = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    cluster.k_means(rows, 3, 1, 10, toolbox(check=stop))
+    box, rows = toolbox(), np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    monkeypatch.setattr(box, "between", stop)
+    cluster.k_means(rows, 3, 1, 10, box)
     with pytest.raises(Stopped):
-        cluster.k_means(rows, 3, 2, 10, toolbox(check=stop))
+        cluster.k_means(rows, 3, 2, 10, box)
 
 
 # Assignments

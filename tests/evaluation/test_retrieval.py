@@ -183,7 +183,8 @@ def test_an_interrupted_extraction_computes_nothing_twice(tmp_path):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cache, "KEEP_SECONDS", 0.0)
-        box = toolbox(cache=epath.Path(tmp_path / "cache"), check=stop)
+        box = toolbox(cache=epath.Path(tmp_path / "cache"))
+        monkeypatch.setattr(box, "between", stop)
         with pytest.raises(Stopped):
             box.features(source, view())
         read: list[int] = []
