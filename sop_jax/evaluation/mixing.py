@@ -65,8 +65,10 @@ def mix(
     # Beta(a, a) of the kind that was drawn; an `a` of 0 is never drawn.
     alpha = jnp.where(cut, mixing.cutmix or 1.0, mixing.mixup or 1.0)
     drawn = jax.random.beta(share_key, alpha, alpha)
-    box = cut_box(drawn, images.shape[1], images.shape[2], cut_key)
-    share = jnp.where(cut, kept_share(box, images.shape[1], images.shape[2]), drawn)
+    height, width = images.shape[1:3]
+    centre = jax.random.randint(cut_key, (2,), 0, jnp.array([height, width]))
+    box = cut_box(drawn, centre, height, width)
+    share = jnp.where(cut, kept_share(box, height, width), drawn)
     together = jnp.where(cut, cutmix(images, box), mixup(images, drawn))
     images = jnp.where(mixed[:, None, None, None], together, images)
     return images, jnp.where(mixed[:, None], mix_targets(targets, share), targets)
@@ -88,22 +90,21 @@ def cutmix(images: Shaped[Array, "B H W 3"], box: Int[Array, "4"]) -> Shaped[Arr
 
 
 def cut_box(
-    share: Float[Array, ""], height: int, width: int, key: Key[Array, ""]
+    share: Float[Array, ""], centre: Int[Array, "2"], height: int, width: int
 ) -> Int[Array, "4"]:
-    """Draws the box of a CutMix: its centre is uniform, and it is clipped to the image.
+    """Returns the box of a CutMix around a centre, clipped to the image.
 
     Args:
         share: 1 minus the box's share of the area before it is clipped.
+        centre: (y, x) in pixels.
         height: the height of the image in pixels.
         width: the width of the image in pixels.
-        key: of the centre.
 
     Returns:
         (top, bottom, left, right) in pixels, the second and fourth exclusive.
     """
     sides = jnp.array([height, width])
     half = (sides.astype(jnp.float32) * jnp.sqrt(1 - share)).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (2,), 0, sides)
     first, last = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, sides)
     return jnp.stack([first[0], last[0], first[1], last[1]])
 
