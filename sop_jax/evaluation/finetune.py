@@ -553,7 +553,9 @@ def make_validation(
     def validate(trained: Params, step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         totals = np.zeros((3, inputs.classes), np.int64)
         how = decoding(config.data, test)
-        for batch in host_batches(test, view, size, host, count, how):
+        for i, batch in enumerate(host_batches(test, view, size, host, count, how)):
+            if i:
+                tools.between()
             part = to_devices(mesh, {name: batch[name] for name in ("image", "label", "valid")})
             totals += np.asarray(compiled(trained, params["head"], part))
         return summary(totals, frequencies) | {"images": int(totals[0].sum())}

@@ -143,7 +143,7 @@ def fit(
         tools: the tools of the evaluation.
         seed: the seed of the initial parameters and of the draws of each step.
         every: the number of steps between two validations; the last step is always validated.
-        validate: measures the parameters.
+        validate: measures the parameters; it may raise Interrupted.
         name: distinguishes the fits of an evaluation that has several. A fit with a name is saved
             when it is finished, so that it is not repeated if a later one is interrupted.
 
@@ -177,18 +177,32 @@ def fit(
     state, rows, known = saver.restore(
         jax.jit(init, out_shardings=everywhere), key, problem.pretrained
     )
-    start = int(state.step)
-    if start == problem.steps:
+    start = number = int(state.step)
+    corrupt, losses = set(known), list[jax.Array]()
+
+    def is_due(number: int) -> bool:
+        """Whether a step is validated, and has not been."""
+        due = number > 0 and (number % every == 0 or number == problem.steps)
+        return due and (not rows or rows[-1]["step"] < number)
+
+    def measure(number: int) -> None:
+        mean = _mean_loss(losses, number)
+        losses.clear()
+        row = {"step": number, "loss": mean, **validate(state.params, number, rows)}
+        rows.append(row)
+        tools.note(_row_text(row, problem.steps))
+
+    if start == problem.steps and not is_due(start):
         saver.close()
         return Fitted(state.params, rows, known)
     if start:
         tools.note(f"continues after step {start} of {problem.steps}")
-    corrupt = set(known)
     batches = problem.batches(start, host_rows(mesh, problem.batch_size))
-    losses: list[jax.Array] = []
     try:
         with tools.progress(problem.steps, "step") as bar:
             bar.update(start)
+            if is_due(start):  # its validation was interrupted
+                measure(start)
             for number in range(start + 1, problem.steps + 1):
                 made = next(batches)
                 corrupt |= set(made["corrupt"][made["corrupt"] >= 0].tolist())
@@ -200,30 +214,22 @@ def fit(
                 if len(losses) > IN_FLIGHT:
                     jax.block_until_ready(losses[-1 - IN_FLIGHT])
                 bar.update(1)
-                if number % every == 0 or number == problem.steps:
-                    mean = _mean_loss(losses, number)
-                    losses = []
-                    row = {"step": number, "loss": mean, **validate(state.params, number, rows)}
-                    rows.append(row)
-                    tools.note(_row_text(row, problem.steps))
-                if number == problem.steps:
-                    if name:
-                        saver.save(state, rows, corrupt)
-                    break
-                try:
-                    save = tools.between(saver.due())
-                except Interrupted as error:
+                if is_due(number):
+                    measure(number)
+                if number < problem.steps and tools.between(saver.due()):
                     _mean_loss(losses, number)
                     saver.save(state, rows, corrupt)
-                    raise Interrupted(
-                        f"interrupted; step {number} of {problem.steps} is saved, and the same "
-                        "command resumes from there"
-                        if tools.folder
-                        else "interrupted; nothing is saved, because nothing can be written"
-                    ) from error
-                if save:
-                    _mean_loss(losses, number)
-                    saver.save(state, rows, corrupt)
+            if name:
+                saver.save(state, rows, corrupt)
+    except Interrupted as error:
+        _mean_loss(losses, number)
+        saver.save(state, rows, corrupt)
+        raise Interrupted(
+            f"interrupted; step {number} of {problem.steps} is saved, and the same command "
+            "resumes from there"
+            if tools.folder
+            else "interrupted; nothing is saved, because nothing can be written"
+        ) from error
     finally:
         batches.close()
         saver.close()
@@ -235,7 +241,7 @@ class Saver:
 
     def __init__(self, folder: epath.Path | None) -> None:
         self.folder, self.checkpoints = folder, None
-        self._saved = time.monotonic()
+        self._saved, self._newest = time.monotonic(), 0
         if folder is not None:
             self.checkpoints = checkpoint.Checkpoints(folder, keep_last=1)
 
@@ -244,7 +250,7 @@ class Saver:
     ) -> tuple[FitState, list[dict[str, Any]], list[int]]:
         """Returns the saved state, its rows and the unreadable records, or a new state."""
         newest = checkpoint.latest_step(self.folder) if self.folder else None
-        newest = hosts.agree(newest or 0)
+        self._newest = newest = hosts.agree(newest or 0)
         if not newest or self.folder is None:
             return init(key, pretrained), [], []
         shapes = jax.eval_shape(init, key, pretrained)
@@ -267,8 +273,10 @@ class Saver:
         found = _of_all(corrupt)
         if hosts.is_first():
             write_whole(self.folder / _ROWS, json.dumps({"rows": rows, "corrupt": found}) + "\n")
-        self.checkpoints.save(int(state.step), state)
-        self.checkpoints.wait()
+        if int(state.step) > self._newest:
+            self._newest = int(state.step)
+            self.checkpoints.save(self._newest, state)
+            self.checkpoints.wait()
         self._saved = time.monotonic()
 
     def close(self) -> None:

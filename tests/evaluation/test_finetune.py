@@ -13,7 +13,7 @@ import numpy as np
 import processes
 import pytest
 from PIL import Image
-from runs import make_run
+from runs import APART, make_run
 from small import small_config
 
 from sop_jax import evaluate, schedules
@@ -318,8 +318,14 @@ def test_the_recipe_of_cifar10_on_some_of_its_images(shared):
     assert "99.3" in TASK.table(found, settings)
 
 
-SHORT = QUICK | {"epochs": 2, "batch_size": 480, "lr": (1e-3, 2e-3), "mixup": 0.8, "cutmix": 1.0}
-SHORT |= {"drop_path": 0.2, "magnitude": 9.0, "erase": 0.25, "layer_decay": 0.75}
+SHORT = QUICK | {"epochs": 2, "batch_size": 480, "lr": (1e-3, 1e-2), "mixup": 0.8, "cutmix": 1.0}
+SHORT |= {
+    "scale": (0.9, 1.0),
+    "drop_path": 0.2,
+    "magnitude": 9.0,
+    "erase": 0.25,
+    "layer_decay": 0.75,
+}
 
 
 def measure(workdir: pathlib.Path, **changes: Any) -> dict[str, Any]:
@@ -329,29 +335,31 @@ def measure(workdir: pathlib.Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_an_interrupted_task_continues_exactly_and_repeats_no_fit(tmp_path, monkeypatch):
-    make_run(tmp_path / "whole", steps=(3,))
-    make_run(tmp_path / "parts", steps=(3,))
+    make_run(tmp_path / "whole", steps=(3,), **APART | {"eval.batch_size": 128})
+    make_run(tmp_path / "parts", steps=(3,), **APART | {"eval.batch_size": 128})
     whole = measure(tmp_path / "whole")
-    to_devices, steps = fit.to_devices, []
+    assert whole["top1"] > 0.15  # chance is 0.1
+    to_devices, seen = fit.to_devices, {fit: 0, finetune: 0}
 
-    def stop_after(count: int) -> None:
-        """Sends SIGTERM to this process after a number of steps."""
+    def stop_after(module: Any, count: int) -> None:
+        """Sends SIGTERM to this process after a number of batches of training or validation."""
 
         def counted(*args: Any) -> Any:
-            steps.append(1)
-            if len(steps) == count:
+            seen[module] += 1
+            if seen[module] == count:
                 os.kill(os.getpid(), signal.SIGTERM)
             return to_devices(*args)
 
-        monkeypatch.setattr(fit, "to_devices", counted)
+        monkeypatch.setattr(module, "to_devices", counted)
 
-    for count in (2, 8):  # in the first fit, and in the second
-        stop_after(count)
-        with pytest.raises(Interrupted, match=r"step \d of 6 is saved"):
+    # In the first fit, in its last validation, and in the second fit.
+    for module, count, step in ((fit, 2, 2), (finetune, 4, 6), (fit, 8, 2)):
+        stop_after(module, count)
+        with pytest.raises(Interrupted, match=f"step {step} of 6 is saved"):
             measure(tmp_path / "parts")
-    stop_after(0)
+    stop_after(fit, 0)
     assert measure(tmp_path / "parts") == whole
-    assert len(steps) == 12  # two fits of six steps
+    assert seen[fit] == 12  # two fits of six steps
     assert not list((tmp_path / "parts").glob("evaluations/*/unfinished"))
 
 
@@ -361,7 +369,7 @@ def test_two_processes_measure_the_same_as_one_device(tmp_path):
     found = []
     for count, devices in ((1, 1), (2, 4)):
         workdir = tmp_path / f"{count}"
-        make_run(workdir, steps=(3,))
+        make_run(workdir, steps=(3,), **APART)
         command = ["-m", "sop_jax.evaluate", f"--workdir={workdir}", "--task=finetune", *flags]
         others = processes.among(count) if count > 1 else [["--processes=1"]]
         ended = processes.run(
