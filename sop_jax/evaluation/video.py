@@ -29,6 +29,7 @@ from sop_jax.data.davis import Clip
 from sop_jax.data.listed import ListedFiles
 from sop_jax.errors import UserError
 from sop_jax.evaluation import overlap, propagation
+from sop_jax.evaluation.tables import aligned, percent
 from sop_jax.evaluation.task import Subject, Task, Tools
 from sop_jax.parallel import hosts
 from sop_jax.paths import write_whole
@@ -341,27 +342,20 @@ def summary(scores: Sequence[Scores]) -> dict[str, float | None]:
 
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
     """Returns J&F, J and F in percent by clip, their means, and those of the papers."""
-    names = ("JF_mean", "J_mean", "F_mean")
-
-    def line(name: str, values: Sequence[float | None]) -> str:
-        return f"{name:<28}" + "".join("     -" if v is None else f"{v:6.1f}" for v in values)
-
-    def own(record: Mapping[str, Any]) -> list[float | None]:
-        return [None if record[name] is None else 100 * record[name] for name in names]
-
-    clips = [line(name, own(record)) for name, record in result["clips"].items()]
+    clips = result["clips"].items()
+    mean = (f"mean of {result['objects']} objects", result)
+    rows: list[list[Any]] = [["clip", "J&F", "J", "F"]]
+    for name, scores in [*clips, mean]:
+        rows.append([name, *(percent(scores[key]) for key in ("JF_mean", "J_mean", "F_mean"))])
     lost = [
         f"{name}: too small for the grid of tokens, and lost: object "
         + ", ".join(map(str, record["lost"]))
-        for name, record in result["clips"].items()
+        for name, record in clips
         if record["lost"]
     ]
-    mean = line(f"mean of {result['objects']} objects", own(result))
-    papers = [line(name, values) for name, values in PAPER.items()]
-    heading = f"{'clip':<28}   J&F     J     F"
-    return "\n".join(
-        [heading, *clips, mean, *lost, "DAVIS-2017 val in table 4 of the SOP paper:", *papers]
-    )
+    paper = [["DAVIS-2017 val", *rows[0][1:]], *([name, *values] for name, values in PAPER.items())]
+    title = "table 4 of the SOP paper:"
+    return "\n".join([aligned(rows), *lost, "", title, aligned(paper)])
 
 
 TASK = Task(

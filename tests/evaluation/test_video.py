@@ -296,9 +296,9 @@ def test_the_table_has_the_numbers_of_the_paper() -> None:
     clip = {"frames": 3, "objects": 1, "lost": [], **scores}
     result = {**scores, "objects": 1, "clips": {"bear": clip, "swan": clip | {"JF_mean": None}}}
     lines = video.table(result, video.settings()).splitlines()
-    assert lines[1].split() == ["bear", "50.0", "50.0", "50.0"]
-    assert lines[2].split() == ["swan", "-", "50.0", "50.0"]
-    assert lines[-1].split() == ["SOP", "ViT-B/16", "63.3", "61.7", "65.0"]
+    assert lines[1].split() == ["bear", "50.00", "50.00", "50.00"]
+    assert lines[2].split() == ["swan", "-", "50.00", "50.00"]
+    assert lines[-1].split() == ["SOP", "ViT-B/16", "63.30", "61.70", "65.00"]
 
 
 def evaluated(out: str) -> dict[str, Any]:
