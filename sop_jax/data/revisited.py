@@ -70,7 +70,10 @@ def open_revisited(root: epath.PathLike, name: str) -> Revisited:
     folder = epath.Path(root) / name
     path = folder / f"gnd_{name}.pkl"
     if not path.is_file():
-        raise UserError(f"there is no {path}. Expected {EXPECTED}. Put the file there")
+        raise UserError(
+            f"there is no {path}. Expected {EXPECTED}. Put the file there, or leave "
+            "out the set with --eval.sets"
+        )
     images, queries, truth = read_truth(path)
     jpg = folder / "jpg"
     if not jpg.is_dir():

@@ -1,8 +1,10 @@
 """Image retrieval from files to scores, and the neighbours of the images of a folder."""
 
 import csv
+import os
 import pathlib
 import pickle
+import signal
 from typing import Any
 
 import jax
@@ -11,9 +13,11 @@ import pytest
 from etils import epath
 from PIL import Image
 from subjects import toolbox, untrained
+from test_evaluate import make_run
 
 from sop_jax.data.revisited import read_truth
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
+from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import cache, ranking, retrieval, scales
 from sop_jax.evaluation.scales import at_scales
 from sop_jax.evaluation.task import View
@@ -202,6 +206,38 @@ def test_an_interrupted_extraction_computes_nothing_twice(tmp_path):
         assert not read
     for found in (again, cached):
         np.testing.assert_array_equal(found.vectors, whole.vectors)
+
+
+@pytest.mark.slow
+def test_a_command_that_is_interrupted_and_resumed_finds_the_same(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", (3,))
+    write_folder(tmp_path / "images", 2 * scales.GROUP * 8 + 3)
+    changes = dict(images=str(tmp_path / "images"), neighbours=3, longest=LONGEST)
+
+    def neighbours(out: str) -> str:
+        asked = Asked(workdir=tmp_path / "run", out=tmp_path / out)
+        evaluate(asked, "retrieval", changes)
+        (path,) = (tmp_path / out / "evaluations").glob("*/neighbours.csv")
+        return path.read_text()
+
+    whole = neighbours("whole")
+    read: list[int] = []
+    load = scales.load_image
+
+    def counted(share: Any, record: int, *rest: Any) -> np.ndarray:
+        read.append(record)
+        if len(read) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(share, record, *rest)
+
+    monkeypatch.setattr(scales, "load_image", counted)
+    monkeypatch.setattr(cache, "KEEP_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        neighbours("resumed")
+    assert not list((tmp_path / "resumed" / "evaluations").glob("*.json"))
+    read[:] = [-1] * 5  # so that there is no second signal
+    assert neighbours("resumed") == whole
+    assert sorted(read[5:]) == list(range(scales.GROUP * 8, 2 * scales.GROUP * 8 + 3))
 
 
 # Neighbours in a folder
