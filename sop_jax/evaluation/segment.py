@@ -223,6 +223,8 @@ def read_weights(
     needed = named_leaves(jax.eval_shape(segmenter.init, jax.random.key(0)))
     parts = ("decode_head",) if settings.head == "linear" else tuple(segmentation.PARTS)
     shapes = {path: leaf.shape for path, leaf in needed.items() if path.split("/")[0] in parts}
+    if not settings.norm:  # mmsegmentation's network then has no final norm
+        shapes = {path: x for path, x in shapes.items() if not path.startswith("backbone/norm/")}
 
     def resized(table: np.ndarray, rows: int) -> np.ndarray:
         return np.asarray(resized_positions(jnp.asarray(table), round((rows - 1) ** 0.5)))
@@ -293,7 +295,8 @@ def run(
         measure,
     )
     if tools.folder is not None and hosts.is_first():
-        write_weights(tools.folder, fitted.params)
+        if left_out := write_weights(tools.folder, fitted.params):
+            tools.note(f"{WEIGHTS} lacks what mmsegmentation has no names for: {left_out}")
     return {
         **{name: fitted.rows[-1][name] for name in ("mIoU", "mAcc", "aAcc", "loss", "IoU")},
         "validations": fitted.rows,
@@ -367,10 +370,11 @@ def pixel_loss(
 
     It is the sum over all pixels that are not ignored, divided by the number of all pixels.
     """
-    log_p = jax.nn.log_softmax(resize(logits, labels.shape[1:]))
     counted = labels != IGNORED
-    right = jnp.take_along_axis(log_p, jnp.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.where(counted, right, 0.0).mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        resize(logits, labels.shape[1:]), jnp.where(counted, labels, 0)
+    )
+    return jnp.where(counted, losses, 0.0).mean()
 
 
 def pixel_accuracy(
@@ -590,10 +594,12 @@ def palette() -> UInt8[np.ndarray, "n 3"]:
     return np.concatenate([np.zeros((1, 3), np.uint8), colours])
 
 
-def write_weights(folder: epath.Path, params: Params) -> None:
-    """Writes what was trained by mmsegmentation's names."""
+def write_weights(folder: epath.Path, params: Params) -> str:
+    """Writes what was trained by mmsegmentation's names, and returns the paths of other leaves."""
     leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
-    files.write(folder / WEIGHTS, mapping.write_arrays(MMSEG, leaves).arrays)
+    exported = mapping.write_arrays(MMSEG, leaves)
+    files.write(folder / WEIGHTS, exported.arrays)
+    return ", ".join(exported.not_exported)
 
 
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:

@@ -85,6 +85,15 @@ def test_damaged_file_is_refused_with_its_name(tmp_path):
         open_pairs(tmp_path, "training")
 
 
+def test_file_that_is_damaged_later_is_named_by_the_batches(tmp_path):
+    pairs = open_pairs(write_pairs(tmp_path), "training")
+    (tmp_path / "images" / "training" / "ADE_0002.jpg").write_bytes(b"not an image")
+    stream = ade20k.train_batches(pairs, 16, batch_size=3, seed=0, threads=2)
+    with pytest.raises(UserError, match=r"ADE_0002.jpg cannot be read"):
+        next(stream)
+    stream.close()
+
+
 def pair_of_positions(height: int, width: int) -> Pair:
     """Returns a pair whose mask repeats the red channel of the image, block by block."""
     mask = np.kron(np.arange(12).reshape(3, 4), np.ones((height // 3, width // 4))).astype(np.uint8)

@@ -1,5 +1,6 @@
 """The task of segmentation: settings, errors, training, validation, and what it writes."""
 
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -8,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from PIL import Image
+from runs import make_run
 from small import small_config
 
 from sop_jax.check import check_rules
@@ -133,6 +136,23 @@ def test_weights_of_another_head_are_refused(tmp_path):
 
 
 @pytest.mark.medium
+def test_weights_without_a_final_norm_are_read_if_it_is_not_used(tmp_path):
+    asked = settings(head="upernet", norm=False)
+    _, segmenter = segment.make_segmenter(config(), asked)
+    segment.write_weights(epath.Path(tmp_path), jax.jit(segmenter.init)(jax.random.key(0)))
+    with files.opened(tmp_path / segment.WEIGHTS) as arrays:
+        kept = {f"state_dict.{name}": arrays[name] for name in arrays if ".norm." not in name}
+    files.write(tmp_path / "x.safetensors", kept)
+    leaves = segment.read_weights(tmp_path / "x.safetensors", config(), asked)
+    np.testing.assert_array_equal(
+        leaves["decode_head/conv_seg/bias"], kept["state_dict.decode_head.conv_seg.bias"]
+    )
+    assert "backbone/norm/scale" not in leaves
+    with pytest.raises(UserError, match=r"missing: backbone.norm.weight"):
+        segment.read_weights(tmp_path / "x.safetensors", config(), settings(head="upernet"))
+
+
+@pytest.mark.medium
 def test_interrupted_and_resumed_equals_uninterrupted(reduced, tmp_path):
     whole = measured(reduced, toolbox(tmp_path / "whole"), head="upernet", iterations=3)
     with pytest.raises(Interrupted, match="step 2 of 3"):
@@ -244,3 +264,31 @@ def test_what_cannot_work_is_refused_before_work(model, changes, message):
 def test_areas_need_no_predictions_of_labelled_classes():
     total = areas.areas(np.zeros((2, 2), int), np.full((2, 2), 3), 5)
     assert areas.scores(total)["mIoU"] == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "upernet"])
+def test_the_command_gives_the_same_on_two_processes(reduced, tmp_path, head):
+    sizes = {"augment.global_size": 32, "augment.local_size": 16, "model.patch": 16}
+    make_run(tmp_path / "run", steps=(3,), **sizes, **{"data.workers": 0})
+    command = [
+        *("-m", "sop_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--task=segment"),
+        *(f"--data.path={reduced}", f"--eval.head={head}", "--eval.layers=0,0,1,1"),
+        *(f"--eval.crop={CROP}", "--eval.stride=40", "--eval.batch_size=8", "--eval.channels=8"),
+        *("--eval.iterations=4", "--eval.warmup=1", "--eval.lr=0.01"),
+    ]
+    found = []
+    for count, devices in ((1, 1), (2, 4)):
+        own = [*command, f"--out={tmp_path / f'{head}{count}'}"]
+        others = processes.among(count) if count > 1 else [["--processes=1"]]
+        ended = processes.run(
+            [own + other for other in others], tmp_path / "logs", devices=devices, timeout=400
+        )
+        assert all(one.code == 0 for one in ended), ended
+        assert "SOP" in ended[0].out
+        found.append(json.loads(ended[0].out.splitlines()[-1])["results"])
+    one, several = found
+    # Rounding may change the class of a few pixels.
+    assert several["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    for name in ("mIoU", "mAcc", "aAcc"):
+        assert several[name] == pytest.approx(one[name], abs=2e-3), name
