@@ -175,8 +175,9 @@ def check_rules(
     for key, rule in rules.items():
         if not rule.fits(values[key]):
             value = tuple(values[key]) if isinstance(values[key], list) else values[key]
+            name = f"{flag.removeprefix('--').removeprefix('config.')}{key}"
             remedy = _remedy(f"{flag}{key}", examples[key])
-            raise UserError(f"{key} is {value!r}; expected {rule.expected}; {remedy}")
+            raise UserError(f"{name} is {value!r}; expected {rule.expected}; {remedy}")
 
 
 def _remedy(flag: str, example: Any) -> str:

@@ -155,6 +155,10 @@ def define_settings(section: str, settings: config_dict.ConfigDict) -> None:
         settings: the settings with their defaults.
     """
     _SETTINGS[section] = config_dict.ConfigDict(settings)
+    try:  # before absl does, with a traceback
+        _check_names(sys.argv, settings, section)
+    except UserError as error:
+        _exit(f"error: {error}", 2)
     config_flags.DEFINE_config_dict(section, settings, lock_config=True)
 
 

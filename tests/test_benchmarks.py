@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from runs import APART, make_run
 
 from sop_jax.data.masks import most_masked
 
@@ -89,10 +90,20 @@ def test_the_propagation_of_masks_is_timed() -> None:
 
 
 @pytest.mark.slow
-def test_raw_pixels_are_evaluated() -> None:
-    found = run("pixels", f"--config={BENCHMARKS.parent / 'configs' / 'digits.py'}")
-    assert set(found) == {"k10", "k20", "k100", "k200"}
-    assert found["k10"] > 0.9  # pixels suffice to distinguish digits
+@pytest.mark.parametrize("network", ["pixels", "untrained"])
+def test_baselines_are_evaluated(tmp_path: pathlib.Path, network: str) -> None:
+    make_run(tmp_path, steps=(), **APART)
+    found = run("baselines", f"--workdir={tmp_path}", f"--network={network}", "--set", "k=(1, 10)")
+    assert found["top1_k10"] > {"pixels": 0.9, "untrained": 0.3}[network]
+
+
+def test_evaluations_are_timed() -> None:
+    size = ("--arch=vit_tiny", "--batch=2", "--pairs=1", "--side=32")
+    assert run("evaluation", "--part=sweep", *size, "--classes=5")["ratio"] > 0
+    assert run("evaluation", "--part=features", *size, "--images=8")["ratio"] > 0
+    memory = run("evaluation", "--part=memory", "--rows=2000")
+    assert memory["bytes"] == 2000 * 768 * 4 and memory["growth"] > 0
+    assert run("evaluation", "--part=knn", "--rows=4096", "--pairs=1")["seconds"] > 0
 
 
 @pytest.mark.slow

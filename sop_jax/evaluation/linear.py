@@ -49,7 +49,7 @@ from sop_jax.rules import (
 )
 from sop_jax.schedules import Schedule
 
-RATES = tuple(digit * 10.0**power for power in range(-4, 1) for digit in range(1, 10))
+RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 1) for digit in range(1, 10))
 MOMENTUM = 0.9
 INIT_STD = 0.01
 MAX_SCORES = 2**24  # logits that are computed at a time
