@@ -358,7 +358,7 @@ def open_tools(
 
     def evaluate(params: Params) -> dict[str, Any]:
         subject = Subject("teacher", config, run.model, params, "", None)
-        return measure(subject, splits, toolbox(subject))
+        return measure(subject, splits, toolbox(subject, kept={}))
 
     how = decoding(config.data, parts.train)
     return Tools(

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
-from runs import LENGTH, make_config, make_run
+from runs import APART, LENGTH, make_config, make_run
 
 from sop_jax import config as config_lib
 from sop_jax import evaluate, paths
+from sop_jax.convert import convert
 from sop_jax.data import sources
 from sop_jax.data.named import name_data
 from sop_jax.data.prepare import prepare
@@ -23,7 +24,7 @@ from sop_jax.data.sources import DigitsSource
 from sop_jax.errors import UserError
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Features, Subject
-from sop_jax.evaluation.tasks import measure
+from sop_jax.evaluation.tasks import TASKS, measure
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load_network
@@ -108,6 +109,15 @@ def test_is_null_without_labels_or_test_split(train: Any, test: Any) -> None:
     assert set(found.values()) == {None}
 
 
+def test_an_evaluation_can_have_several_tasks() -> None:
+    tools = Pixels()
+    tasks = {"eval.tasks": ("knn", "fewshot")}
+    found = knn_row(DigitsSource("train"), DigitsSource("test"), tools, **tasks)
+    assert found["knn_top1"] > found["fewshot_top1_5"] > found["fewshot_top1_1"] > 0.2
+    none = knn_row(DigitsSource("train"), None, tools, **tasks)
+    assert none.keys() == found.keys() and set(none.values()) == {None}
+
+
 def test_untrained_network_on_digits_is_above_chance(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path)
     found = results(tmp_path)
@@ -185,6 +195,48 @@ def test_command_prints_a_table_and_writes_the_same_json(tmp_path: pathlib.Path)
     assert re.search(rf"{100 * best:.2f} .* best", "\n".join(shown))
     again = command(f"--workdir={tmp_path}", "--task=knn", "--step=3")
     assert "measured before" in again.stdout and json.loads(again.stdout.splitlines()[-1]) == found
+
+
+def test_a_file_of_weights_gives_what_its_run_gives(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path / "run", (3,), **APART, **{"head.hidden": 2048, "augment.local_size": 16})
+    convert(tmp_path / "run", tmp_path / "net.safetensors", "timm")
+    colours(tmp_path / "data", labelled=True)
+    data = {"path": str(tmp_path / "data")}
+    run = record(tmp_path / "run", data=data)
+    asked = evaluate.Asked(weights=tmp_path / "net.safetensors", heads=2)
+    file = evaluate.evaluate(asked, "knn", data=data)
+    assert file["results"] == run["results"] and file["step"] is None
+    (saved,) = (tmp_path / "evaluations").glob("knn_net_*.json")
+    assert json.loads(saved.read_text()) == file
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"weights": "absent.pth"}, "there is no file absent.pth; check --weights"),
+        ({"weights": "."}, "is a folder; give --workdir"),
+        ({"weights": __file__, "step": 3}, "--step=3 is for --workdir"),
+        ({"weights": __file__}, "test_evaluate.py"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_an_error(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(evaluate.Asked(**asked), "knn")
+
+
+def test_all_tasks_that_have_data_are_done_and_the_others_listed(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", (3,))
+    colours(tmp_path / "root" / "imagenet", labelled=True)
+    few = {name: TASKS[name] for name in ("knn", "fewshot", "video", "cluster")}
+    monkeypatch.setattr(evaluate, "TASKS", few)
+    found = evaluate.evaluate_all(evaluate.Asked(tmp_path / "run"), tmp_path / "root")
+    assert found["knn"]["top1"] == 1.0 and found["cluster"] and found["fewshot"]
+    assert found["video"] is None
+    shown = capsys.readouterr().out
+    assert "knn: done" in shown
+    assert f"video: not done, {tmp_path / 'root' / 'DAVIS'} does not exist; it needs" in shown
 
 
 def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:

@@ -84,16 +84,24 @@ def run(
         For each number n of images per class, `top1_<n>`, the mean over the draws;
         `top1_<n>_std`, the standard deviation over them (of a sample; None for one draw); the same
         for `mean_per_class`; `converged`, whether all solutions have; `images`, and `unreadable`,
-        the number of images that were left out. Accuracies are shares in [0, 1].
+        the number of images that were left out. Accuracies are shares in [0, 1]. All values are
+        None without a test split or without labels.
     """
-    assert inputs.test is not None
+    names = [
+        f"{metric}_{shots}{suffix}"
+        for shots in settings.shots
+        for metric in ("top1", "mean_per_class")
+        for suffix in ("", "_std")
+    ]
+    result: dict[str, Any] = dict.fromkeys([*names, "converged", "images", "unreadable"])
+    if inputs.test is None or not (inputs.train.has_labels and inputs.test.has_labels):
+        return result
     view = view_of(subject.config, settings)
     train, test = tools.features(inputs.train, view), tools.features(inputs.test, view)
     rows, labels, index = on_devices(train, tools.mesh)
     classes = count_outputs(train, test)
     problem = Problem(prepare(rows, "centred"), labels, False, classes, settings.dtype)
     labelled = np.where(np.asarray(index) >= 0, labels, -1)
-    result: dict[str, Any] = {}
     converged, images = True, 0
     for shots in settings.shots:
         found = []
@@ -151,4 +159,5 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=sources_of,
+    during_training=True,
 )

@@ -433,5 +433,4 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=sources_of,
-    during_training=False,
 )

@@ -40,6 +40,8 @@ class Toolbox:
         interruption: reports signals to stop; None if they end the process.
         extractors: the compiled extractors by view; they can be shared with other toolboxes of the
             same network.
+        kept: the features of this process by source and view, which are not computed again; None
+            to keep none in memory.
         corrupt: called with a source and its records that cannot be read.
         shown: whether progress is shown.
     """
@@ -51,11 +53,21 @@ class Toolbox:
     cache: epath.Path | None = None
     interruption: Interruption | None = None
     extractors: dict[View, Extract] = dataclasses.field(default_factory=dict)
+    kept: dict[tuple[str, View], Features] | None = None
     corrupt: Callable[[Source, list[int]], Any] | None = None
     shown: bool = True
 
     def features(self, source: Source, view: View) -> Features:
         """Returns the features of this process's share of a source, computed once per view."""
+        known = (source.digest, view)
+        if self.kept is not None and known in self.kept:
+            return self.kept[known]
+        found = self._compute(source, view)
+        if self.kept is not None:
+            self.kept[known] = found
+        return found
+
+    def _compute(self, source: Source, view: View) -> Features:
         if view not in self.extractors:
             subject = self.subject
             self.extractors[view] = (

@@ -108,6 +108,14 @@ def test_damaged_files_are_computed_again(tmp_path: pathlib.Path, damage: str) -
     assert len(source.read) == len(source)
 
 
+def test_features_can_be_kept_in_memory() -> None:
+    made = toolbox(kept={})
+    source = Counted()
+    first = made.features(source, VIEW)
+    assert made.features(source, VIEW) is first and len(source.read) == len(source)
+    assert made.features(source, VIEW._replace(layers=2)) is not first
+
+
 def test_without_a_cache_nothing_is_left(tmp_path: pathlib.Path) -> None:
     toolbox().features(Counted(), VIEW)
     assert not list(tmp_path.iterdir())
