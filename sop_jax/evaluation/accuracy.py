@@ -7,14 +7,20 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 HEAD, TAIL = 100, 20  # head classes have more train images, tail classes fewer
 
 
-def rank_of(logits: Float[Array, "B C"], labels: Int[Array, " B"]) -> Int[Array, " B"]:
+NEVER = np.iinfo(np.int32).max  # the rank of a class that is not predicted at any rank
+
+
+def rank_of(logits: Float[Array, "*B C"], labels: Int[Array, "*B"]) -> Int[Array, "*B"]:
     """Returns the number of classes before the true one; the first of equal ones comes first.
 
-    That is C where the score of the true class is not a number.
+    That is NEVER where the true class has no score, or one that is not a number.
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[1]) < labels[:, None]
-    return jnp.sum(~(logits <= own) | ((logits == own) & earlier), axis=1)
+    classes = logits.shape[-1]
+    truth = jnp.clip(labels, 0, classes - 1)[..., None]
+    own = jnp.take_along_axis(logits, truth, axis=-1)
+    ahead = ~(logits <= own) | ((logits == own) & (jnp.arange(classes) < truth))
+    known = (labels >= 0) & (labels < classes) & ~jnp.isnan(own[..., 0])
+    return jnp.where(known, jnp.sum(ahead, axis=-1), NEVER)
 
 
 def count_right(
@@ -31,7 +37,7 @@ def count_right(
     """
     classes = logits.shape[1]
     places = jnp.where(valid & (labels >= 0), labels, classes)  # the last place is cut off
-    ranks = rank_of(logits, jnp.clip(labels, 0))
+    ranks = rank_of(logits, labels)
     counted = jnp.stack([ranks >= 0, ranks < 1, ranks < 5]).astype(jnp.int32)
     return jnp.zeros((3, classes + 1), jnp.int32).at[:, places].add(counted)[:, :classes]
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sop_jax.errors import UserError
+from sop_jax.evaluation.accuracy import NEVER
 from sop_jax.evaluation.features import in_chunks, on_devices
 from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
 from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
@@ -21,8 +22,6 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import replicated
 from sop_jax.parallel.search import nearest
 from sop_jax.rules import COUNT, POSITIVE, TEXT, number, some
-
-NEVER = np.iinfo(np.int32).max  # the rank of a class without a vote
 
 CHUNK = 1024  # test images at a time, over all processes; all chunks share one program
 

@@ -27,6 +27,7 @@ from sop_jax.data.labelled import Recipe, labelled_batches, steps_per_epoch
 from sop_jax.data.sources import Source
 from sop_jax.data.subsets import Subset, draw_share, labels_of, rest_of
 from sop_jax.errors import UserError
+from sop_jax.evaluation.accuracy import rank_of
 from sop_jax.evaluation.features import in_chunks, pooled
 from sop_jax.evaluation.fit import Problem, fit
 from sop_jax.evaluation.heads import Head, write_head
@@ -326,23 +327,10 @@ def accuracies(params: Params, features: Features, tools: Tools) -> list[list[fl
 
 @partial(jax.jit, static_argnames="everywhere")
 def _count_right(params: Params, chunk: Mapping[str, Array], everywhere: Any) -> Int[Array, "H 2"]:
-    ranks = rank_of(scores(params, chunk["vectors"]), chunk["labels"])
+    logits = scores(params, chunk["vectors"])
+    ranks = rank_of(logits, jnp.broadcast_to(chunk["labels"][:, None], logits.shape[:2]))
     counts = [jnp.sum(chunk["valid"][:, None] & (ranks < top), axis=0) for top in (1, 5)]
     return jax.lax.with_sharding_constraint(jnp.stack(counts, axis=1), everywhere)
-
-
-def rank_of(logits: Float[Array, "B H C"], labels: Int[Array, " B"]) -> Int[Array, "B H"]:
-    """Returns the number of classes whose logit is larger than that of the true class.
-
-    Of equal logits the earlier class counts as the larger one. A label without a logit, and NaN,
-    are never right.
-    """
-    classes = logits.shape[2]
-    truth = jnp.clip(labels, 0, classes - 1)[:, None, None]
-    own = jnp.take_along_axis(logits, truth, axis=2)
-    ahead = ~(logits < own) & ~((logits == own) & (jnp.arange(classes) >= truth))
-    inside = (labels >= 0) & (labels < classes)
-    return jnp.where(inside[:, None], ahead.sum(axis=2), classes + 5)
 
 
 def _keep(params: Params, head: int, view: View, tools: Tools, file: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from sop_jax.evaluation.accuracy import count_right, rank_of, summary
+from sop_jax.evaluation.accuracy import NEVER, count_right, rank_of, summary
 
 
 def scores(images: int = 300, classes: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +42,13 @@ def test_ranks_break_ties_as_argmax_does():
 
 def test_scores_that_are_not_numbers_are_wrong():
     logits = jnp.array([[jnp.nan, jnp.nan], [jnp.nan, 1.0], [1.0, jnp.nan]])
-    assert rank_of(logits, jnp.zeros(3, jnp.int32)).tolist() == [2, 2, 1]
+    assert rank_of(logits, jnp.zeros(3, jnp.int32)).tolist() == [NEVER, NEVER, 1]
+
+
+def test_a_class_without_a_score_is_never_right():
+    logits = jnp.ones((2, 2, 3))  # of any number of leading axes
+    labels = jnp.array([[0, 3], [-1, 2]], jnp.int32)
+    assert rank_of(logits, labels).tolist() == [[0, NEVER], [NEVER, 2]]
 
 
 def test_counts_add_up_and_leave_out_invalid_rows():

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_network import golden_network
 from golden_numbers import Found, differences, exact, load, unnoticed
-from test_golden import vit_params
 
 from sop_jax import models
-from sop_jax.config import paper
 from sop_jax.evaluation import accuracy, knn, linear, logistic
 from sop_jax.evaluation.features import pooled
 from sop_jax.evaluation.task import Features, View
@@ -106,9 +105,9 @@ def linear_numbers() -> dict[str, Found]:
         parts = [slice(start, start + batch) for start in range(0, len(val), batch)]
         val_losses = [linear.head_losses(params, *padded(val[p], val_labels[p])) for p in parts]
         found["val_loss"].append(np.mean(val_losses, axis=0))
-        ranks = np.asarray(
-            linear.rank_of(linear.scores(params, jnp.asarray(val)), jnp.asarray(val_labels))
-        )
+        logits = linear.scores(params, jnp.asarray(val))
+        truth = jnp.broadcast_to(jnp.asarray(val_labels)[:, None], logits.shape[:2])
+        ranks = np.asarray(accuracy.rank_of(logits, truth))
         for top in (1, 5):
             found[f"val_acc{top}"].append(100 * (ranks < top).mean(axis=0))
     schedule = linear.cosine(epoch, epochs)
@@ -119,15 +118,8 @@ def linear_numbers() -> dict[str, Found]:
 
 
 def feature_numbers() -> dict[str, Found]:
-    golden = load("backbone.npz")
-    size, patch, width, depth, heads = golden["vit/config"].tolist()
-    config = paper()
-    config.model.update(width=width, depth=depth, heads=heads, patch=patch)
-    config.model.update(size="custom", dtype="float32")
-    config.head.update(hidden=8, dim=8)
-    model = models.build(config, size)
-    params = model.init(jax.random.key(0))
-    params["backbone"] = jax.tree.map(jnp.asarray, vit_params(golden, depth))
+    network, golden = golden_network(), load("backbone.npz")
+    model, params = network.model, network.params
     # The images are normalized: this inverts the normalization of the package.
     images = golden["vit/image"].transpose(0, 2, 3, 1) * np.array(models.STD)
     images = jnp.asarray(255 * (images + np.array(models.MEAN)), jnp.float32)

@@ -6,15 +6,13 @@ import pathlib
 from collections.abc import Callable
 
 import golden_numbers
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_network import golden_network
 from golden_numbers import Found, exact
-from test_golden import vit_params
 
 from sop_jax import models
-from sop_jax.config import paper
 from sop_jax.data.revisited import Truth, read_truth
 from sop_jax.data.thumbnails import scaled, thumbnail
 from sop_jax.evaluation import ranking
@@ -23,7 +21,6 @@ from sop_jax.evaluation.backgrounds import predict
 from sop_jax.evaluation.retrieval import unit
 from sop_jax.evaluation.scales import SCALES, make_scale_extractor
 from sop_jax.evaluation.task import View
-from sop_jax.parallel.mesh import make_mesh, replicated
 
 Golden = dict[str, np.ndarray]
 
@@ -56,20 +53,13 @@ class Pictures:
 
 def extractor() -> Callable[..., np.ndarray]:
     """Returns the features of images at scales, by the network of backbone.npz."""
-    arrays = golden_numbers.load("backbone.npz")
-    image_size, patch, width, depth, heads = (int(x) for x in arrays["vit/config"])
-    config = paper()
-    config.model.update(width=width, depth=depth, heads=heads, patch=patch, size="custom")
-    config.model.dtype = "float32"
-    config.head.update(hidden=8, dim=8)
-    model = models.build(config, image_size)
-    params = model.init(jax.random.key(0))
-    params["backbone"] = jax.tree.map(jnp.asarray, vit_params(arrays, depth))
-    params = jax.device_put(params, replicated(make_mesh()))
+    network = golden_network()
 
     def features(images: list[np.ndarray], longest: int, *scales: float) -> np.ndarray:
         view = View(longest=longest, scales=scales)
-        return make_scale_extractor(model, config, view)(params, Pictures(images)).vectors
+        return make_scale_extractor(network.model, network.config, view)(
+            network.params, Pictures(images)
+        ).vectors
 
     return features
 

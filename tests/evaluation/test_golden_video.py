@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from golden_network import golden_network
 from golden_numbers import Found, exact
-from test_golden import vit_params
 
 from sop_jax import models
-from sop_jax.config import paper
 from sop_jax.data import davis
 from sop_jax.evaluation import overlap, propagation, video
-from sop_jax.evaluation.task import Subject
 
 Golden = dict[str, np.ndarray]
 RED_STD = video.settings().red_std
@@ -27,21 +25,6 @@ RED_STD = video.settings().red_std
 @functools.cache
 def golden() -> Golden:
     return golden_numbers.load("evaluate.npz")
-
-
-@functools.cache
-def subject() -> Subject:
-    """Returns the network of backbone.npz."""
-    arrays = golden_numbers.load("backbone.npz")
-    image_size, patch, width, depth, heads = (int(x) for x in arrays["vit/config"])
-    config = paper()
-    config.model.update(width=width, depth=depth, heads=heads, patch=patch, size="custom")
-    config.model.dtype = "float32"
-    config.head.update(hidden=8, dim=8)
-    model = models.build(config, image_size)
-    params = model.init(jax.random.key(0))
-    params["backbone"] = jax.tree.map(jnp.asarray, vit_params(arrays, depth))
-    return Subject("golden", config, model, params, "", None)
 
 
 def cases(golden: Golden) -> list[tuple[str, int]]:
@@ -53,14 +36,14 @@ def cases(golden: Golden) -> list[tuple[str, int]]:
 @functools.cache
 def tokens(clip: str) -> list[jax.Array]:
     """Returns the tokens of the frames of a clip in the stored size."""
-    look = video.make_look(subject(), RED_STD)
+    look = video.make_look(golden_network(), RED_STD)
     return [look(frame) for frame in golden()[f"video/{clip}/resized"]]
 
 
 def inputs(golden: Golden) -> dict[str, Found]:
     """Computes what the network sees of each clip, its features, and the first masks."""
     numbers = {}
-    short_side, patch = int(golden["video/short_side"]), subject().model.patch
+    short_side, patch = int(golden["video/short_side"]), golden_network().model.patch
     for clip in golden["video/clips"]:
         section = f"video/{clip}"
         frames = [video.resized(frame, short_side) for frame in golden[f"{section}/frames"]]
@@ -100,7 +83,7 @@ def propagated(clip: str, radius: int, stored: bool) -> tuple[np.ndarray, np.nda
     for number, features in enumerate(tokens(clip)[1:]):
         masks = propagation.propagate(contexts, features, radius, top_k, temperature)
         soft.append(np.asarray(masks.transpose(2, 0, 1)))
-        decision = np.asarray(propagation.decide(masks, subject().model.patch))
+        decision = np.asarray(propagation.decide(masks, golden_network().model.patch))
         decided.append(davis.scaled(decision, (height, width)))
         if stored:
             masks = jnp.asarray(golden()[f"{section}/hood{radius}/soft"][number].transpose(1, 2, 0))

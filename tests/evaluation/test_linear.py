@@ -105,17 +105,6 @@ def test_heads_learn_as_if_each_was_alone() -> None:
             np.testing.assert_allclose(together[name][i], single[name][0], rtol=1e-5, atol=1e-6)
 
 
-def test_rank_counts_nothing_as_right_that_is_not() -> None:
-    logits = jnp.array([[3.0, 1.0, 2.0], [1.0, 1.0, 1.0], [np.nan, np.nan, np.nan]])[:, None]
-    for labels, expected in (
-        ([0, 0, 0], [0, 0, 3]),
-        ([1, 1, 1], [2, 1, 3]),
-        ([3, -1, 0], [8, 8, 3]),
-    ):
-        found = linear.rank_of(logits, jnp.array(labels, jnp.int32))
-        assert np.asarray(found)[:, 0].tolist() == expected
-
-
 def test_all_images_held_out_is_an_error(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path, steps=())
     with pytest.raises(UserError, match="no images are left to train on: eval.held_out=0.9999"):
