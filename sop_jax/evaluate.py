@@ -17,6 +17,7 @@ Features are computed once and kept in DIR/evaluations/features, where an interr
 continues. A measurement that is finished is not repeated: the same command prints it again.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -49,6 +50,7 @@ from sop_jax.paths import write_whole
 from sop_jax.pretrained import load_network, network_of_file, settings_of
 from sop_jax.training import resume
 from sop_jax.training.checkpoint import named_leaves
+from sop_jax.training.owner import owned
 
 ALL = "all"
 
@@ -117,14 +119,19 @@ def evaluate(
     settings = task.settings()
     settings.update_from_flattened_dict(dict(changes or {}))
     check_rules(flatten(settings), task.rules, flatten(task.settings()), "--eval.")
-    with Interruption() as interruption:
+    for path in task.paths:
+        if settings[path]:
+            settings[path] = paths.expand(settings[path])
+    with Interruption() as interruption, contextlib.ExitStack() as opened:
         interruption.starting = "interrupted before anything was measured"
         loaded = None if asked.workdir else _of_file(asked)  # its settings follow from the weights
         config = loaded.config if loaded else settings_of(asked.workdir or "")
         config.eval.batch_size = asked.batch_size or config.eval.batch_size
         inputs = task.open(config, settings, data)
         _compare_data(asked, task, inputs, data)
-        writable = _is_writable(asked)
+        writable = bool(hosts.agree(int(_is_writable(asked))))
+        if writable:
+            hosts.check_shared(asked.folder)
         subject = loaded._replace(config=config) if loaded else _of_run(asked, config)
         facts = {
             "task": name,
@@ -139,6 +146,7 @@ def evaluate(
             _show(task, before, settings, f"measured before; {place}.json has the result:")
             return before
         interruption.starting = None
+        owner = opened.enter_context(owned(place, 0.0, ADVICE)) if writable else None
         tools = Toolbox(
             subject,
             make_mesh(),
@@ -148,18 +156,21 @@ def evaluate(
             interruption=interruption,
         )
         results = task.run(subject, inputs, settings, tools)
-    record = facts | {
-        "results": results,
-        "versions": hosts.versions(),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    record = {key: record[key] for key in RECORD}
-    _show(task, record, settings, f"{name} of {subject.name}:")
-    if hosts.is_first() and writable:
-        _save(epath.Path(f"{place}.json"), record)
+        record = facts | {
+            "results": results,
+            "versions": hosts.versions(),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        record = {key: record[key] for key in RECORD}
+        _show(task, record, settings, f"{name} of {subject.name}:")
+        if owner is not None:
+            owner.check()
+            if hosts.is_first():
+                _save(epath.Path(f"{place}.json"), record)
     return record
 
 
+ADVICE = "Wait until it ends, stop it, or choose another --out"
 RECORD = ("task", "step", "results", "settings", "weights", "data", "versions", "seconds")
 
 
@@ -180,16 +191,26 @@ def evaluate_all(asked: Asked, root: epath.PathLike) -> dict[str, Any]:
         if not place.exists():
             lines.append(f"{name}: not done, {place} does not exist; it needs {task.expects}")
             continue
+        changes = {}
+        if name == "backgrounds" and (heads := _heads(asked)):
+            changes["head"] = str(heads[-1])
         try:
-            results[name] = evaluate(asked, name, data={"path": str(place)})["results"]
+            record = evaluate(asked, name, changes, {"path": str(place)})
+            results[name] = record["results"]
             lines.append(f"{name}: done")
         except UserError as error:
-            if isinstance(error, KeyboardInterrupt) or type(error) is not UserError:
+            if type(error) is not UserError:  # an interruption, or a lost process
                 raise
             lines.append(f"{name}: not done, {error}")
     if hosts.is_first():
         print("\n".join(lines))
     return results
+
+
+def _heads(asked: Asked) -> list[epath.Path]:
+    """Returns the linear heads that were trained on networks of a folder, the newest last."""
+    heads = (asked.folder / "evaluations").glob("linear_*/head.npz")
+    return sorted(heads, key=lambda head: head.stat().mtime)
 
 
 def _of_run(asked: Asked, config: ml_collections.ConfigDict) -> Subject:
@@ -256,7 +277,7 @@ def _data_of(
 
 def _is_writable(asked: Asked) -> bool:
     try:
-        paths.check_writable(asked.folder, "--out")
+        paths.check_writable(asked.folder / "evaluations", "--out")
     except UserError as error:  # the network can still be measured and the result printed
         if hosts.is_first():
             print(f"the result will only be printed, not saved: {error}", file=sys.stderr)
@@ -276,7 +297,7 @@ def _cache(asked: Asked) -> epath.Path | None:
     if asked.cache == "off":
         return None
     if asked.cache is not None:
-        return epath.Path(asked.cache)
+        return epath.Path(paths.expand(asked.cache))
     folder = asked.folder / "evaluations" / "features"
     if "://" in str(folder):
         if hosts.is_first():
@@ -290,13 +311,15 @@ def _cache(asked: Asked) -> epath.Path | None:
 
 
 def _finished(place: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the record of the same measurement, if there is one."""
+    """Returns the record of the same measurement, if there is one; process 0 decides for all."""
     try:
-        record = json.loads(epath.Path(f"{place}.json").read_text())
+        text = epath.Path(f"{place}.json").read_text()
+        record = json.loads(text)
         same = all(record[key] == json.loads(json.dumps(value)) for key, value in facts.items())
     except (OSError, ValueError, KeyError, TypeError):
-        record, same = None, False
-    return record if hosts.agree(int(same)) and same else None
+        text, same = "", False
+    answer = json.loads(hosts.broadcast(json.dumps([same, text])))
+    return json.loads(answer[1]) if answer[0] else None
 
 
 def _show(
@@ -366,6 +389,11 @@ def main() -> None:
     if args.task == ALL:
         if not args.root:
             raise UserError("--task=all needs --root=ROOT, the folder with the data of all tasks")
+        if given := cli.given_data():
+            raise UserError(
+                f"--data.{min(given)} would have no effect: it is for a single task, and "
+                "--task=all finds the data below --root; leave it out"
+            )
         record = evaluate_all(asked, args.root)
     elif args.task in TASKS:
         if args.root:

@@ -109,6 +109,7 @@ def ascending(rule: Rule) -> Rule:
     )
 
 
+TRUTH = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT = Rule(lambda value: isinstance(value, str), "a string")
 COUNT = whole(1)
 COUNT_OR_ZERO = whole(0)

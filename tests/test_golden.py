@@ -275,6 +275,7 @@ def test_every_number(name):
     assert differences(load(name), computed_numbers(name)) == []
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NAMES)
 def test_any_changed_number_fails(name):
     """Changes each expected array in turn: every change must be noticed."""

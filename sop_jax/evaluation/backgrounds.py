@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Float, Integer
 
-from sop_jax import models, paths
+from sop_jax import models
 from sop_jax.data.imagenet9 import (
     CLASSES,
     CLEAN,
@@ -80,7 +80,7 @@ def open_inputs(
             "or of ImageNet-9's nine. Train one with --task=linear, which leaves head.npz"
         )
     root = name_folder(config.data, data, EXPECTED)
-    head = read_head(paths.expand(settings.head))
+    head = read_head(settings.head)
     own = {name: getattr(head.view, name) for name in ("layers", "pool", "interpolation")}
     view = view_of(config, None, resize=settings.crop, crop=settings.crop, **own)
     classes, width = head.weights.shape
@@ -175,4 +175,5 @@ TASK = Task(
     table=table,
     place="imagenet9",
     sources=lambda inputs: dict(inputs.variants),
+    paths=("head",),
 )

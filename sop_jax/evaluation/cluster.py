@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from ml_collections import config_dict
 from sklearn.cluster import KMeans
 
-from sop_jax import paths
 from sop_jax.data.folders import FolderSource, printable
 from sop_jax.data.sources import Source
 from sop_jax.data.subsets import Subset, labels_of
@@ -162,7 +161,7 @@ def read_assignments(path: epath.PathLike, images: Source) -> Int[np.ndarray, " 
     Raises:
         UserError: the file cannot be read, or its names are not those of the images.
     """
-    path = epath.Path(paths.expand(str(path)))
+    path = epath.Path(path)
     try:
         pairs = _read_npz(path) if path.suffix == ".npz" else _read_csv(path)
     except UserError:
@@ -268,4 +267,5 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=lambda inputs: {"images": inputs.images},
+    paths=("assignments",),
 )

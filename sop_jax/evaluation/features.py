@@ -17,46 +17,12 @@ from sop_jax.data.decode import AS_STORED, Decoding, decoding
 from sop_jax.data.pipeline import eval_batches
 from sop_jax.data.sources import Source
 from sop_jax.data.subsets import block
+from sop_jax.evaluation.store import Memory, Store
 from sop_jax.evaluation.task import Features, View
 from sop_jax.evaluation.views import view_of
 from sop_jax.models import Model, Params
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import put, replicated, split, to_devices
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Where the arrays of one process are kept while they are filled."""
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Returns an array to fill, with what an earlier process has filled in."""
-
-    def filled(self) -> int:
-        """Returns the number of records, from the first on, that are filled already."""
-
-    def keep(self, records: int) -> None:
-        """Takes the number of records that are filled; called after every batch and at the end."""
-
-    def close(self) -> None:
-        """Ends the work; what is filled stays."""
-
-
-class Memory:
-    """A store that ends with the process."""
-
-    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Returns an empty array."""
-        return np.empty(shape, dtype)
-
-    def filled(self) -> int:
-        """Returns 0."""
-        return 0
-
-    def keep(self, records: int) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 @runtime_checkable

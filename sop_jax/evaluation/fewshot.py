@@ -44,7 +44,7 @@ def settings() -> ml_collections.ConfigDict:
             set="",  # the name of a transfer set of the papers, whose splits and metric are used
             iterations=1000,  # at most
             dtype="float64",  # float64 | float32, of the objective
-            **view_settings(),
+            **view_settings(interpolation="bilinear"),  # as MSN scales images
         )
     )
 

@@ -626,4 +626,5 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=lambda inputs: sources_of(inputs.splits),
+    paths=("list",),
 )

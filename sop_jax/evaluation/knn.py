@@ -278,5 +278,6 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=sources_of,
+    paths=("list",),
     during_training=True,
 )

@@ -5,7 +5,8 @@ squared weights; a bias is not penalized. Two protocols choose what the features
 
 - `transfer` (DINO's and SimCLR's linear transfer): features as they are, with a bias, and 45
   strengths, of which the best on validation images is refitted on train and validation images. The
-  papers give the strength wd of the sum over n images, which is wd / n here.
+  papers give the strength wd of the sum over n images, which is wd / n here. Images are scaled to
+  the crop, so that nothing of their shorter side is cut off.
 - `ibot` (its `eval_logistic_regression.py`): features of unit norm, no bias, and strengths 0.01,
   0.1 and 1, of which the best *on the test images* is reported.
 
@@ -38,7 +39,7 @@ from sop_jax.evaluation import accuracy
 from sop_jax.evaluation.features import in_chunks, on_devices
 from sop_jax.evaluation.splits import Splits, open_splits, sources_of
 from sop_jax.evaluation.tables import aligned, percent
-from sop_jax.evaluation.task import Features, Subject, Task, Tools
+from sop_jax.evaluation.task import Features, Subject, Task, Tools, View
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import replicated
@@ -100,8 +101,17 @@ def open_inputs(
     config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict, data: Mapping[str, Any]
 ) -> Splits:
     """Opens the images, see `task.Open`."""
-    view_of(config, settings)
+    view_of_protocol(config, settings)
     return open_set(config, settings.set, data, "logistic regression")
+
+
+def view_of_protocol(
+    config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict
+) -> View:
+    """Returns the view; for `transfer`, images are scaled to the crop unless `resize` is set."""
+    view = view_of(config, settings)
+    margin = settings.protocol == "ibot" or settings.resize is not None
+    return view if margin else view._replace(resize=view.crop)
 
 
 def open_set(
@@ -133,7 +143,7 @@ def run(
         `images`, and `unreadable`, the number of images that were left out.
     """
     assert inputs.test is not None
-    view = view_of(subject.config, settings)
+    view = view_of_protocol(subject.config, settings)
     train, test = tools.features(inputs.train, view), tools.features(inputs.test, view)
     chosen_by = "mean_per_class" if mean_per_class(settings.set) else "top1"
     unit = settings.protocol == "ibot"

@@ -120,7 +120,7 @@ def open_inputs(
             "folder that is searched; leave one of them out"
         )
     try:
-        folder = paths.expand(settings.images)
+        folder = settings.images
     except UserError as error:
         raise UserError(f"--eval.images={settings.images}: {error}") from error
     images = folder_source(folder)
@@ -338,4 +338,5 @@ TASK = Task(
     table=table,
     place="revisited_paris_oxford",
     sources=sources_of,
+    paths=("images",),
 )

@@ -20,7 +20,8 @@ from sop_jax.data.decode import Decoding, decoding, load_image
 from sop_jax.data.sources import Source
 from sop_jax.data.subsets import block
 from sop_jax.data.thumbnails import cut, scaled, thumbnail
-from sop_jax.evaluation.features import Extract, Memory, Store, of_share, pooled
+from sop_jax.evaluation.features import Extract, of_share, pooled
+from sop_jax.evaluation.store import Memory, Store
 from sop_jax.evaluation.task import Features, View
 from sop_jax.models import Model, Params
 from sop_jax.parallel import hosts

@@ -134,11 +134,13 @@ RULES = {
         lambda values: not values or rules.some(rules.COUNT_OR_ZERO).fits(values),
         "indices of layers, counted from 0",
     ),
+    "norm": rules.TRUTH,
     "iterations": rules.COUNT,
     "batch_size": rules.COUNT,
     "lr": rules.unset_or(rules.POSITIVE),
     "warmup": rules.COUNT_OR_ZERO,
     "weight_decay": rules.NOT_NEGATIVE,
+    "decay_tokens": rules.TRUTH,
     "layer_decay": rules.unset_or(rules.positive(1)),
     "drop_path": rules.unset_or(rules.less_than(1)),
     "dropout": rules.less_than(1),
@@ -623,7 +625,7 @@ def sources_of(inputs: Inputs) -> dict[str, Source | None]:
     return {"train": inputs.train, "test": inputs.test}
 
 
-TASK: Task = Task(
+TASK = Task(
     does="semantic segmentation of ADE20K with a linear head on a frozen ViT, or with UPerNet",
     expects=ade20k.EXPECTS,
     settings=settings,
@@ -633,4 +635,5 @@ TASK: Task = Task(
     table=table,
     place="ade20k",
     sources=sources_of,
+    paths=("weights",),
 )

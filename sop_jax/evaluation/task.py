@@ -174,6 +174,7 @@ class Task(NamedTuple):
         table: maps the result and the settings to a table for people, with the papers' numbers.
         place: the name of its data's folder below `--root`.
         sources: maps the inputs to the sources by split, which identify the data in the results.
+        paths: the settings that are paths, in which `~` is expanded.
         during_training: whether it is fast enough to run on the way; its result must be flat.
     """
 
@@ -186,4 +187,5 @@ class Task(NamedTuple):
     table: Callable[[Mapping[str, Any], ml_collections.ConfigDict], str]
     place: str
     sources: Callable[[Any], Mapping[str, Source | None]]
+    paths: tuple[str, ...] = ()
     during_training: bool = False

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,15 +15,18 @@ from jax.sharding import Mesh
 from sop_jax.data.decode import decoding
 from sop_jax.data.sources import Source, identity
 from sop_jax.errors import Interrupted
-from sop_jax.evaluation import cache
-from sop_jax.evaluation.cache import Disk, key_of, size_on_disk
-from sop_jax.evaluation.features import Extract, Memory, Store, make_extractor, whole
+from sop_jax.evaluation import store as store_lib
+from sop_jax.evaluation.features import Extract, make_extractor, whole
 from sop_jax.evaluation.scales import make_scale_extractor
+from sop_jax.evaluation.store import Disk, Memory, Store, key_of, size_on_disk
 from sop_jax.evaluation.task import Bar, Features, Subject, View
 from sop_jax.monitor.corrupt import print_corrupt
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
+from sop_jax.training.owner import owned
 
+WAIT = 24 * 3600.0  # seconds, for another command that computes the same features
+ADVICE = "Wait until it ends, stop it, or keep the features elsewhere with --cache=DIR"
 LINES_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -75,28 +78,42 @@ class Toolbox:
                 if view.longest
                 else make_extractor(subject.model, subject.config, self.mesh, view)
             )
-        store = self._store(source, view)
-        known = store.filled() if isinstance(store, Disk) else 0
+        if self.cache is None:
+            found = self._extract(source, view, Memory())
+        else:
+            facts = self._facts(source, view)
+            folder = self.cache / key_of(facts)
+            with owned(folder, WAIT, ADVICE):
+                found = self._extract_to_disk(source, view, folder, facts)
+        if found.corrupt:
+            self._report(source, found.corrupt)
+        return found
+
+    def _extract(self, source: Source, view: View, store: Store) -> Features:
         with contextlib.closing(store), self.progress(len(source), "image") as bar:
-            found = self.extractors[view](
+            return self.extractors[view](
                 self.subject.params, source, bar.update, self.between, store
             )
-        if isinstance(store, Disk) and store.filled() > known:
+
+    def _extract_to_disk(
+        self, source: Source, view: View, folder: epath.Path, facts: Mapping[str, Any]
+    ) -> Features:
+        store = Disk(folder / f"{jax.process_index()}", facts, store_lib.KEEP_SECONDS)
+        known = store.filled()
+        found = self._extract(source, view, store)
+        if store.filled() > known:
             size = size_on_disk(store.folder) / 1e6
             self.note(
                 f"kept the features of {len(source)} images in {store.folder} ({size:.1f} MB); "
                 "they can be deleted, or not kept with --cache=off"
             )
-        elif isinstance(store, Disk):
+        else:
             self.note(f"took the features of {len(source)} images from {store.folder}")
-        if found.corrupt:
-            self._report(source, found.corrupt)
         return found
 
-    def _store(self, source: Source, view: View) -> Store:
-        if self.cache is None:
-            return Memory()
-        facts = {
+    def _facts(self, source: Source, view: View) -> dict[str, Any]:
+        """Returns all that the features depend on."""
+        return {
             "weights": self.subject.fingerprint,
             "images": identity(source),
             "view": view._asdict(),
@@ -104,8 +121,6 @@ class Toolbox:
             "versions": hosts.versions(),
             "processes": jax.process_count(),
         }
-        folder = self.cache / key_of(facts) / f"{jax.process_index()}"
-        return Disk(folder, facts, cache.KEEP_SECONDS)
 
     def _report(self, source: Source, corrupt: list[int]) -> None:
         if self.corrupt is not None:
@@ -123,7 +138,10 @@ class Toolbox:
             return save
         answer = self.interruption.poll(save)
         if answer.stop:
-            raise Interrupted(self.interruption.starting or "interrupted")
+            kept = "; what was computed is kept, and the same command continues"
+            raise Interrupted(
+                self.interruption.starting or f"interrupted{kept if self.cache else ''}"
+            )
         if answer.save:
             self.interruption.saved()
         return answer.save

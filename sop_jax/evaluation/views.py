@@ -24,19 +24,22 @@ VIEW_RULES: dict[str, Rule] = {
 }
 
 
-def view_settings(layers: int | None = 1, pool: str = "cls") -> dict[str, Any]:
+def view_settings(
+    layers: int | None = 1, pool: str = "cls", interpolation: str = "bicubic"
+) -> dict[str, Any]:
     """Returns the settings of VIEW_RULES with their defaults.
 
     Args:
         layers: the default of `layers`; None for what the papers use for the size of the network.
         pool: the default of `pool`; AUTO for what the papers use.
+        interpolation: the default of `interpolation`.
 
     Returns:
         The settings; an unset `resize` or `crop` is that of the run.
     """
     unset = {name: config_dict.placeholder(int) for name in ("resize", "crop", "layers")}
     given = {} if layers is None else {"layers": layers}
-    return {**unset, **given, "interpolation": "bicubic", "pool": pool}
+    return {**unset, **given, "interpolation": interpolation, "pool": pool}
 
 
 def usual(model: ml_collections.ConfigDict) -> tuple[int, str]:

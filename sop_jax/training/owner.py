@@ -218,21 +218,25 @@ class Owner:
                 self._beat()
 
 
+ADVICE = "Wait until it ends (--wait=SECONDS does so), stop it, or choose another --workdir"
+
+
 @contextlib.contextmanager
-def owned(workdir: epath.Path, wait: float) -> Iterator[Owner]:
+def owned(workdir: epath.Path, wait: float, advice: str = ADVICE) -> Iterator[Owner]:
     """A context in which only this run writes to a workdir; all its processes enter it.
 
     Args:
         workdir: the folder, which need not exist; if nothing is written, it is left as it was.
         wait: the seconds to wait for another run that owns the workdir. The wait is somewhat
             longer if it is not known whether that run is alive.
+        advice: what to do if another run owns the workdir.
 
     Raises:
         UserError: on every process: another run owns the workdir, or it cannot be written to.
     """
     store = open_store(workdir)
     owner = Owner(workdir, store, None)
-    search = Search(workdir, store, wait) if hosts.is_first() else None
+    search = Search(workdir, store, wait, advice) if hosts.is_first() else None
     try:
         while True:
             found, trouble = search.advance() if search else (None, "")
@@ -257,8 +261,8 @@ def open_store(workdir: epath.Path) -> Store:
 class Search:
     """The attempts of the first process of a run to become the owner of the workdir."""
 
-    def __init__(self, workdir: epath.Path, store: Store, wait: float) -> None:
-        self.workdir, self.store, self.wait = workdir, store, wait
+    def __init__(self, workdir: epath.Path, store: Store, wait: float, advice: str) -> None:
+        self.workdir, self.store, self.wait, self.advice = workdir, store, wait, advice
         self.began = time.monotonic()
         self.text = json.dumps(_record())
         self.seen: Claim | None = None  # the owner that is being watched
@@ -305,7 +309,7 @@ class Search:
     def _refusal(self, found: Claim) -> str:
         return (
             f"{_who(found.text)} owns {self.workdir}, and only one run at a time can write there. "
-            "Wait until it ends (--wait=SECONDS does so), stop it, or choose another --workdir"
+            f"{self.advice}"
         )
 
 

@@ -18,7 +18,7 @@ from test_evaluate import make_run
 from sop_jax.data.revisited import read_truth
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import Asked, evaluate
-from sop_jax.evaluation import cache, ranking, retrieval, scales
+from sop_jax.evaluation import ranking, retrieval, scales
 from sop_jax.evaluation.scales import at_scales
 from sop_jax.evaluation.task import View
 from sop_jax.evaluation.tools import Toolbox
@@ -186,7 +186,7 @@ def test_an_interrupted_extraction_computes_nothing_twice(tmp_path):
         raise Stopped
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cache, "KEEP_SECONDS", 0.0)
+        monkeypatch.setattr(store, "KEEP_SECONDS", 0.0)
         box = toolbox(cache=epath.Path(tmp_path / "cache"))
         monkeypatch.setattr(box, "between", stop)
         with pytest.raises(Stopped):
@@ -231,7 +231,7 @@ def test_a_command_that_is_interrupted_and_resumed_finds_the_same(tmp_path, monk
         return load(share, record, *rest)
 
     monkeypatch.setattr(scales, "load_image", counted)
-    monkeypatch.setattr(cache, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(store, "KEEP_SECONDS", 0.0)
     with pytest.raises(Interrupted):
         neighbours("resumed")
     assert not list((tmp_path / "resumed" / "evaluations").glob("*.json"))

@@ -1,4 +1,4 @@
-"""Features on disk: an evaluation computes those of a network and a data set only once.
+"""Where features are kept: on disk, so that those of a network and a data set are computed once.
 
 A folder of the cache has the arrays of one process as .npy files, which are filled in place, so
 that an interrupted extraction continues where it stopped. Its name is a hash of all that the
@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -22,8 +22,43 @@ KEEP_SECONDS = 20.0  # between two notes of how far an extraction is
 _FILE = "about.json"
 
 
+@runtime_checkable
+class Store(Protocol):
+    """Where the arrays of one process are kept while they are filled."""
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns an array to fill, with what an earlier process has filled in."""
+
+    def filled(self) -> int:
+        """Returns the number of records, from the first on, that are filled already."""
+
+    def keep(self, records: int) -> None:
+        """Takes the number of records that are filled; called after every batch and at the end."""
+
+    def close(self) -> None:
+        """Ends the work; what is filled stays."""
+
+
+class Memory:
+    """A store that ends with the process."""
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns an empty array."""
+        return np.empty(shape, dtype)
+
+    def filled(self) -> int:
+        """Returns 0."""
+        return 0
+
+    def keep(self, records: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class Disk:
-    """A store of one process's arrays in a folder, see `features.Store`."""
+    """A store of one process's arrays in a folder, see `Store`."""
 
     def __init__(self, folder: epath.Path, about: Mapping[str, Any], every: float) -> None:
         """Opens a folder, or creates it.
