@@ -68,10 +68,16 @@ def open_davis(root: str, split: str | None = None) -> list[Clip]:
     return [_open_clip(folder, name) for name in _names(folder, split)]
 
 
+def usual_split(root: str) -> str:
+    """Returns the split that is opened if none is named: val, or "" if there are no lists."""
+    return "val" if _splits(epath.Path(root)) else ""
+
+
 def frames_of(root: str, clips: Sequence[Clip]) -> ListedFiles:
-    """Returns all frames of the clips as one source, whose digest identifies them."""
+    """Returns all frames of the clips as one source, which identifies them and their masks."""
     files = [f"{clip.name}/{frame.name}" for clip in clips for frame in clip.frames]
-    return ListedFiles(epath.Path(root) / FRAMES, files)
+    masks = [mask for clip in clips for mask in clip.masks]
+    return ListedFiles(epath.Path(root) / FRAMES, files, truth=masks)
 
 
 def read_frame(path: epath.Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -127,28 +133,34 @@ def scaled(mask: UInt8[np.ndarray, "H W"], size: tuple[int, int]) -> UInt8[np.nd
     return np.asarray(image)
 
 
+def _splits(folder: epath.Path) -> list[str]:
+    """Returns the names of the lists of clips."""
+    lists = folder / SPLITS
+    return sorted(f.stem for f in lists.glob("*.txt")) if lists.is_dir() else []
+
+
 def _names(folder: epath.Path, split: str | None) -> list[str]:
     """Returns the names of the clips of a split, or of all clips if there are no splits."""
     there = sorted(f.name for f in (folder / FRAMES).iterdir() if f.is_dir())
-    lists = folder / SPLITS
-    splits = sorted(f.stem for f in lists.glob("*.txt")) if lists.is_dir() else []
-    if split is None and not splits:
+    lists, splits = folder / SPLITS, _splits(folder)
+    split = split or usual_split(str(folder))
+    if not split:
         names = there
-    elif (split or "val") not in splits:
+    elif split not in splits:
         known = f"there are {', '.join(splits)}" if splits else "there is no such folder"
         raise UserError(
-            f"there is no list of clips {lists / (split or 'val')}.txt; {known}. Name a split that "
+            f"there is no list of clips {lists / split}.txt; {known}. Name a split that "
             "exists with --data.test_split, or remove ImageSets to use all clips"
         )
     else:
-        names = (lists / f"{split or 'val'}.txt").read_text().split()
+        names = (lists / f"{split}.txt").read_text().split()
     if not names:
         raise UserError(f"there are no clips in {folder}. {LAYOUT}")
     if absent := [name for name in names if name not in there]:
         raise UserError(
             f"{len(absent)} of the {len(names)} clips of the split have no folder in "
-            f"{folder / FRAMES}: {', '.join(absent[:SHOWN])}{nearest(absent[0], there)} Download "
-            "them, or remove their names from the list"
+            f"{folder / FRAMES}: {', '.join(absent[:SHOWN])}{nearest(absent[0], there)}; expected "
+            "a folder of frames for each; download the clips, or remove their names from the list"
         )
     return names
 

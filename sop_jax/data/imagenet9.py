@@ -6,6 +6,7 @@ The layout is that of the official release: ROOT/VARIANT/val/CLASS/*.JPEG, with 
 
 import json
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -44,11 +45,16 @@ def open_variants(root: epath.PathLike) -> dict[str, ListedFiles]:
             f"{root} contains none of the variants of ImageNet-9. Expected {EXPECTED}. Give the "
             "folder that contains the folders of the variants"
         )
-    return {name: open_variant(epath.Path(root) / name / "val") for name in names}
+    known = [path for path in (epath.Path(root) / MAP,) if path.is_file()]
+    return {name: open_variant(epath.Path(root) / name / "val", known) for name in names}
 
 
-def open_variant(folder: epath.Path) -> ListedFiles:
+def open_variant(folder: epath.Path, truth: Sequence[epath.Path] = ()) -> ListedFiles:
     """Returns the images of one variant. Labels are the numbers with which folders begin.
+
+    Args:
+        folder: contains the folders of the classes.
+        truth: see `ListedFiles`.
 
     Raises:
         UserError: there is no image, or a folder has no number from 00 to 08.
@@ -57,7 +63,7 @@ def open_variant(folder: epath.Path) -> ListedFiles:
     classes = [file.split("/", 1)[0] if "/" in file else "" for file in files]
     numbers = {name: _number(folder, name) for name in sorted(set(classes))}
     labels = np.array([numbers[name] for name in classes], np.int32)
-    return ListedFiles(folder, files, labels)
+    return ListedFiles(folder, files, labels, truth=truth)
 
 
 def _number(folder: epath.Path, name: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from sop_jax.data.folders import printable
+from sop_jax.data.folders import printable, stamp_of
 from sop_jax.data.labels import Labelled
 
 
@@ -23,9 +23,18 @@ class ListedFiles(Labelled):
         files: Sequence[str],
         labels: np.ndarray | None = None,
         class_names: list[str] | None = None,
+        truth: Sequence[epath.Path] = (),
     ) -> None:
-        """Creates a source from files relative to `root`, and their labels int32 [n]."""
-        self.root, self.files = str(root), list(files)
+        """Creates a source.
+
+        Args:
+            root: the folder.
+            files: the images, relative to it.
+            labels: their labels, int32 [n].
+            class_names: the names of the labels in order.
+            truth: other files with which results are compared, such as masks.
+        """
+        self.root, self.files, self.truth = str(root), list(files), list(truth)
         self.labels, self.class_names = labels, class_names
 
     def __len__(self) -> int:
@@ -43,3 +52,13 @@ class ListedFiles(Labelled):
         """A hash of the file names in order, relative to the root."""
         names = "\0".join(self.files).encode("utf-8", "surrogateescape")
         return hashlib.sha256(names).hexdigest()[:12]
+
+    @property
+    def stamp(self) -> str:
+        """A hash that changes with the files, their labels or the truth; see `sources.stamp`."""
+        stamp = hashlib.sha256(stamp_of(self.root, self.files).encode())
+        if self.labels is not None:
+            stamp.update(self.labels.tobytes())
+        for path in self.truth:
+            stamp.update(hashlib.sha256(path.read_bytes()).digest())
+        return stamp.hexdigest()[:12]

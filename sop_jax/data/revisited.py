@@ -90,7 +90,9 @@ def open_revisited(root: epath.PathLike, name: str) -> Revisited:
             f"Expected all {len(files[0])} images and {len(files[1])} queries as .jpg files. "
             "Download what is missing"
         )
-    return Revisited(name, ListedFiles(jpg, files[0]), ListedFiles(jpg, files[1]), truth)
+    # The features of the database, which take long, do not depend on the truth.
+    database, asked = ListedFiles(jpg, files[0]), ListedFiles(jpg, files[1], truth=[path])
+    return Revisited(name, database, asked, truth)
 
 
 def read_truth(path: epath.PathLike) -> tuple[list[str], list[str], list[Truth]]:

@@ -26,7 +26,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.agreement import agreement
 from sop_jax.evaluation.splits import open_split
 from sop_jax.evaluation.tables import aligned, percent
-from sop_jax.evaluation.task import Subject, Task, Tools
+from sop_jax.evaluation.task import Subject, Task, Tools, check_unused
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
 from sop_jax.rules import COUNT, TEXT, one_of, unset_or
@@ -85,6 +85,8 @@ def open_inputs(
             "folder per class, or use --data.path to name other data that has labels"
         )
     if settings.assignments:
+        unused = set(RULES) - {"split", "assignments"}
+        check_unused(TASK, settings, sorted(unused), "--eval.assignments is measured instead")
         return Inputs(images, 0, read_assignments(settings.assignments, images))
     clusters = settings.clusters or len(np.unique(labels_of(images)))
     if clusters > len(images):
@@ -138,9 +140,9 @@ def k_means(
         for start in range(starts):
             if start:
                 tools.between()
-            found = KMeans(
-                clusters, n_init=1, max_iter=iterations, random_state=(tools.seed + start) % 2**32
-            ).fit(rows)
+            seed = (tools.seed + start) % 2**32
+            with tools.at_once():
+                found = KMeans(clusters, n_init=1, max_iter=iterations, random_state=seed).fit(rows)
             if found.inertia_ < least:
                 best, least = found.labels_.astype(np.int32), found.inertia_
             bar.update(1)

@@ -27,7 +27,7 @@ from sop_jax import paths
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding, load_image
 from sop_jax.data.folders import FolderSource, folder_source, printable
-from sop_jax.data.named import name_folder, use_folder
+from sop_jax.data.named import LOOKED_AT, name_folder, use_folder
 from sop_jax.data.revisited import EXPECTED, SETS, Revisited, open_revisited
 from sop_jax.data.sources import Source
 from sop_jax.data.thumbnails import thumbnail
@@ -36,7 +36,15 @@ from sop_jax.evaluation import ranking
 from sop_jax.evaluation.contact_sheet import TILE, Tile, contact_sheet
 from sop_jax.evaluation.scales import SCALES
 from sop_jax.evaluation.tables import aligned, percent
-from sop_jax.evaluation.task import POOLS, Features, Subject, Task, Tools, View
+from sop_jax.evaluation.task import (
+    POOLS,
+    Features,
+    Subject,
+    Task,
+    Tools,
+    View,
+    check_unused,
+)
 from sop_jax.evaluation.views import view_of
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import put, replicated, split
@@ -45,6 +53,7 @@ from sop_jax.rules import COUNT, TEXT, one_of, positive, some
 
 CHUNK = 1024  # queries at a time; the last chunk is padded, so that all share one program
 SHOWN = 10  # the most neighbours in a row of the contact sheet
+FILES = ("neighbours.csv", "neighbours.png")
 
 RULES = {
     "sets": some(one_of(SETS)),
@@ -111,29 +120,34 @@ def open_inputs(
 ) -> Inputs:
     """Opens the revisited sets, or the folder to search; see `task.Open`."""
     view(config, settings)
+    _check_use(settings, data)
     if not settings.images:
         root = name_folder(config.data, data, EXPECTED)
         return Inputs(tuple(open_revisited(root, name) for name in settings.sets), None)
-    if data.get("path"):
-        raise UserError(
-            f"--data.path={data['path']} would have no effect with --eval.images, which is the "
-            "folder that is searched; leave one of them out"
-        )
-    try:
-        folder = settings.images
-    except UserError as error:
-        raise UserError(f"--eval.images={settings.images}: {error}") from error
-    images = folder_source(folder)
+    images = folder_source(settings.images)
     if len(images) < 2:
         raise UserError(
-            f"--eval.images={folder} contains one image only. Expected at least two, so that each "
-            "has a neighbour. Name another folder"
+            f"--eval.images={settings.images} contains one image only. Expected at least two, so "
+            "that each has a neighbour. Name another folder"
         )
-    use_folder(config.data, folder, data)
+    use_folder(config.data, settings.images, data)
     if hosts.is_first():
         for note in sources.notes(images):
             print(note, file=sys.stderr)
     return Inputs((), images)
+
+
+def _check_use(settings: ml_collections.ConfigDict, data: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting or a flag that has no effect because of `images`."""
+    if not settings.images:
+        check_unused(TASK, settings, ("neighbours", "rows"), "it is for --eval.images")
+        return
+    check_unused(TASK, settings, ("sets",), "--eval.images is searched instead")
+    if given := sorted(data.keys() & {"source", *LOOKED_AT["tfds"]}):
+        raise UserError(
+            f"--data.{given[0]}={data[given[0]]} would have no effect with --eval.images, which "
+            "is the folder that is searched; leave one of them out"
+        )
 
 
 def run(
@@ -144,7 +158,8 @@ def run(
     Returns:
         For each set and each of the protocols E, M and H: `map`, and `mp_at_1`, `mp_at_5` and
         `mp_at_10`, shares in [0, 1], and the number of `unreadable` images. For a folder, the
-        numbers of `images`, of `neighbours` per image and of `unreadable` images.
+        numbers of `images`, of `neighbours` per image and of `unreadable` images, and `files`, the
+        names of the files that were written.
     """
     what = view(subject.config, settings)
     if inputs.images is None:
@@ -162,9 +177,13 @@ def run(
     elif hosts.is_first():
         _save(tools.folder, subject.config, inputs.images, features, found, settings.rows)
     if tools.folder is not None:
-        tools.note(f"the neighbours are in {tools.folder}: neighbours.csv, neighbours.png")
-    count = len(features.index)
-    return {"images": count, "neighbours": k, "unreadable": len(features.corrupt)}
+        tools.note(f"the neighbours are in {tools.folder}: {', '.join(FILES)}")
+    return {
+        "images": len(features.index),
+        "neighbours": k,
+        "unreadable": len(features.corrupt),
+        "files": list(FILES) if tools.folder is not None else [],
+    }
 
 
 # Rankings
@@ -295,11 +314,9 @@ def _small(images: Source, record: int, config: ml_collections.ConfigDict) -> np
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
     """Returns mAP and mP@k in percent, and the papers' mAP."""
     if settings.images:
-        lines = [
-            f"{result['neighbours']} nearest neighbours of each of {result['images']} images are "
-            "in neighbours.csv, and some of them in neighbours.png"
-        ]
-        return "\n".join([*lines, *_unreadable("folder", result["unreadable"])])
+        where = f"are in {', '.join(result['files'])}" if result["files"] else "were not saved"
+        found = f"{result['neighbours']} nearest neighbours of each of {result['images']} images"
+        return "\n".join([f"{found} {where}", *_unreadable("folder", result["unreadable"])])
     names = ["map", *(f"mp_at_{k}" for k in ranking.CUTOFFS)]
     rows: list[list[Any]] = [["set", "protocol", "mAP", *(f"mP@{k}" for k in ranking.CUTOFFS)]]
     notes = []

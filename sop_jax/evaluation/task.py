@@ -1,7 +1,7 @@
 """The interface of evaluations: a task, the network that it measures, and the tools it uses."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float16, Float32, Int32
 
 from sop_jax.data.sources import Source
+from sop_jax.errors import UserError
 from sop_jax.models import Model, Params
 from sop_jax.rules import Rule
 
@@ -124,6 +125,13 @@ class Tools(Protocol):
             Whether to save it now; the same on all processes.
         """
 
+    def at_once(self) -> AbstractContextManager[None]:
+        """Returns a context that raises Interrupted as soon as the process is asked to stop.
+
+        It is for long calls of other packages, which cannot call `between`. With several processes
+        it does nothing, because all must stop together.
+        """
+
     def progress(self, total: int, unit: str) -> AbstractContextManager[Bar]:
         """Returns a context that shows a progress bar, in the first process."""
 
@@ -189,3 +197,26 @@ class Task(NamedTuple):
     sources: Callable[[Any], Mapping[str, Source | None]]
     paths: tuple[str, ...] = ()
     during_training: bool = False
+
+
+def check_unused(
+    task: Task, settings: ml_collections.ConfigDict, names: Iterable[str], reason: str
+) -> None:
+    """Checks that settings which have no effect have their defaults.
+
+    Args:
+        task: the task.
+        settings: its settings.
+        names: those that have no effect.
+        reason: why, for the message.
+
+    Raises:
+        UserError: one of them differs from its default.
+    """
+    defaults = task.settings()
+    for name in names:
+        if settings[name] != defaults[name]:
+            raise UserError(
+                f"--eval.{name}={settings[name]} would have no effect: {reason}; expected its "
+                "default; leave it out"
+            )

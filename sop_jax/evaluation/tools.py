@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -145,6 +145,21 @@ class Toolbox:
         if answer.save:
             self.interruption.saved()
         return answer.save
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context that raises Interrupted when asked to stop; see `task.Tools`."""
+        if self.interruption is None or hosts.several():
+            yield
+            return
+        try:
+            with self.interruption.at_once():
+                if self.interruption.asked:  # before the context, so that no exception was raised
+                    raise KeyboardInterrupt
+                yield
+        except KeyboardInterrupt:
+            kept = "; the features are kept, and the same command computes the rest again"
+            raise Interrupted(f"interrupted{kept if self.cache else ''}") from None
 
     def progress(self, total: int, unit: str) -> AbstractContextManager[Bar]:
         """Returns a context that shows a progress bar, in the first process."""

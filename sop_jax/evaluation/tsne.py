@@ -31,6 +31,8 @@ from sop_jax.rules import one_of, positive, whole
 
 LEAST_ITERATIONS = 300  # the first 250 exaggerate attractions, without measuring the divergence
 
+FILES = ("tsne.png", "tsne.html", "tsne.csv")
+
 RULES = VIEW_RULES | {
     "split": one_of(SPLITS),
     "images": whole(2),
@@ -90,13 +92,14 @@ def run(
     """Writes tsne.png, tsne.html and tsne.csv.
 
     Returns:
-        The numbers of `images` and of `unreadable` images, and `divergence`, the Kullback-Leibler
-        divergence that t-SNE minimizes.
+        The numbers of `images` and of `unreadable` images; `divergence`, the Kullback-Leibler
+        divergence that t-SNE minimizes; and `files`, the names of the files that were written.
     """
     features = tools.whole(tools.features(inputs.images, view_of(subject.config, settings)))
     _check_perplexity(settings.perplexity, len(features.index))
     tools.note(f"computing the map of {len(features.index)} images")
-    at, divergence = embed(features.vectors, settings, tools.seed)
+    with tools.at_once():
+        at, divergence = embed(features.vectors, settings, tools.seed)
     if tools.folder is None:
         tools.note("the map is not saved, because the folder cannot be written to")
     elif hosts.is_first():
@@ -105,9 +108,13 @@ def run(
         classes = _class_names(inputs.images, features.labels)
         _save(tools.folder, Points(title, at, names, features.labels, classes))
     if tools.folder is not None:
-        tools.note(f"the map is in {tools.folder}: tsne.png, tsne.html, tsne.csv")
-    count, unreadable = len(features.index), len(features.corrupt)
-    return {"images": count, "unreadable": unreadable, "divergence": divergence}
+        tools.note(f"the map is in {tools.folder}: {', '.join(FILES)}")
+    return {
+        "images": len(features.index),
+        "unreadable": len(features.corrupt),
+        "divergence": divergence,
+        "files": list(FILES) if tools.folder is not None else [],
+    }
 
 
 def embed(
@@ -160,8 +167,9 @@ def _save(folder: epath.Path, points: Points) -> None:
 
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
     """Returns where the map is, and how well it keeps the neighbours of the features."""
+    where = f"is in {', '.join(result['files'])}" if result["files"] else "was not saved"
     lines = [
-        f"a map of {result['images']} images is in tsne.png, tsne.html and tsne.csv",
+        f"a map of {result['images']} images {where}",
         f"Kullback-Leibler divergence: {result['divergence']:.3f}",
     ]
     if result["unreadable"]:

@@ -137,7 +137,8 @@ def open_clips(
             "the folder that contains JPEGImages with --data.path"
         )
     clips = davis.open_davis(data["path"], data.get("test_split"))
-    config.data.update(source="folder", name="", train_split="", test_split="")
+    split = davis.usual_split(data["path"])
+    config.data.update(source="folder", name="", train_split="", test_split=split)
     config.data.update(data)
     return Inputs(clips, davis.frames_of(data["path"], clips))
 
@@ -154,7 +155,8 @@ def measure_clips(
     Returns:
         `JF_mean`, the mean of J and F; `J_mean`, `J_recall`, `J_decay`, and the same of F, all
         means over the objects of all clips, as shares in [0, 1], None where there are no scores;
-        `objects`, their number; and `clips`, which has the same of each clip, and its `Record`.
+        `objects`, their number; `files`, the folders of masks that were written; and `clips`, which
+        has the same of each clip, and its `Record`.
     """
     look = make_look(subject, settings.red_std)
     longest_first = sorted(inputs.clips, key=lambda clip: -len(clip.frames))
@@ -185,6 +187,7 @@ def measure_clips(
     return {
         **summary([row for record in records for row in record["scores"]]),
         "objects": sum(record["objects"] for record in records),
+        "files": [clip.name for clip in inputs.clips] if tools.folder is not None else [],
         "clips": {
             clip.name: {**record, **summary(record["scores"])}
             for clip, record in zip(inputs.clips, records, strict=True)

@@ -64,10 +64,25 @@ def test_all_clips_are_opened_without_a_list(root: pathlib.Path) -> None:
     )
 
 
+def test_frames_are_identified_by_their_contents_and_those_of_the_masks(root: pathlib.Path) -> None:
+    def stamp() -> str:
+        return davis.frames_of(str(root), davis.open_davis(str(root))).stamp
+
+    seen = [stamp()]
+    assert stamp() == seen[0]
+    (root / davis.MASKS / "bear" / "00002.png").write_bytes(davis.encode_mask(mask_of(1)))
+    seen.append(stamp())
+    frame = root / davis.FRAMES / "swan" / "00001.jpg"
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(frame)
+    seen.append(stamp())
+    assert len(set(seen)) == 3
+
+
 def test_a_list_selects_clips_and_their_order(root: pathlib.Path) -> None:
     write_split(root, "val", "swan\n")
     write_split(root, "train", "swan\nbear\n\n")
     assert [clip.name for clip in davis.open_davis(str(root))] == ["swan"]
+    assert davis.usual_split(str(root)) == "val"
     assert [clip.name for clip in davis.open_davis(str(root), "train")] == ["swan", "bear"]
     assert "there are train, val. Name a split" in error(root, "test")
 
@@ -110,6 +125,8 @@ def test_a_list_with_a_clip_that_is_absent(root: pathlib.Path) -> None:
     write_split(root, "val", "bear\nswam\n")
     message = error(root)
     assert "1 of the 2 clips" in message and "did you mean swan?" in message
+    write_split(root, "val", "nope\n")
+    assert "480p: nope; expected a folder of frames for each; download the clips" in error(root)
 
 
 def test_frames_that_are_missing(root: pathlib.Path) -> None:

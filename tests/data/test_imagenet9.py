@@ -26,6 +26,17 @@ def test_labels_are_the_numbers_of_the_folders(tmp_path):
     assert variants["original"].label(0) == 8  # also where the other classes are absent
 
 
+def test_variants_are_identified_by_the_map_of_classes_too(tmp_path):
+    write_tree(tmp_path, ["no_fg/val/05_insect/1.JPEG"])
+    stamps = [open_variants(tmp_path)["no_fg"].stamp]
+    for text in ("{}", "[]"):
+        (tmp_path / "in_to_in9.json").write_text(text)
+        stamps.append(open_variants(tmp_path)["no_fg"].stamp)
+    (tmp_path / "no_fg/val/05_insect/1.JPEG").write_bytes(b"another image")
+    stamps.append(open_variants(tmp_path)["no_fg"].stamp)
+    assert len(set(stamps)) == 4
+
+
 def test_the_real_tiles(shared):
     folder = shared / "data" / "fixtures" / "imagenet9"
     tiles = open_variants(folder / "montage_tiles")

@@ -114,3 +114,15 @@ def test_missing_files_are_named(tmp_path):
     (folder / "jpg").rmdir()
     with pytest.raises(UserError, match="3 images and 2 queries, but no folder called jpg"):
         open_revisited(tmp_path, NAME)
+
+
+def test_queries_are_identified_by_the_truth_too(tmp_path):
+    folder = write_set(tmp_path, content())
+    found = open_revisited(tmp_path, NAME)
+    images, queries = found.images.stamp, found.queries.stamp
+    assert (images, queries) == (found.images.stamp, found.queries.stamp)
+    (folder / f"gnd_{NAME}.pkl").write_bytes(pickle.dumps(content(), protocol=2))
+    found = open_revisited(tmp_path, NAME)
+    assert found.images.stamp == images and found.queries.stamp != queries
+    (folder / "jpg" / "a.jpg").write_bytes(b"another image")
+    assert found.images.stamp != images

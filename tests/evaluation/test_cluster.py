@@ -1,7 +1,11 @@
 """Clusters of the digits, and of files of assignments."""
 
 import copy
+import os
 import pathlib
+import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -11,8 +15,9 @@ from sklearn.metrics import normalized_mutual_info_score
 from subjects import toolbox, untrained
 
 from sop_jax.data.sources import DigitsSource
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import cluster
+from sop_jax.parallel.interruption import Interruption
 
 DIGITS = {"source": "digits"}
 
@@ -20,7 +25,7 @@ DIGITS = {"source": "digits"}
 def measure(data: dict[str, str], **changes: Any) -> tuple[dict[str, Any], str]:
     """Returns the result and the table of the task with a few settings changed."""
     settings = cluster.settings()
-    settings.update(starts=2, **changes)
+    settings.update({} if "assignments" in changes else {"starts": 2}, **changes)
     inputs = cluster.open_inputs(copy.deepcopy(untrained().config), settings, data)
     result = cluster.run(untrained(), inputs, settings, toolbox())
     return result, cluster.table(result, settings)
@@ -62,6 +67,17 @@ def test_k_means_can_be_interrupted_between_two_starts(monkeypatch):
         cluster.k_means(rows, 3, 2, 10, box)
 
 
+def test_the_first_signal_ends_one_start_of_k_means():
+    rows = np.random.default_rng(0).normal(size=(60_000, 16)).astype(np.float32)
+    with Interruption() as interruption:
+        box = toolbox(interruption=interruption)
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        with pytest.raises(Interrupted, match="interrupted"):
+            cluster.k_means(rows, 2_000, 1, 10_000, box)  # minutes
+    assert time.monotonic() - began < 20
+
+
 # Assignments
 
 
@@ -79,6 +95,12 @@ def write_folder(root: pathlib.Path) -> dict[str, str]:
         (root / "val" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(root / "val" / name)
     return {"path": str(root), "train_split": "val", "test_split": "val"}
+
+
+def test_settings_of_k_means_have_no_effect_on_given_assignments(tmp_path):
+    for changes in (dict(starts=2), dict(clusters=3), dict(crop=8, resize=8)):
+        with pytest.raises(UserError, match="would have no effect: --eval.assignments is measured"):
+            measure(DIGITS, assignments=str(tmp_path / "clusters.csv"), **changes)
 
 
 @pytest.mark.parametrize("header", ["", "name,cluster\n"])

@@ -18,7 +18,7 @@ from test_evaluate import make_run
 from sop_jax.data.revisited import read_truth
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import Asked, evaluate
-from sop_jax.evaluation import ranking, retrieval, scales
+from sop_jax.evaluation import ranking, retrieval, scales, store
 from sop_jax.evaluation.scales import at_scales
 from sop_jax.evaluation.task import View
 from sop_jax.evaluation.tools import Toolbox
@@ -265,8 +265,10 @@ def test_neighbours_of_a_folder_as_csv_and_contact_sheet(tmp_path):
     (tmp_path / "images" / "a" / "broken.png").write_bytes(b"")
     box = toolbox(tmp_path / "out")
     result, text = measure({}, box, images=str(tmp_path / "images"), neighbours=3, rows=4)
-    assert result == {"images": 7, "neighbours": 3, "unreadable": 1}
-    assert "3 nearest neighbours of each of 7 images" in text and "1 images could not be" in text
+    files = ["neighbours.csv", "neighbours.png"]
+    assert result == {"images": 7, "neighbours": 3, "unreadable": 1, "files": files}
+    assert "3 nearest neighbours of each of 7 images are in neighbours.csv, neigh" in text
+    assert "1 images could not be" in text
     with open(tmp_path / "out" / "neighbours.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["query"] for row in rows[::3]] == names
@@ -283,8 +285,9 @@ def test_neighbours_of_a_folder_as_csv_and_contact_sheet(tmp_path):
 
 def test_fewer_images_than_neighbours(tmp_path):
     write_folder(tmp_path, 3)
-    result, _ = measure({}, images=str(tmp_path), neighbours=50)
+    result, text = measure({}, images=str(tmp_path), neighbours=50)
     assert result["neighbours"] == 2
+    assert result["files"] == [] and "were not saved" in text  # there is no folder
 
 
 def test_folders_that_cannot_be_searched(tmp_path):
@@ -293,7 +296,12 @@ def test_folders_that_cannot_be_searched(tmp_path):
     write_folder(tmp_path, 1)
     with pytest.raises(UserError, match="contains one image only"):
         measure({}, images=str(tmp_path))
-    with pytest.raises(UserError, match="would have no effect with --eval.images"):
-        measure(dict(path="/data"), images=str(tmp_path))
+    for flag in ("path", "source", "test_split"):
+        with pytest.raises(UserError, match=f"--data.{flag}=x would have no effect with --eval.im"):
+            measure({flag: "x"}, images=str(tmp_path))
+    with pytest.raises(UserError, match="--eval.sets=.* would have no effect: --eval.images is"):
+        measure({}, images=str(tmp_path), sets=("roxford5k",))
+    with pytest.raises(UserError, match="--eval.rows=3 would have no effect: it is for --eval.im"):
+        measure(dict(path=str(tmp_path)), rows=3)
     with pytest.raises(UserError, match=r"--eval\.images= *: it is empty|Expected the revisited"):
         measure({}, images="")

@@ -2,16 +2,23 @@
 
 import copy
 import csv
+import os
 import pathlib
+import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from subjects import toolbox, untrained
 
-from sop_jax.errors import UserError
+from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import tsne
+from sop_jax.evaluation.views import view_of
+from sop_jax.parallel.interruption import Interruption
 
 DIGITS = {"source": "digits"}
 
@@ -33,9 +40,9 @@ def measure(folder: pathlib.Path | None, **changes: Any) -> tuple[dict[str, Any]
 def test_a_map_of_the_digits(tmp_path):
     result, text = measure(tmp_path / "map", images=120)
     assert (result["images"], result["unreadable"]) == (120, 0) and result["divergence"] > 0
-    assert "a map of 120 images" in text
+    assert "a map of 120 images is in tsne.png, tsne.html, tsne.csv" in text
     files = {file.name for file in (tmp_path / "map").iterdir()}
-    assert files == {"tsne.png", "tsne.html", "tsne.csv"}
+    assert files == {"tsne.png", "tsne.html", "tsne.csv"} == set(result["files"])
     with open(tmp_path / "map" / "tsne.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["name"] for row in rows}) == 120
@@ -73,8 +80,33 @@ def test_images_are_drawn_by_seed():
 
 
 def test_a_map_without_a_folder_is_measured_only():
-    result, _ = measure(None, images=40, perplexity=5.0)
-    assert result["images"] == 40
+    result, text = measure(None, images=40, perplexity=5.0)
+    assert result["images"] == 40 and result["files"] == []
+    assert text.startswith("a map of 40 images was not saved")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_a_map_that_takes_long(number):
+    settings, inputs = opened(images=300)
+    settings.iterations = 1_000_000  # hours
+    with Interruption() as interruption:
+        box = toolbox(interruption=interruption)
+        box.features(inputs.images, view_of(untrained().config, settings))  # compiled before
+        threading.Timer(2, os.kill, (os.getpid(), number)).start()
+        began = time.monotonic()
+        with pytest.raises(Interrupted, match="interrupted"):
+            tsne.run(untrained(), inputs, settings, box)
+    assert time.monotonic() - began < 20
+
+
+def test_a_signal_before_the_map_ends_it(tmp_path):
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        box = toolbox(interruption=interruption, cache=epath.Path(tmp_path))
+        kept = "the features are kept, and the same command"
+        with pytest.raises(Interrupted, match=kept), box.at_once():
+            pytest.fail("the context was entered")
 
 
 def test_settings_that_do_not_fit_the_images():
