@@ -35,12 +35,13 @@ from sop_jax import cli, paths
 from sop_jax.check import check_rules
 from sop_jax.config import flatten
 from sop_jax.data.named import LOOKED_AT
-from sop_jax.data.sources import identity
+from sop_jax.data.sources import identity, stamp
 from sop_jax.errors import UserError, nearest
 from sop_jax.evaluation.fit import UNFINISHED
 from sop_jax.evaluation.task import Subject, Task
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.tools import Toolbox
+from sop_jax.evaluation.views import VIEW_RULES
 from sop_jax.models import Params, build
 from sop_jax.models.positions import RULES as POSITIONS
 from sop_jax.parallel import hosts
@@ -133,14 +134,15 @@ def evaluate(
         if writable:
             hosts.check_shared(asked.folder)
         subject = loaded._replace(config=config) if loaded else _of_run(asked, config)
-        facts = {
+        facts: dict[str, Any] = {
             "task": name,
             "step": subject.step,
-            "settings": flatten(settings),
+            "settings": _settings_of(task, config, settings),
             "weights": {"of": subject.name, "fingerprint": subject.fingerprint},
             "data": _data_of(task, config, inputs, data),
         }
         hosts.check_agreement(facts)
+        facts["data"]["contents"] = hosts.broadcast(_contents(task, settings, inputs))
         place = _place(asked, subject, facts)
         if (before := _finished(place, facts)) and not asked.again:
             _show(task, before, settings, f"measured before; {place}.json has the result:")
@@ -183,6 +185,11 @@ def evaluate_all(asked: Asked, root: epath.PathLike) -> dict[str, Any]:
     Raises:
         Interrupted: SIGINT or SIGTERM was received; finished tasks are not done again.
     """
+    if not epath.Path(root).is_dir():
+        raise UserError(
+            f"--root={root} is not a folder; give the folder that has the data of the tasks: "
+            + ", ".join(sorted({task.place for task in TASKS.values()}))
+        )
     results: dict[str, Any] = {}
     lines = []
     for name, task in TASKS.items():
@@ -275,6 +282,29 @@ def _data_of(
     return names | dict(data) | {split: identity(source) for split, source in found.items()}
 
 
+def _settings_of(
+    task: Task, config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    """Returns the settings that affect the results, with those of the run where they are unset."""
+    own = {name: value for name, value in flatten(settings).items() if name not in task.free}
+    if task.view is None:
+        return own
+    view = task.view(config, settings)
+    return own | {name: getattr(view, name) for name in VIEW_RULES}
+
+
+def _contents(task: Task, settings: ml_collections.ConfigDict, inputs: Any) -> str:
+    """Returns a hash that changes if the files of the data or of settings are changed in place."""
+    digest = hashlib.sha256()
+    for split, source in task.sources(inputs).items():
+        if source is not None:
+            digest.update(f"{split} {stamp(source)}\0".encode())
+    for name in task.paths:
+        if settings[name] and epath.Path(settings[name]).is_file():
+            digest.update(name.encode() + epath.Path(settings[name]).read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _is_writable(asked: Asked) -> bool:
     try:
         paths.check_writable(asked.folder / "evaluations", "--out")
@@ -316,6 +346,7 @@ def _finished(place: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any] | N
         text = epath.Path(f"{place}.json").read_text()
         record = json.loads(text)
         same = all(record[key] == json.loads(json.dumps(value)) for key, value in facts.items())
+        same = same and all((place / name).exists() for name in record["results"].get("files", ()))
     except (OSError, ValueError, KeyError, TypeError):
         text, same = "", False
     answer = json.loads(hosts.broadcast(json.dumps([same, text])))
@@ -413,6 +444,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     chosen = _task_on(sys.argv)
+    if chosen == ALL and any(flag.startswith("--eval.") for flag in sys.argv):
+        sys.exit("error: --eval.KEY is for a single task; leave it out, or choose a --task")
     if chosen in TASKS:
         cli.define_settings("eval", TASKS[chosen].settings())
         __doc__ = (__doc__ or "") + _help_of(chosen)

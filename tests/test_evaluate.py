@@ -26,6 +26,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Features, Subject
 from sop_jax.evaluation.tasks import TASKS, measure
+from sop_jax.evaluation.views import VIEW_RULES
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load_network
@@ -204,7 +205,45 @@ def test_each_setting_of_a_task_has_a_rule_that_its_default_follows(name: str) -
     settings = config_lib.flatten(task.settings())
     assert settings.keys() == task.rules.keys()
     check_rules(settings, task.rules, settings, "--eval.")
-    assert set(task.paths) <= settings.keys()
+    assert {*task.paths, *task.free} <= settings.keys()
+    assert (task.view is None) == (not VIEW_RULES.keys() <= settings.keys())
+
+
+def test_images_that_were_changed_in_place_are_measured_again(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", (3,))
+    colours(tmp_path / "data", labelled=True)
+    data = {"path": str(tmp_path / "data")}
+    first = record(tmp_path / "run", data=data)
+    assert first["results"]["top1"] == 1.0
+    record(tmp_path / "run", data=data)
+    assert "measured before" in capsys.readouterr().out
+    for file in (tmp_path / "data" / "val" / "red").iterdir():
+        file.write_bytes((tmp_path / "data" / "val" / "green" / "green0.png").read_bytes())
+    second = record(tmp_path / "run", data=data)
+    assert second["results"]["top1"] == 0.5
+    assert first["data"]["contents"] != second["data"]["contents"]
+    assert first["settings"]["resize"] == 16  # that of the run
+
+
+def test_a_list_that_was_changed_is_read_again(tmp_path: pathlib.Path) -> None:
+    make_run(tmp_path / "run", (3,))
+    colours(tmp_path / "data", labelled=True)
+    names = tmp_path / "list.txt"
+    found = []
+    for count in (2, 4):
+        names.write_text("".join(f"red{i}.png\ngreen{i}.png\n" for i in range(count)))
+        asked = evaluate.Asked(tmp_path / "run")
+        settings = {"list": str(names), "k": (1,)}
+        data = {"path": str(tmp_path / "data")}
+        found.append(evaluate.evaluate(asked, "knn", settings, data)["data"]["train"]["images"])
+    assert found == [4, 8]
+
+
+def test_a_folder_of_all_data_that_does_not_exist_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="--root=.*absent is not a folder; give the folder"):
+        evaluate.evaluate_all(evaluate.Asked(tmp_path), tmp_path / "absent")
 
 
 def test_a_file_of_weights_gives_what_its_run_gives(tmp_path: pathlib.Path) -> None:

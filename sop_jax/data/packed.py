@@ -91,6 +91,14 @@ class PackedSource(Labelled):
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hashlib.sha256(sizes + labels).hexdigest()[:12]
 
+    @property
+    def stamp(self) -> str:
+        """The size and the time of the file; "" on remote storage."""
+        if "://" in self.path:
+            return ""
+        found = os.stat(self.path)
+        return f"{found.st_size} {found.st_mtime_ns}"
+
 
 BYTES = "bytes (uint8), the encoded images end to end"
 

@@ -66,6 +66,11 @@ def identity(source: Source) -> Identity:
     return Identity(images=len(source), names=source.digest)
 
 
+def stamp(source: Source) -> str:
+    """Returns what shows that files were changed in place, under the same names; "" if unknown."""
+    return getattr(source, "stamp", "")
+
+
 def open_source(data_config: Any, split: str, train: Source | None = None) -> Source | None:
     """Opens one split of the configured data set.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from sop_jax.data.sources import Source
+from sop_jax.data.sources import Source, stamp
 from sop_jax.errors import UserError
 
 
@@ -51,6 +51,11 @@ class Subset:
         """A hash of the source's digest and of the records."""
         records = np.asarray(self.records, "<i8").tobytes()
         return hashlib.sha256(self.source.digest.encode() + records).hexdigest()[:12]
+
+    @property
+    def stamp(self) -> str:
+        """The stamp of the whole source, see `sources.stamp`."""
+        return stamp(self.source)
 
 
 def block(source: Source, part: int, parts: int) -> Subset:

@@ -120,7 +120,16 @@ def run(
         The accuracy of each variant, a share in [0, 1], or None if its folder does not exist;
         `bg_gap`, that of `mixed_same` minus that of `mixed_rand`; and the number of `unreadable`
         images, which are left out.
+
+    Raises:
+        UserError: the head was trained on the features of another network.
     """
+    if (trained := inputs.head.fingerprint) not in ("", subject.fingerprint):
+        raise UserError(
+            f"the head {settings.head} was trained on the features of another network ({trained}) "
+            f"than {subject.name} ({subject.fingerprint}). Expected a head of this network. Train "
+            "one with --task=linear, or give the --step and the --network that it belongs to"
+        )
     result: dict[str, Any] = dict.fromkeys(VARIANTS)
     unreadable = 0
     for name, images in inputs.variants.items():

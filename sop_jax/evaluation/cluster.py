@@ -270,4 +270,5 @@ TASK = Task(
     place="imagenet",
     sources=lambda inputs: {"images": inputs.images},
     paths=("assignments",),
+    view=view_of,
 )

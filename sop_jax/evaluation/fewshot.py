@@ -42,7 +42,7 @@ def settings() -> ml_collections.ConfigDict:
             draws=3,
             strength=0.00025,  # of the regularization, divided by the number of images
             set="",  # the name of a transfer set of the papers, whose splits and metric are used
-            iterations=1000,  # at most
+            iterations=20_000,  # at most
             dtype="float64",  # float64 | float32, of the objective
             **view_settings(interpolation="bilinear"),  # as MSN scales images
         )
@@ -160,4 +160,5 @@ TASK = Task(
     place="imagenet",
     sources=sources_of,
     during_training=True,
+    view=view_of,
 )

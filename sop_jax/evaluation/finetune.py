@@ -627,4 +627,5 @@ TASK = Task(
     place="imagenet",
     sources=lambda inputs: sources_of(inputs.splits),
     paths=("list",),
+    free=("workers", "threads"),
 )

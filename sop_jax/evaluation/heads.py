@@ -2,7 +2,7 @@
 
 import io
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -21,11 +21,13 @@ class Head(NamedTuple):
         weights: one row per class.
         bias: one number per class.
         view: what its features are.
+        fingerprint: of the network that gives these features; "" if it is not known.
     """
 
     weights: Float[np.ndarray, "C D"]
     bias: Float[np.ndarray, " C"]
     view: View
+    fingerprint: str = ""
 
 
 def classify(head: Head, features: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n C"]:
@@ -37,7 +39,8 @@ def write_head(path: epath.PathLike, head: Head) -> None:
     """Writes a head to a file that `read_head` reads."""
     content = io.BytesIO()
     view = json.dumps(head.view._asdict())
-    np.savez(content, weights=head.weights, bias=head.bias, view=np.array(view))
+    named: Any = {"weights": head.weights, "bias": head.bias, "view": np.array(view)}
+    np.savez(content, **named, fingerprint=np.array(head.fingerprint))
     epath.Path(path).write_bytes(content.getvalue())
 
 
@@ -56,6 +59,7 @@ def read_head(path: epath.PathLike) -> Head:
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             weights, bias = (arrays[name].astype(np.float32) for name in ("weights", "bias"))
             fields = json.loads(str(arrays["view"]))
+            fingerprint = str(arrays["fingerprint"]) if "fingerprint" in arrays else ""
         view = View(**fields | {"scales": tuple(fields.get("scales", (1.0,)))})
         if weights.ndim != 2 or bias.shape != weights.shape[:1]:
             raise ValueError(f"its weights are {weights.shape} and its bias is {bias.shape}")
@@ -65,4 +69,4 @@ def read_head(path: epath.PathLike) -> Head:
         raise UserError(
             f"{path} is not a head: {error}. Expected {EXPECTED}. Train one with --task=linear"
         ) from error
-    return Head(weights, bias, view)
+    return Head(weights, bias, view, fingerprint)

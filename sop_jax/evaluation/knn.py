@@ -246,7 +246,8 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
     if result["top1"] is None:
         return "no accuracy: there are no labels, or no images to classify"
     rows: list[list[Any]] = [["k", "top-1 %", "top-5 %", ""]]
-    for k in settings.k:
+    used = [] if result["k"] in settings.k else [result["k"]]  # all train images
+    for k in [*settings.k, *used]:
         values = [percent(result[f"{top}_k{k}"]) for top in ("top1", "top5")]
         best = "best" if result["k"] == k else ""
         rows.append([k, *values, "(fewer train images)" if None in values else best])
@@ -280,4 +281,5 @@ TASK = Task(
     sources=sources_of,
     paths=("list",),
     during_training=True,
+    view=view_of,
 )

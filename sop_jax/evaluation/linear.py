@@ -174,7 +174,7 @@ def run(
                 top1 = [pair[0] for pair in row[name]]
                 before = (pair[0] for earlier in rows for pair in earlier[name])
                 if max(top1) > max(before, default=-1.0):
-                    _keep(params, int(np.argmax(top1)), view, tools, file)
+                    _keep(params, int(np.argmax(top1)), view, subject, tools, file)
         row["top1"] = max(pair[0] for pair in row["test"])
         return row
 
@@ -333,7 +333,7 @@ def _count_right(params: Params, chunk: Mapping[str, Array], everywhere: Any) ->
     return jax.lax.with_sharding_constraint(jnp.stack(counts, axis=1), everywhere)
 
 
-def _keep(params: Params, head: int, view: View, tools: Tools, file: str) -> None:
+def _keep(params: Params, head: int, view: View, subject: Subject, tools: Tools, file: str) -> None:
     """Writes one head to the folder of the evaluation."""
     if tools.folder is None or not hosts.is_first():
         return
@@ -341,7 +341,7 @@ def _keep(params: Params, head: int, view: View, tools: Tools, file: str) -> Non
         np.asarray(params[name].addressable_data(0)[head]) for name in ("weights", "bias")
     )
     tools.folder.mkdir(parents=True, exist_ok=True)
-    write_head(tools.folder / file, Head(weights, bias, view))
+    write_head(tools.folder / file, Head(weights, bias, view, subject.fingerprint))
 
 
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
@@ -375,4 +375,6 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=lambda inputs: sources_of(inputs.splits),
+    view=view_of,
+    free=("workers", "threads"),
 )

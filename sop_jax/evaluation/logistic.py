@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from sop_jax.data import transfer
-from sop_jax.data.subsets import draw_share
+from sop_jax.data.subsets import draw_share, labels_of
 from sop_jax.errors import UserError
 from sop_jax.evaluation import accuracy
 from sop_jax.evaluation.features import in_chunks, on_devices
@@ -46,6 +46,7 @@ from sop_jax.parallel.mesh import replicated
 from sop_jax.rules import COUNT, POSITIVE, any_number_of, less_than, one_of
 
 TOLERANCE = {"float64": 1e-7, "float32": 1e-4}  # by the dtype of the objective
+VALIDATION = 0.2
 MEMORY = 20  # pairs that L-BFGS remembers
 CHUNK = 4096  # images that are classified at a time
 
@@ -77,9 +78,9 @@ def settings() -> ml_collections.ConfigDict:
         dict(
             protocol="transfer",  # transfer | ibot
             strengths=(),  # of the regularization; by default those of the protocol
-            validation=0.2,  # share of the train images that choose the strength (transfer)
+            validation=VALIDATION,  # share of the train images that choose the strength (transfer)
             set="",  # the name of a transfer set of the papers, whose splits and metric are used
-            iterations=1000,  # per strength at most
+            iterations=5000,  # per strength at most
             dtype="float64",  # float64 | float32, of the objective
             **view_settings(),
         )
@@ -102,7 +103,25 @@ def open_inputs(
 ) -> Splits:
     """Opens the images, see `task.Open`."""
     view_of_protocol(config, settings)
-    return open_set(config, settings.set, data, "logistic regression")
+    splits = open_set(config, settings.set, data, "logistic regression")
+    if settings.protocol == "transfer":
+        _check_validation(labels_of(splits.train), settings.validation)
+    elif settings.validation != VALIDATION:
+        raise UserError(
+            "eval.validation would have no effect: eval.protocol=ibot chooses the strength on the "
+            "test images; leave it out, or choose eval.protocol=transfer"
+        )
+    return splits
+
+
+def _check_validation(labels: Int[np.ndarray, " n"], share: float) -> None:
+    """Checks that there are images to validate on and images to fit."""
+    fitted = len(labels) - len(draw_share(labels, share, 0)) if share else 0
+    if not fitted:
+        what = "no image is fitted" if share else "no image chooses the strength"
+        raise UserError(
+            f"eval.validation is {share:g}, so that {what}; choose a share such as {VALIDATION}"
+        )
 
 
 def view_of_protocol(
@@ -443,4 +462,5 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=sources_of,
+    view=view_of_protocol,
 )

@@ -183,6 +183,9 @@ class Task(NamedTuple):
         place: the name of its data's folder below `--root`.
         sources: maps the inputs to the sources by split, which identify the data in the results.
         paths: the settings that are paths, in which `~` is expanded.
+        free: the settings that do not affect the results.
+        view: maps the settings of the run and of the task to what the features are; None if the
+            task has no such settings.
         during_training: whether it is fast enough to run on the way; its result must be flat.
     """
 
@@ -196,6 +199,8 @@ class Task(NamedTuple):
     place: str
     sources: Callable[[Any], Mapping[str, Source | None]]
     paths: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    view: Callable[[ml_collections.ConfigDict, ml_collections.ConfigDict], View] | None = None
     during_training: bool = False
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sop_jax.data.decode import decoding
-from sop_jax.data.sources import Source, identity
+from sop_jax.data.sources import Source, identity, stamp
 from sop_jax.errors import Interrupted
 from sop_jax.evaluation import store as store_lib
 from sop_jax.evaluation.features import Extract, make_extractor, whole
@@ -115,7 +115,7 @@ class Toolbox:
         """Returns all that the features depend on."""
         return {
             "weights": self.subject.fingerprint,
-            "images": identity(source),
+            "images": {**identity(source), "stamp": stamp(source)},
             "view": view._asdict(),
             "decoding": decoding(self.subject.config.data, source)._asdict(),
             "versions": hosts.versions(),

@@ -190,4 +190,5 @@ TASK = Task(
     table=table,
     place="imagenet",
     sources=lambda inputs: {"images": inputs.images},
+    view=view_of,
 )

@@ -76,6 +76,22 @@ def test_logistic_regression_of_digits(
     assert few["top1_1_std"] > 0 and few["converged"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation": 0.9999}, "no image is fitted; choose a share such as 0.2"),
+        ({"validation": 0.0}, "no image chooses the strength; choose a share such as 0.2"),
+        ({"validation": 0.1, "protocol": "ibot"}, "eval.validation would have no effect"),
+    ],
+)
+def test_a_useless_share_of_validation_images_is_an_error(
+    tmp_path: pathlib.Path, changes: dict[str, Any], message: str
+) -> None:
+    make_run(tmp_path, steps=())
+    with pytest.raises(UserError, match=message):
+        measure(tmp_path, "logistic", **changes)
+
+
 def test_more_images_per_class_than_there_are_is_an_error(tmp_path: pathlib.Path) -> None:
     make_run(tmp_path, steps=())
     with pytest.raises(UserError, match="eval.shots has 2000 images per class, but a class has"):
