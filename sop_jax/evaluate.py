@@ -341,12 +341,18 @@ def _cache(asked: Asked) -> epath.Path | None:
 
 
 def _finished(place: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the record of the same measurement, if there is one; process 0 decides for all."""
+    """Returns the record of the same measurement, if there is one; process 0 decides for all.
+
+    It is not finished if files that its results name under `files` are missing in its folder.
+    """
     try:
         text = epath.Path(f"{place}.json").read_text()
         record = json.loads(text)
         same = all(record[key] == json.loads(json.dumps(value)) for key, value in facts.items())
-        same = same and all((place / name).exists() for name in record["results"].get("files", ()))
+        lost = [name for name in record["results"].get("files", ()) if not (place / name).exists()]
+        if same and lost and hosts.is_first():
+            print(f"measured before, but {place / lost[0]} is missing", file=sys.stderr)
+        same = same and not lost
     except (OSError, ValueError, KeyError, TypeError):
         text, same = "", False
     answer = json.loads(hosts.broadcast(json.dumps([same, text])))

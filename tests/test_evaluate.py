@@ -199,6 +199,18 @@ def test_command_prints_a_table_and_writes_the_same_json(tmp_path: pathlib.Path)
     assert "measured before" in again.stdout and json.loads(again.stdout.splitlines()[-1]) == found
 
 
+def test_a_result_without_its_files_is_not_finished(tmp_path: pathlib.Path, capsys: Any) -> None:
+    place, facts = epath.Path(tmp_path / "x"), {"task": "segment"}
+    record = facts | {"results": {"files": ["head.npz", "predictions/a.png"]}}
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    (tmp_path / "x" / "predictions").mkdir(parents=True)
+    for name in record["results"]["files"]:
+        assert evaluate._finished(place, facts) is None
+        assert "is missing" in capsys.readouterr().err
+        (tmp_path / "x" / name).touch()
+    assert evaluate._finished(place, facts) == record
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_each_setting_of_a_task_has_a_rule_that_its_default_follows(name: str) -> None:
     task = TASKS[name]

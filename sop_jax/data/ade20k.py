@@ -11,6 +11,7 @@ import hashlib
 import io
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import cv2
@@ -43,6 +44,7 @@ RATIOS = (0.5, 2.0)  # of the random scale
 ASPECT = 4  # the limit of the longer side, per limit of the shorter side
 _SHOWN = 4  # the most names that a message lists
 _PROBED = 8  # pairs that are read when the data is opened
+_THREADS = 16  # that read headers
 
 
 class Pair(NamedTuple):
@@ -106,16 +108,8 @@ class Pairs:
                 mask = np.asarray(picture)
         except (OSError, ValueError) as error:
             raise UserError(f"{mask_name} cannot be read: {error}. {_AGAIN}") from error
-        if mask.ndim != 2:
-            raise UserError(
-                f"{mask_name} has {mask.ndim} axes: it looks like a mask of the full ADE20K "
-                f"release, coded in colours. Expected {EXPECTS}; use that version"
-            )
-        if mask.shape != image.shape[:2]:
-            raise UserError(
-                f"{mask_name} has {_size(mask)} pixels, but its image has {_size(image)}. Expected "
-                f"the same size. {_AGAIN}"
-            )
+        if fault := _fault(mask_name, mask.ndim == 2, mask.shape, image.shape):
+            raise UserError(fault)
         if mask.max() > CLASSES:
             raise UserError(
                 f"{mask_name} has the label {mask.max()}. Expected 0 for ignored pixels and "
@@ -141,12 +135,36 @@ def reduce_zero_label(mask: np.ndarray) -> np.ndarray:
 _AGAIN = "Download and unpack the data again"
 
 
-def _size(image: np.ndarray) -> str:
-    return f"{image.shape[1]} x {image.shape[0]}"
+def _fault(mask: str, grey: bool, shape: Sequence[int], image: Sequence[int]) -> str:
+    """Returns what is wrong with a mask of a shape for an image of a shape; empty if nothing."""
+    if not grey:
+        return (
+            f"{mask} has several channels: it looks like a mask of the full ADE20K release, coded "
+            f"in colours. Expected {EXPECTS}; use that version"
+        )
+    if tuple(shape[:2]) != tuple(image[:2]):
+        return (
+            f"{mask} has {shape[1]} x {shape[0]} pixels, but its image has {image[1]} x {image[0]}."
+            f" Expected the same size. {_AGAIN}"
+        )
+    return ""
+
+
+def _fault_in_headers(pairs: Pairs, index: int) -> str:
+    """Returns what is wrong with a pair according to the headers of its files."""
+    sizes, channels = [], 0
+    for name in (pairs.name(index), pairs.mask_name(index)):
+        try:
+            with epath.Path(name).open("rb") as file, Image.open(file) as picture:
+                sizes.append((picture.height, picture.width))
+                channels = len(picture.getbands())
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read: {error}. {_AGAIN}"
+    return _fault(pairs.mask_name(index), channels == 1, sizes[1], sizes[0])
 
 
 def open_pairs(path: epath.PathLike, split: str) -> Pairs:
-    """Opens one split, and reads a few of its pairs.
+    """Opens one split, and reads the headers of all its pairs and the pixels of a few.
 
     Args:
         path: the folder that contains `images` and `annotations`.
@@ -180,6 +198,13 @@ def open_pairs(path: epath.PathLike, split: str) -> Pairs:
             f"{root / 'annotations' / split}/NAME.png for each. {_AGAIN}"
         )
     pairs = Pairs(str(root), split, images)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda index: _fault_in_headers(pairs, index), range(len(pairs)))
+        faults = [fault for fault in found if fault]
+    if faults:
+        others = len(faults) - 1
+        more = f". {others} other pairs of {split} are invalid too" if others else ""
+        raise UserError(faults[0] + more)
     for index in np.unique(np.linspace(0, len(images) - 1, _PROBED).astype(int)):
         pairs.pair(int(index))
     return pairs

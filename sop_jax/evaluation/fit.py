@@ -1,14 +1,16 @@
 """Supervised training for evaluations: one loop, which resumes exactly where it was interrupted.
 
 A fit is a function of its problem and its seed only. Its state is saved to `unfinished/` in the
-folder of the evaluation when it is interrupted and every MINUTES minutes, and the folder is removed
-when the evaluation is finished.
+folder of the evaluation when it is interrupted, before the last validation, and every MINUTES
+minutes, and the folder is removed when the evaluation is finished. With one process it is also
+saved when images cannot be read or a validation fails.
 """
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -32,7 +34,7 @@ UNFINISHED = "unfinished"
 MINUTES = 15.0  # between two saves
 IN_FLIGHT = 2  # the most steps that the host may be ahead of the devices
 HOST_ONLY = ("index", "corrupt")  # the parts of a batch that the devices do not need
-_ROWS = "rows.json"
+_NOTES = "notes.json"
 
 
 @runtime_checkable
@@ -86,6 +88,7 @@ class Problem(NamedTuple):
             makes to endless batches, as `data.labelled.labelled_batches` does.
         pretrained: initial parameters that exist already, replicated over the devices; they are
             copied.
+        parts: the number of losses that `loss` is the sum of; rows have their mean.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -96,6 +99,7 @@ class Problem(NamedTuple):
     batch_size: int
     batches: Callable[[int, list[int]], Batches]
     pretrained: Params = {}
+    parts: int = 1
 
 
 class FitState(NamedTuple):
@@ -117,13 +121,30 @@ class Fitted(NamedTuple):
 
     Attributes:
         params: the final parameters.
-        rows: a row for each validation: `step`, `loss`, and what it returned.
+        rows: a row for each validation: `step`; `loss`, the mean since the row before; and what the
+            validation returned.
         corrupt: the records of all processes that could not be read.
     """
 
     params: Params
     rows: list[dict[str, Any]]
     corrupt: list[int]
+
+
+class Notes(NamedTuple):
+    """What is saved beside a state.
+
+    Attributes:
+        rows: the rows so far, see `Fitted`.
+        corrupt: the records of all processes that could not be read.
+        loss: the sum of the losses since the last row.
+        losses: the number of these losses.
+    """
+
+    rows: list[dict[str, Any]]
+    corrupt: list[int]
+    loss: float
+    losses: int
 
 
 def fit(
@@ -174,27 +195,56 @@ def fit(
 
     compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     saver = Saver(tools.folder / UNFINISHED / name if tools.folder else None)
-    state, rows, known = saver.restore(
-        jax.jit(init, out_shardings=everywhere), key, problem.pretrained
-    )
+    state, notes = saver.restore(jax.jit(init, out_shardings=everywhere), key, problem.pretrained)
     start = number = int(state.step)
-    corrupt, losses = set(known), list[jax.Array]()
+    rows, corrupt = [*notes.rows], set(notes.corrupt)
+    total, count = notes.loss, notes.losses
+    losses: list[jax.Array] = []  # those that are not in the total
 
     def is_due(number: int) -> bool:
         """Whether a step is validated, and has not been."""
         due = number > 0 and (number % every == 0 or number == problem.steps)
         return due and (not rows or rows[-1]["step"] < number)
 
-    def measure(number: int) -> None:
-        mean = _mean_loss(losses, number)
+    def add_losses(number: int) -> None:
+        """Adds the losses to the total, one by one, so that saving does not change the rounding."""
+        nonlocal total, count
+        for loss in _finite(losses, number):
+            total += loss
+        count += len(losses)
         losses.clear()
-        row = {"step": number, "loss": mean, **validate(state.params, number, rows)}
-        rows.append(row)
-        tools.note(_row_text(row, problem.steps))
+
+    def save(number: int) -> None:
+        add_losses(number)
+        saver.save(state, Notes(rows, _of_all(corrupt), total, count))
+
+    @contextlib.contextmanager
+    def saving(number: int) -> Iterator[None]:
+        """Saves the state if there is an error; only with one process, because all have to save."""
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception:
+            if number and tools.folder and jax.process_count() == 1:
+                save(number)
+                tools.note(f"step {number} of {problem.steps} is saved")
+            raise
+
+    def measure(number: int) -> None:
+        nonlocal total, count
+        add_losses(number)
+        if number == problem.steps:
+            save(number)
+        with saving(number):
+            scores = validate(state.params, number, rows)
+        rows.append({"step": number, "loss": total / count / problem.parts, **scores})
+        total, count = 0.0, 0
+        tools.note(_row_text(rows[-1], problem.steps))
 
     if start == problem.steps and not is_due(start):
         saver.close()
-        return Fitted(state.params, rows, known)
+        return Fitted(state.params, rows, notes.corrupt)
     if start:
         tools.note(f"continues after step {start} of {problem.steps}")
     batches = problem.batches(start, host_rows(mesh, problem.batch_size))
@@ -204,7 +254,8 @@ def fit(
             if is_due(start):  # its validation was interrupted
                 measure(start)
             for number in range(start + 1, problem.steps + 1):
-                made = next(batches)
+                with saving(number - 1):
+                    made = next(batches)
                 corrupt |= set(made["corrupt"][made["corrupt"] >= 0].tolist())
                 batch = to_devices(
                     mesh, {name: x for name, x in made.items() if name not in HOST_ONLY}
@@ -217,13 +268,11 @@ def fit(
                 if is_due(number):
                     measure(number)
                 if number < problem.steps and tools.between(saver.due()):
-                    _mean_loss(losses, number)
-                    saver.save(state, rows, corrupt)
+                    save(number)
             if name:
-                saver.save(state, rows, corrupt)
+                save(number)
     except Interrupted as error:
-        _mean_loss(losses, number)
-        saver.save(state, rows, corrupt)
+        save(number)
         raise Interrupted(
             f"interrupted; step {number} of {problem.steps} is saved, and the same command "
             "resumes from there"
@@ -242,40 +291,41 @@ class Saver:
     def __init__(self, folder: epath.Path | None) -> None:
         self.folder, self.checkpoints = folder, None
         self._saved, self._newest = time.monotonic(), 0
+        self._notes: dict[str, Any] = {}  # of the newest checkpoint and of the one being written
         if folder is not None:
             self.checkpoints = checkpoint.Checkpoints(folder, keep_last=1)
 
-    def restore(
-        self, init: Any, key: Key[Array, ""], pretrained: Params
-    ) -> tuple[FitState, list[dict[str, Any]], list[int]]:
-        """Returns the saved state, its rows and the unreadable records, or a new state."""
+    def restore(self, init: Any, key: Key[Array, ""], pretrained: Params) -> tuple[FitState, Notes]:
+        """Returns the saved state and its notes, or a new state."""
         newest = checkpoint.latest_step(self.folder) if self.folder else None
         self._newest = newest = hosts.agree(newest or 0)
         if not newest or self.folder is None:
-            return init(key, pretrained), [], []
+            return init(key, pretrained), Notes([], [], 0.0, 0)
         shapes = jax.eval_shape(init, key, pretrained)
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             shapes,
         )
-        saved = json.loads((self.folder / _ROWS).read_text())
+        self._notes = json.loads((self.folder / _NOTES).read_text())
         state = checkpoint.restore(self.folder, abstract, newest)
-        return state, [row for row in saved["rows"] if row["step"] <= newest], saved["corrupt"]
+        return state, Notes(**self._notes[str(newest)])
 
     def due(self) -> bool:
         """Returns whether it is time to save; always False in processes other than the first."""
         return hosts.is_first() and time.monotonic() - self._saved > 60 * MINUTES
 
-    def save(self, state: FitState, rows: list[dict[str, Any]], corrupt: set[int]) -> None:
-        """Saves the state, after its rows and the unreadable records of all processes."""
+    def save(self, state: FitState, notes: Notes) -> None:
+        """Saves the state, after its notes."""
         if self.checkpoints is None or self.folder is None:
             return
-        found = _of_all(corrupt)
+        step, newest = int(state.step), str(self._newest)
+        kept = {newest: self._notes[newest]} if newest in self._notes else {}
+        self._notes = kept | {str(step): {**notes._asdict(), "rows": [*notes.rows]}}
         if hosts.is_first():
-            write_whole(self.folder / _ROWS, json.dumps({"rows": rows, "corrupt": found}) + "\n")
-        if int(state.step) > self._newest:
-            self._newest = int(state.step)
-            self.checkpoints.save(self._newest, state)
+            write_whole(self.folder / _NOTES, json.dumps(self._notes) + "\n")
+        if step > self._newest:
+            self._newest = step
+            self.checkpoints.save(step, state)
             self.checkpoints.wait()
         self._saved = time.monotonic()
 
@@ -291,14 +341,14 @@ def _of_all(records: set[int]) -> list[int]:
     return sorted({record for text in found for record in json.loads(text)})
 
 
-def _mean_loss(losses: list[jax.Array], step: int) -> float | None:
-    """Returns the mean of the losses since the last row, after checking that they are finite."""
+def _finite(losses: list[jax.Array], step: int) -> list[float]:
+    """Returns the losses, after checking that they are finite."""
     values = np.array(jax.device_get(losses), np.float64)
     if not np.isfinite(values).all():
         raise UserError(
             f"the loss is not finite at or before step {step}; try a lower learning rate"
         )
-    return float(values.mean()) if values.size else None
+    return values.tolist()
 
 
 def _row_text(row: Mapping[str, Any], steps: int) -> str:

@@ -153,8 +153,8 @@ def run(
         `top1`, `top5`, `rate` and `epoch` of the best classifier and epoch on the test images;
         the same with `_held_out`, for those that are best on held-out train images, None without
         such images; `top1_last`, the best classifier after the last epoch; `images`; `classes`;
-        `view`, the layers and the pool; and `unreadable`, the number of images that were left out.
-        Accuracies are shares in [0, 1].
+        `view`, the layers and the pool; `unreadable`, the number of images that were left out; and
+        `files`, what was written. Accuracies are shares in [0, 1].
     """
     view = view_of(subject.config, settings)
     test = inputs.splits.test
@@ -198,6 +198,7 @@ def run(
         )
         values = (*row["test"][head], settings.rates[head], math.ceil(row["step"] / epoch))
         result |= {f"{key}{suffix}": value for key, value in zip(keys, values, strict=True)}
+    files = [HEAD] if held is None else [HEAD, HEAD_HELD_OUT]
     unreadable = {*queries.corrupt}, {*(held.corrupt if held else ())}, {*fitted.corrupt}
     return result | {
         "top1_last": fitted.rows[-1]["top1"],
@@ -205,6 +206,7 @@ def run(
         "classes": inputs.classes,
         "view": f"{view.layers} layers, {view.pool}",
         "unreadable": sum(map(len, unreadable)),
+        "files": files if tools.folder is not None else [],
     }
 
 
@@ -249,6 +251,7 @@ def problem(
         steps=epoch * settings.epochs,
         batch_size=settings.batch_size,
         batches=batches,
+        parts=len(rates),
     )
 
 

@@ -27,13 +27,14 @@ from PIL import Image
 from sop_jax import rules
 from sop_jax.data import ade20k
 from sop_jax.data.ade20k import CLASSES, IGNORED, Pairs
+from sop_jax.data.named import name_folder
 from sop_jax.data.pipeline import Batches
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 from sop_jax.evaluation import areas, sliding
 from sop_jax.evaluation.fit import Loss, Problem, fit
 from sop_jax.evaluation.tables import aligned, percent
-from sop_jax.evaluation.task import Subject, Task, Tools
+from sop_jax.evaluation.task import Subject, Task, Tools, check_unused
 from sop_jax.models import Params, segmentation, size_of
 from sop_jax.models.positions import resize_positions
 from sop_jax.models.segmentation import Design, Segmenter, resize
@@ -84,7 +85,10 @@ class Tuning(NamedTuple):
     drop_path: float
 
 
-CHOSEN = ("lr", "layer_decay", "drop_path", "channels", "layers")
+CHOSEN = {  # what follows from the size of the network
+    "linear": ("lr", "layers"),
+    "upernet": ("lr", "layer_decay", "drop_path", "channels", "layers"),
+}
 SMALL, BASE, LARGE = Tuning(3e-5, 0.9, 0.1), Tuning(8e-5, 0.65, 0.1), Tuning(2e-5, 0.95, 0.2)
 
 
@@ -160,20 +164,53 @@ def tuning(width: int, depth: int) -> Tuning:
     return SMALL if width <= 384 else BASE
 
 
+UPERNET_ONLY = ("decay_tokens", "layer_decay", "drop_path", "dropout", "channels")
+TRAINING_ONLY = (
+    *("iterations", "batch_size", "lr", "warmup", "weight_decay", "every"),
+    *("decay_tokens", "layer_decay", "drop_path", "dropout"),
+)
+
+
+def check_used(asked: ml_collections.ConfigDict) -> None:
+    """Raises UserError if a setting that is not the default would have no effect."""
+    if asked.head == "linear":
+        reason = "it is for --eval.head=upernet, because a linear head is trained without it"
+        check_unused(TASK, asked, UPERNET_ONLY, reason)
+    if asked.weights:
+        reason = "nothing is trained if --eval.weights names a segmenter"
+        check_unused(TASK, asked, TRAINING_ONLY, reason)
+
+
 def layers_of(asked: ml_collections.ConfigDict, depth: int) -> tuple[int, ...]:
-    """Returns the indices of the layers whose tokens are the feature maps."""
-    return tuple(asked.layers) or tuple(int(np.ceil(depth * share)) - 1 for share in LEVELS)
+    """Returns the indices of the layers whose tokens are the feature maps.
+
+    Raises:
+        UserError: none are set, and the network has too few for different ones.
+    """
+    if asked.layers:
+        return tuple(asked.layers)
+    if depth < len(LEVELS):
+        raise UserError(
+            f"the network has {depth} layers, but the default is {len(LEVELS)} different ones. "
+            "Expected the indices of layers, which may repeat; give them with --eval.layers"
+        )
+    found, above = [], depth
+    for share in reversed(LEVELS):
+        above = min(int(np.ceil(depth * share)), above) - 1
+        found.append(above)
+    return tuple(reversed(found))
 
 
 def open_inputs(
     config: ml_collections.ConfigDict, settings: ml_collections.ConfigDict, data: Mapping[str, Any]
 ) -> Inputs:
-    """Opens both splits of ADE20K; see `task.Open`.
+    """Opens both splits of ADE20K, to which `config.data` is updated; see `task.Open`.
 
     Raises:
         UserError: the network cannot have the head, the settings do not fit each other, or the data
             is missing or of another layout.
     """
+    check_used(settings)
     layers: tuple[int, ...] = (0,)
     if config.model.family == "vit":
         layers = layers_of(settings, size_of(config.model).depth)
@@ -193,18 +230,24 @@ def open_inputs(
             "windows would leave gaps. Expected at most the crop; the papers use 341 and 512"
         )
     count = jax.device_count()
-    if settings.batch_size % count:
+    if settings.batch_size % count and not settings.weights:
         raise UserError(
             f"eval.batch_size {settings.batch_size} cannot be split over {count} devices. Expected "
             f"a multiple of {count}; choose one"
         )
-    path = data.get("path") or ""
-    if not path:
+    if settings.warmup >= settings.iterations and not settings.weights:
         raise UserError(
-            f"there is no data to segment. Expected {ade20k.EXPECTS}; give it with --data.path"
+            f"eval.warmup is {settings.warmup}, but there are only {settings.iterations} "
+            "iterations. Expected fewer. Set --eval.warmup"
         )
+    if unused := sorted(data.keys() - {"path"}):
+        raise UserError(
+            f"--data.{unused[0]}={data[unused[0]]} would have no effect: the task segment reads "
+            "the pairs below --data.path as they are; leave it out"
+        )
+    root = name_folder(config.data, data, ade20k.EXPECTS)
     trained = read_weights(settings.weights, config, settings) if settings.weights else None
-    train, test = (ade20k.open_pairs(path, split) for split in ade20k.SPLITS)
+    train, test = (ade20k.open_pairs(root, split) for split in ade20k.SPLITS)
     return Inputs(train, test, trained)
 
 
@@ -252,8 +295,9 @@ def run(
     Returns:
         `mIoU`, `mAcc` and `aAcc` of the last iteration, shares in [0, 1]; `IoU`, a share for each
         class, None for classes that do not occur; `loss`, the mean since the validation before;
-        `validations`, the scores of each validation by `step`; and `chosen`, the settings that
-        follow from the size of the network. Without training, the last three are None or empty.
+        `validations`, the scores of each validation by `step`; `chosen`, the settings that follow
+        from the size of the network; and `files`, what was written. Without training, `loss`,
+        `validations` and `chosen` are None or empty.
     """
     chosen, segmenter = make_segmenter(subject.config, settings)
     side, everywhere = chosen.crop // segmenter.patch, replicated(tools.mesh)
@@ -279,7 +323,8 @@ def run(
     if inputs.trained is not None:
         made = jax.jit(init, out_shardings=everywhere)(jax.random.key(0)) | pretrained
         row = measure(with_leaves(made, inputs.trained), chosen.iterations, [])
-        return {**row, "loss": None, "validations": [], "chosen": {}}
+        files = pictures_of(inputs, chosen, tools)
+        return {**row, "loss": None, "validations": [], "chosen": {}, "files": files}
     fitted = fit(
         Problem(
             init=init,
@@ -302,7 +347,8 @@ def run(
     return {
         **{name: fitted.rows[-1][name] for name in ("mIoU", "mAcc", "aAcc", "loss", "IoU")},
         "validations": fitted.rows,
-        "chosen": {name: chosen[name] for name in CHOSEN},
+        "chosen": {name: chosen[name] for name in CHOSEN[chosen.head]},
+        "files": [WEIGHTS, *pictures_of(inputs, chosen, tools)] if tools.folder is not None else [],
     }
 
 
@@ -321,26 +367,23 @@ def with_leaves(params: Params, leaves: Arrays) -> Params:
 def make_segmenter(
     config: ml_collections.ConfigDict, asked: ml_collections.ConfigDict
 ) -> tuple[ml_collections.ConfigDict, Segmenter]:
-    """Returns the settings with nothing unset, and the network."""
+    """Returns the settings with nothing unset that has an effect, and the network."""
     size = size_of(config.model)
     usual = tuning(size.width, size.depth)
-    linear = asked.head == "linear"
     found = asked.copy_and_resolve_references()
     config = config.copy_and_resolve_references()
     found.layers = layers_of(asked, size.depth)
-    found.lr = asked.lr or (LINEAR_RATE if linear else usual.rate)
-    found.layer_decay = asked.layer_decay or (1.0 if linear else usual.decay)
-    drop_path = usual.drop_path if asked.drop_path is None else asked.drop_path
-    found.drop_path = config.model.drop_path = 0.0 if linear else drop_path
-    found.channels = asked.channels or size.width
-    design = Design(
-        asked.head,
-        found.layers,
-        CLASSES,
-        asked.norm,
-        found.channels,
-        dropout=asked.dropout,
-    )
+    design = Design(asked.head, found.layers, CLASSES, asked.norm)
+    if asked.head == "linear":
+        found.lr = asked.lr or LINEAR_RATE
+        config.model.drop_path = 0.0
+    else:
+        found.lr = asked.lr or usual.rate
+        found.layer_decay = asked.layer_decay or usual.decay
+        found.drop_path = usual.drop_path if asked.drop_path is None else asked.drop_path
+        found.channels = asked.channels or size.width
+        config.model.drop_path = found.drop_path
+        design = design._replace(channels=found.channels, dropout=asked.dropout)
     return found, segmentation.build(config, design, asked.crop)
 
 
@@ -577,11 +620,24 @@ def summed(total: Int64[np.ndarray, "4 classes"]) -> Int64[np.ndarray, "4 classe
     return (high << 24) + low
 
 
+def pictures_of(inputs: Inputs, chosen: ml_collections.ConfigDict, tools: Tools) -> list[str]:
+    """Returns the names of the pictures that are in the folder of the tools at the end."""
+    if tools.folder is None:
+        return []
+    count = min(chosen.pictures, len(inputs.test))
+    return [picture_name(inputs.test, index) for index in range(count)]
+
+
+def picture_name(pairs: Pairs, index: int) -> str:
+    """Returns the name of a prediction in the folder of the tools."""
+    return f"predictions/{ade20k.mask_of(pairs.images[index])}"
+
+
 def write_picture(folder: epath.Path, pairs: Pairs, index: int, prediction: np.ndarray) -> None:
     """Writes a prediction as a palette PNG with the labels 1 to 150 of the benchmark."""
     picture = Image.fromarray(prediction + 1, mode="P")
     picture.putpalette(palette().tobytes())
-    target = folder / "predictions" / ade20k.mask_of(pairs.images[index])
+    target = folder / picture_name(pairs, index)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as file:
         picture.save(file, format="PNG")

@@ -85,6 +85,22 @@ def test_damaged_file_is_refused_with_its_name(tmp_path):
         open_pairs(tmp_path, "training")
 
 
+@pytest.mark.parametrize("index", range(20))
+def test_sizes_of_all_pairs_are_compared(tmp_path, index):
+    write_pairs(tmp_path, count=20)
+    Image.new("L", (32, 24)).save(tmp_path / "annotations" / "training" / f"ADE_{index:04}.png")
+    with pytest.raises(UserError, match=rf"ADE_{index:04}.png has 32 x 24 pixels"):
+        open_pairs(tmp_path, "training")
+
+
+def test_invalid_pairs_are_counted(tmp_path):
+    write_pairs(tmp_path, count=20)
+    for index in (3, 5, 11):
+        Image.new("L", (32, 24)).save(tmp_path / "annotations" / "training" / f"ADE_{index:04}.png")
+    with pytest.raises(UserError, match=r"ADE_0003.png .* 2 other pairs of training are invalid"):
+        open_pairs(tmp_path, "training")
+
+
 def test_file_that_is_damaged_later_is_named_by_the_batches(tmp_path):
     pairs = open_pairs(write_pairs(tmp_path), "training")
     (tmp_path / "images" / "training" / "ADE_0002.jpg").write_bytes(b"not an image")

@@ -362,7 +362,16 @@ def measure(workdir: pathlib.Path, **changes: Any) -> dict[str, Any]:
 def test_an_interrupted_task_continues_exactly_and_repeats_no_fit(tmp_path, monkeypatch):
     make_run(tmp_path / "whole", steps=(3,), **APART | {"eval.batch_size": 128})
     make_run(tmp_path / "parts", steps=(3,), **APART | {"eval.batch_size": 128})
+    rows: list[Any] = []
+
+    def recording(*args: Any, **options: Any) -> fit.Fitted:
+        fitted = fit.fit(*args, **options)
+        rows.append(fitted.rows)
+        return fitted
+
+    monkeypatch.setattr(finetune, "fit", recording)
     whole = measure(tmp_path / "whole")
+    expected, rows[:] = [*rows], []
     to_devices, seen = fit.to_devices, {fit: 0, finetune: 0}
 
     def stop_after(module: Any, count: int) -> None:
@@ -382,7 +391,9 @@ def test_an_interrupted_task_continues_exactly_and_repeats_no_fit(tmp_path, monk
         with pytest.raises(Interrupted, match=f"step {step} of 6 is saved"):
             measure(tmp_path / "parts")
     stop_after(fit, 0)
+    rows.clear()
     assert measure(tmp_path / "parts") == whole
+    assert rows == expected and len(rows) == 2
     assert seen[fit] == 12  # two fits of six steps
     assert not list((tmp_path / "parts").glob("evaluations/*/unfinished"))
 

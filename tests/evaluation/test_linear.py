@@ -53,18 +53,46 @@ def test_an_interrupted_fit_continues_exactly(
 ) -> None:
     make_run(tmp_path / "whole", **APART)
     make_run(tmp_path / "parts", **APART)
+    rows = record_rows(monkeypatch)
     whole = measure(tmp_path / "whole")["results"]
     for stop in (3, 26):
         stop_after(monkeypatch, stop)
         with pytest.raises(Interrupted, match=r"step \d+ of 44 is saved, and the same command"):
             measure(tmp_path / "parts")
         monkeypatch.undo()
+    parts = record_rows(monkeypatch)
     assert measure(tmp_path / "parts")["results"] == whole
+    assert parts == rows and None not in [row["loss"] for row in rows[0]]
     heads = [
         read_head(next((tmp_path / name / "evaluations").glob("linear_*/head.npz")))
         for name in ("whole", "parts")
     ]
     np.testing.assert_array_equal(heads[0].weights, heads[1].weights)
+
+
+def record_rows(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
+    """Returns a list that gets the rows of each finished fit of the task."""
+    found: list[list[dict[str, Any]]] = []
+
+    def recording(*args: Any) -> fit.Fitted:
+        fitted = fit.fit(*args)
+        found.append(fitted.rows)
+        return fitted
+
+    monkeypatch.setattr(linear, "fit", recording)
+    return found
+
+
+@pytest.mark.medium
+def test_the_loss_that_is_shown_is_the_mean_over_the_heads(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, **APART)
+    rows = record_rows(monkeypatch)
+    for rates in ((0.01,), (0.01,) * 7):
+        measure(tmp_path, rates=rates, epochs=1)
+    one, several = (row["loss"] for (row,) in rows)
+    assert several == pytest.approx(one, rel=1e-5)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:

@@ -20,11 +20,12 @@ from sop_jax.check import check_rules
 from sop_jax.config import flatten
 from sop_jax.data import ade20k
 from sop_jax.errors import Interrupted, UserError
-from sop_jax.evaluation import areas, segment
+from sop_jax.evaluation import areas, fit, segment
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.models import build
 from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.training import checkpoint
 from sop_jax.weights import files
 
 CROP = 64
@@ -53,7 +54,11 @@ def reduced(ade: pathlib.Path) -> pathlib.Path:
 
 def settings(**changes: Any) -> ml_collections.ConfigDict:
     found = segment.settings()
-    small = dict(crop=CROP, stride=40, iterations=6, batch_size=8, warmup=1, channels=8)
+    small = dict(crop=CROP, stride=40)
+    if not changes.get("weights"):
+        small |= dict(iterations=6, batch_size=8, warmup=1)
+    if changes.get("head") == "upernet":
+        small |= dict(channels=8)
     found.update(small | changes)
     check_rules(flatten(found), segment.RULES, flatten(segment.settings()), "--eval.")
     return found
@@ -111,6 +116,12 @@ def test_real_pairs_from_training_to_scores(ade, tmp_path, head):
     assert result["mIoU"] == pytest.approx(np.mean(shares))
     first, last = (row["loss"] for row in result["validations"])
     assert last < first < 1.5 * np.log(150)
+    chosen = {"lr", "layers"} | (
+        {"layer_decay", "drop_path", "channels"} if head != "linear" else set()
+    )
+    assert set(result["chosen"]) == chosen
+    assert len(result["files"]) == 3
+    assert all((tmp_path / "out" / name).exists() for name in result["files"])
 
     pictures = sorted((tmp_path / "out" / "predictions").iterdir())
     assert [path.name for path in pictures] == ["ADE_val_00000001.png", "ADE_val_00000002.png"]
@@ -159,9 +170,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(reduced, tmp_path):
         with pytest.raises(Interrupted, match=r"step \d of 3"):
             measured(reduced, toolbox(tmp_path / "out", stop), head="upernet", iterations=3)
     resumed = measured(reduced, toolbox(tmp_path / "out"), head="upernet", iterations=3)
-    for row in (whole, resumed):
-        row["loss"] = row["validations"][-1]["loss"] = None  # the mean since the last start
-    assert resumed == whole
+    assert resumed == whole  # the losses too
     with files.opened(tmp_path / "out" / segment.WEIGHTS) as found:
         with files.opened(tmp_path / "whole" / segment.WEIGHTS) as expected:
             for name in expected:
@@ -208,8 +217,11 @@ def test_sizes_choose_what_is_unset():
     assert (small.decay, base.decay, large.decay) == (0.9, 0.65, 0.95)
     assert segment.layers_of(segment.settings(), 12) == (3, 5, 7, 11)
     assert segment.layers_of(segment.settings(), 24) == (7, 11, 15, 23)
+    assert segment.layers_of(segment.settings(), 4) == (0, 1, 2, 3)
+    for depth in range(4, 41):
+        assert len(set(segment.layers_of(segment.settings(), depth))) == 4
     chosen, _ = segment.make_segmenter(config(drop_path=0.3), settings())
-    assert (chosen.lr, chosen.drop_path) == (8e-4, 0.0)
+    assert (chosen.lr, chosen.drop_path, chosen.layer_decay) == (8e-4, None, None)
     chosen, _ = segment.make_segmenter(config(), settings(head="upernet", lr=0.5, drop_path=0.0))
     assert (chosen.lr, chosen.drop_path, chosen.layer_decay) == (0.5, 0.0, 0.9)
 
@@ -253,13 +265,56 @@ def test_palette_differs_between_labels():
         ({}, dict(crop=8, stride=8), "eval.crop is 8"),
         ({}, dict(crop=64, stride=65), "eval.stride 65 is larger"),
         ({}, dict(batch_size=7), r"eval.batch_size 7 cannot be split over 8 devices"),
-        ({}, {}, "there is no data to segment. Expected the scene parsing benchmark"),
+        (dict(depth=3), {}, "the network has 3 layers, but the default is 4 different ones"),
+        ({}, dict(iterations=40, warmup=1500), "eval.warmup is 1500, but there are only 40 iter"),
+        ({}, dict(layer_decay=0.9), "--eval.layer_decay=0.9 would have no effect: it is for"),
+        ({}, dict(drop_path=0.3), "--eval.drop_path=0.3 would have no effect: it is for"),
+        ({}, dict(channels=8), "--eval.channels=8 would have no effect: it is for"),
+        ({}, dict(decay_tokens=True), "--eval.decay_tokens=True would have no effect"),
+        ({}, dict(weights="x", lr=0.1), "--eval.lr=0.1 would have no effect: nothing is trained"),
+        ({}, {}, "--data.path is missing. Expected the scene parsing benchmark"),
     ],
 )
 def test_what_cannot_work_is_refused_before_work(model, changes, message):
-    own = small_config(model=dict(family=model["family"])) if model else config()
+    own = small_config(model=dict(family=model["family"])) if "family" in model else config(**model)
     with pytest.raises(UserError, match=message):
         segment.open_inputs(own, settings(**changes), {})
+
+
+def test_flags_of_the_run_do_not_apply_to_the_pairs():
+    with pytest.raises(UserError, match="--data.source=folder would have no effect"):
+        segment.open_inputs(config(), settings(), {"path": "x", "source": "folder"})
+
+
+def test_the_data_that_is_recorded_is_that_of_the_task(reduced):
+    own = config()
+    segment.open_inputs(own, settings(), {"path": str(reduced)})
+    assert (own.data.source, own.data.path, own.data.test_split) == ("folder", str(reduced), "")
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("split", ade20k.SPLITS)
+def test_pairs_that_fail_later_do_not_repeat_the_training(reduced, tmp_path, split):
+    whole = measured(reduced, toolbox(tmp_path / "whole"), iterations=3)
+    own, asked = subject(), settings(iterations=3)
+    own.config.data.threads = 0  # so that no batch is made in advance
+    inputs = segment.open_inputs(own.config, asked, {"path": str(reduced)})
+    mask = reduced / "annotations" / split / "ADE_val_00000003.png"
+    kept, calls = mask.read_bytes(), []
+
+    class Damaging(Toolbox):
+        def between(self, save: bool = False) -> bool:
+            calls.append(save)
+            if len(calls) == 2:
+                Image.new("L", (4, 4)).save(mask)
+            return False
+
+    place = epath.Path(tmp_path / "out")
+    with pytest.raises(UserError, match="ADE_val_00000003.png has 4 x 4 pixels"):
+        segment.run(own, inputs, asked, Damaging(own, make_mesh(), place, seed=1, shown=False))
+    mask.write_bytes(kept)
+    assert checkpoint.latest_step(place / fit.UNFINISHED) == (2 if split == "training" else 3)
+    assert measured(reduced, toolbox(tmp_path / "out"), iterations=3) == whole
 
 
 def test_areas_need_no_predictions_of_labelled_classes():
@@ -275,7 +330,8 @@ def test_the_command_gives_the_same_on_two_processes(reduced, tmp_path, head):
     command = [
         *("-m", "sop_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--task=segment"),
         *(f"--data.path={reduced}", f"--eval.head={head}", "--eval.layers=0,0,1,1"),
-        *(f"--eval.crop={CROP}", "--eval.stride=40", "--eval.batch_size=8", "--eval.channels=8"),
+        *(f"--eval.crop={CROP}", "--eval.stride=40", "--eval.batch_size=8"),
+        *(["--eval.channels=8"] if head == "upernet" else []),
         *("--eval.iterations=4", "--eval.warmup=1", "--eval.lr=0.01"),
     ]
     found = []
