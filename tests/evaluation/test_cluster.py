@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 from subjects import toolbox, untrained
+from test_evaluate import make_run
 
 from sop_jax.data.sources import DigitsSource
 from sop_jax.errors import Interrupted, UserError
+from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import cluster
 from sop_jax.parallel.interruption import Interruption
 
@@ -101,6 +103,19 @@ def test_settings_of_k_means_have_no_effect_on_given_assignments(tmp_path):
     for changes in (dict(starts=2), dict(clusters=3), dict(crop=8, resize=8)):
         with pytest.raises(UserError, match="would have no effect: --eval.assignments is measured"):
             measure(DIGITS, assignments=str(tmp_path / "clusters.csv"), **changes)
+
+
+def test_assignments_that_were_changed_are_measured_again(tmp_path):
+    make_run(tmp_path / "run", (3,))
+    digits, path = DigitsSource("test"), tmp_path / "clusters.npz"
+    names = np.array([digits.name(i) for i in range(len(digits))])
+    found = []
+    for clusters in (digits.labels, np.zeros_like(digits.labels)):
+        np.savez(path, names=names, clusters=clusters)
+        record = evaluate(Asked(tmp_path / "run"), "cluster", {"assignments": str(path)}, DIGITS)
+        found.append(record["results"]["nmi"])
+    assert found == [1, 0]
+    assert record["data"]["source"] == "digits" and record["data"]["images"]["images"] == 360
 
 
 @pytest.mark.parametrize("header", ["", "name,cluster\n"])

@@ -119,6 +119,37 @@ def test_both_sets_are_ranked(tmp_path):
     assert "rparis6k" in text and "SOP" in text
 
 
+def test_a_truth_that_was_changed_is_measured_again(tmp_path):
+    make_run(tmp_path / "run", (3,))
+    folder = write_small_set(tmp_path)
+    changes, data = dict(sets=("roxford5k",), longest=LONGEST), dict(path=str(tmp_path))
+    asked = Asked(workdir=tmp_path / "run")
+    first = evaluate(asked, "retrieval", changes, data)
+    assert first["data"]["path"] == str(tmp_path)
+    assert first["data"]["roxford5k"]["images"] == 6
+    path = folder / "gnd_roxford5k.pkl"
+    truth = pickle.loads(path.read_bytes())
+    for entry in truth["gnd"]:
+        entry.update(easy=entry["hard"], hard=entry["easy"])
+    truth["gnd"][0].update(easy=[5])
+    path.write_bytes(pickle.dumps(truth))
+    second = evaluate(asked, "retrieval", changes, data)
+    assert second["results"] != first["results"]
+
+
+def test_neighbours_that_were_deleted_are_found_again(tmp_path):
+    make_run(tmp_path / "run", (3,))
+    write_folder(tmp_path / "images")
+    changes = dict(images=str(tmp_path / "images"), neighbours=3, longest=LONGEST)
+    asked = Asked(workdir=tmp_path / "run")
+    first = evaluate(asked, "retrieval", changes)
+    assert first["data"]["path"] == changes["images"] and first["data"]["source"] == "folder"
+    (sheet,) = (tmp_path / "run" / "evaluations").glob("*/neighbours.png")
+    sheet.unlink()
+    assert evaluate(asked, "retrieval", changes)["results"] == first["results"]
+    assert sheet.exists()
+
+
 def test_unreadable_images_are_ranked_last_and_such_queries_are_left_out(tmp_path):
     folder = write_small_set(tmp_path)
     (folder / "jpg" / "i0.jpg").write_bytes(b"broken")

@@ -10,10 +10,12 @@ import time
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from PIL import Image
 from subjects import toolbox, untrained
+from test_evaluate import make_run
 
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import tsne
@@ -98,6 +100,25 @@ def test_the_first_signal_ends_a_map_that_takes_long(number):
         with pytest.raises(Interrupted, match="interrupted"):
             tsne.run(untrained(), inputs, settings, box)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+def test_the_command_ends_at_the_first_signal_and_keeps_the_features(tmp_path):
+    make_run(tmp_path / "run", (3,))
+    command = [
+        *("-m", "sop_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--task=tsne"),
+        *("--eval.images=300", "--eval.iterations=1000000"),
+    ]
+    with processes.start([command], tmp_path / "logs", devices=1) as started:
+        until = time.monotonic() + 120
+        while "computing the map" not in (tmp_path / "logs" / "0.err").read_text():
+            assert time.monotonic() < until and started.running[0].poll() is None, started.end(0)
+            time.sleep(0.02)
+        time.sleep(1)
+        started.signal(0, signal.SIGINT)
+        (ended,) = started.end(30)
+    assert ended.code == 130 and "the features are kept" in ended.err, ended
+    assert not list((tmp_path / "run" / "evaluations").glob("*.json"))
 
 
 def test_a_signal_before_the_map_ends_it(tmp_path):

@@ -22,6 +22,7 @@ from test_evaluate import make_run
 from sop_jax import models
 from sop_jax.data import davis
 from sop_jax.errors import Interrupted, UserError
+from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import video
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
@@ -300,6 +301,29 @@ def test_the_table_has_the_numbers_of_the_paper() -> None:
     assert lines[1].split() == ["bear", "50.00", "50.00", "50.00"]
     assert lines[2].split() == ["swan", "-", "50.00", "50.00"]
     assert lines[-1].split() == ["SOP", "ViT-B/16", "63.30", "61.70", "65.00"]
+
+
+def test_changed_or_deleted_masks_are_measured_again(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "run", (3,))
+    data = {"path": str(root)}
+
+    def measure() -> dict[str, Any]:
+        changes = {"short_side": SHORT_SIDE}
+        return evaluate(Asked(tmp_path / "run"), "video", changes, data)
+
+    first = measure()
+    assert first["data"]["path"] == str(root) and first["data"]["frames"]["images"] == 8
+    assert measure() == first and "measured before" in capsys.readouterr().out
+    (folder,) = (tmp_path / "run" / "evaluations").glob("video*/")
+    shutil.rmtree(folder / "swan")
+    assert measure()["results"] == first["results"]
+    assert "measured before" not in capsys.readouterr().out
+    assert (folder / "swan" / "00004.png").exists()
+    path = root / davis.MASKS / "swan" / "00002.png"
+    path.write_bytes(davis.encode_mask(np.flipud(davis.read_mask(epath.Path(path)))))
+    assert measure()["results"]["J_mean"] < first["results"]["J_mean"]
 
 
 def evaluated(out: str) -> dict[str, Any]:
