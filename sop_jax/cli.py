@@ -163,12 +163,12 @@ def define_settings(section: str, settings: config_dict.ConfigDict) -> None:
 
 
 def given(section: str = "config") -> list[str]:
-    """Returns the dotted names of the settings that are given on the command line."""
-    return [
-        name.removeprefix(f"{section}.")
-        for name in FLAGS
-        if name.startswith(f"{section}.") and FLAGS[name].present
-    ]
+    """Returns the dotted names of the settings that are given on the command line.
+
+    ml_collections defines flags only for these. An empty tuple does not count as `present`.
+    """
+    prefix = f"{section}."
+    return [name.removeprefix(prefix) for name in FLAGS if name.startswith(prefix)]
 
 
 def define_data(**splits: str) -> None:

@@ -300,6 +300,23 @@ def test_all_tasks_that_have_data_are_done_and_the_others_listed(
     assert f"video: not done, {tmp_path / 'root' / 'DAVIS'} does not exist; it needs" in shown
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task=knn", "--eval.k=()"], "eval.k is (); expected one or more values"),
+        (["--task=knn", "--eval.kk=3"], "unknown setting eval.kk; did you mean eval.k?"),
+        (["--task=all", "--root=.", "--eval.k=3"], "--eval.KEY is for a single task"),
+        (["--task=all", "--root=.", "--data.white=3"], "--data.white would have no effect"),
+        (["--task=all"], "--task=all needs --root=ROOT"),
+    ],
+)
+def test_no_flag_is_ignored(tmp_path: pathlib.Path, flags: list[str], message: str) -> None:
+    make_run(tmp_path, steps=())
+    done = command(f"--workdir={tmp_path}", *flags)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0
+
+
 def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:
     done = command(f"--workdir={tmp_path}", "--task=kmn")
     assert done.returncode == 1
