@@ -22,6 +22,7 @@ def counted(logits: np.ndarray, labels: np.ndarray, valid: np.ndarray | None = N
     return np.asarray(count_right(jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(valid)))
 
 
+@pytest.mark.medium
 def test_accuracies_are_those_of_scikit_learn():
     logits, labels = scores()
     found = summary(counted(logits, labels))
@@ -51,6 +52,7 @@ def test_a_class_without_a_score_is_never_right():
     assert rank_of(logits, labels).tolist() == [[0, NEVER], [NEVER, 2]]
 
 
+@pytest.mark.medium
 def test_counts_add_up_and_leave_out_invalid_rows():
     logits, labels = scores()
     valid = np.arange(len(labels)) % 7 != 0

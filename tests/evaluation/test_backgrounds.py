@@ -82,6 +82,7 @@ def test_a_nine_way_head_needs_no_map(imagenet9, tmp_path):
     assert text.splitlines()[3].split()[:2] == ["mixed_rand", "-"]
 
 
+@pytest.mark.medium
 def test_the_first_variant_by_name_is_measured_too(imagenet9, tmp_path):
     """iBOT's loop leaves it out."""
     write_random(tmp_path / "head.npz", 9)
@@ -105,6 +106,7 @@ def test_heads_that_do_not_fit(imagenet9, tmp_path):
         measure(imagenet9, path)
 
 
+@pytest.mark.medium
 def test_data_that_is_missing(tmp_path):
     write_random(tmp_path / "head.npz", 9)
     with pytest.raises(UserError, match="none of the variants of ImageNet-9"):

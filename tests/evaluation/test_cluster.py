@@ -105,6 +105,7 @@ def test_settings_of_k_means_have_no_effect_on_given_assignments(tmp_path):
             measure(DIGITS, assignments=str(tmp_path / "clusters.csv"), **changes)
 
 
+@pytest.mark.medium
 def test_assignments_that_were_changed_are_measured_again(tmp_path):
     make_run(tmp_path / "run", (3,))
     digits, path = DigitsSource("test"), tmp_path / "clusters.npz"

@@ -54,6 +54,7 @@ class Some(DigitsSource):
         return b"no image" if index in self.broken else super().__getitem__(index)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [1, 16, 37])
 def test_are_the_class_token_of_every_image_in_order(count: int, dtype: str) -> None:

@@ -108,6 +108,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(fit, "to_devices", counted)
 
 
+@pytest.mark.medium
 def test_heads_learn_as_if_each_was_alone() -> None:
     rng = np.random.default_rng(0)
     vectors = jnp.asarray(rng.normal(size=(16, 5)), jnp.float32)

@@ -24,6 +24,7 @@ def points(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return vectors.astype(np.float32), labels
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("strength", [1e-3, 1.0])
 def test_is_the_optimum_that_scikit_learn_finds(devices: int, strength: float) -> None:

@@ -137,6 +137,7 @@ def test_a_truth_that_was_changed_is_measured_again(tmp_path):
     assert second["results"] != first["results"]
 
 
+@pytest.mark.medium
 def test_neighbours_that_were_deleted_are_found_again(tmp_path):
     make_run(tmp_path / "run", (3,))
     write_folder(tmp_path / "images")
@@ -198,6 +199,7 @@ def features(root: pathlib.Path, devices: int, monkeypatch: pytest.MonkeyPatch) 
     return extract(untrained().params, retrieval.folder_source(str(root))).vectors
 
 
+@pytest.mark.medium
 def test_the_number_of_devices_changes_nothing(tmp_path, monkeypatch):
     write_folder(tmp_path)
     found = [features(tmp_path, devices, monkeypatch) for devices in (1, 3, 8)]
@@ -205,6 +207,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+@pytest.mark.medium
 def test_an_interrupted_extraction_computes_nothing_twice(tmp_path):
     write_folder(tmp_path / "images", 2 * scales.GROUP * 8 + 3)
     source = retrieval.folder_source(str(tmp_path / "images"))

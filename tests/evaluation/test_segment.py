@@ -197,6 +197,7 @@ def test_devices_share_windows_and_change_no_area(reduced):
     assert np.count_nonzero(several[2]) > 3
 
 
+@pytest.mark.medium
 def test_prediction_has_the_size_of_the_image():
     _, segmenter = segment.make_segmenter(config(), settings())
     params = segmenter.init(jax.random.key(0))

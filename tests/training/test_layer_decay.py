@@ -55,6 +55,7 @@ def test_which_parameters_decay():
     assert biases["backbone/stages/0/blocks/relative_bias"]  # 2-D in PyTorch, so it decays
 
 
+@pytest.mark.medium
 def test_an_update_is_that_of_adamw_times_the_factor():
     rng = np.random.default_rng(0)
     params, gradients = (
