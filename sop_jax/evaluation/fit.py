@@ -32,6 +32,7 @@ from sop_jax.training.step import with_statistics
 
 UNFINISHED = "unfinished"
 MINUTES = 15.0  # between two saves
+MAX_PENDING = 100  # the most steps whose losses are kept on the devices
 IN_FLIGHT = 2  # the most steps that the host may be ahead of the devices
 HOST_ONLY = ("index", "corrupt")  # the parts of a batch that the devices do not need
 _NOTES = "notes.json"
@@ -265,6 +266,8 @@ def fit(
                 if len(losses) > IN_FLIGHT:
                     jax.block_until_ready(losses[-1 - IN_FLIGHT])
                 bar.update(1)
+                if len(losses) == MAX_PENDING:
+                    add_losses(number)
                 if is_due(number):
                     measure(number)
                 if number < problem.steps and tools.between(saver.due()):
