@@ -1,35 +1,42 @@
-"""Measures raw pixels, or an untrained network, by a task of sop_jax.evaluate.
+r"""Compares the network of a run with the same network untrained, and with raw pixels.
 
-    python benchmarks/baselines.py --workdir=RUN --network=pixels --task=knn
-    python benchmarks/baselines.py --workdir=RUN --network=untrained --task=linear --set epochs=20
+    python benchmarks/baselines.py --workdir=RUN --tasks=knn,linear --out=results.jsonl \
+        --set=linear.epochs=20
+    python benchmarks/baselines.py --out=results.jsonl --table
 
-The data, the sizes of images and the network are those of the run. The features of an image are
-the pixels of its crop minus the mean image of the train split, or those of the network that the run
-started with. --data is other data, and --set changes a setting of the task.
+Each measurement is appended to --out when it is finished, and is not repeated; an interrupted one
+resumes. --table prints all of them. The data, the sizes of images and the network are those of the
+run. The features of `pixels` are the pixels of a crop minus the mean image of the train split; they
+cannot be fine-tuned. --data is other data.
 """
 
 import argparse
 import ast
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sop_jax.data.sources import Source  # noqa: E402
 from sop_jax.evaluation.features import host_batches  # noqa: E402
+from sop_jax.evaluation.tables import standard_error  # noqa: E402
 from sop_jax.evaluation.task import Subject, View  # noqa: E402
 from sop_jax.evaluation.tasks import TASKS  # noqa: E402
 from sop_jax.evaluation.tools import Toolbox  # noqa: E402
 from sop_jax.evaluation.views import view_of  # noqa: E402
 from sop_jax.models import Model, Params, build  # noqa: E402
+from sop_jax.parallel.interruption import Interruption  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated  # noqa: E402
-from sop_jax.pretrained import settings_of  # noqa: E402
+from sop_jax.pretrained import load_network, settings_of  # noqa: E402
 
 
 def mean_image(source: Source, view: View) -> np.ndarray:
@@ -58,35 +65,109 @@ def untrained(config: ml_collections.ConfigDict) -> tuple[Model, Params]:
     return model, jax.jit(model.init)(key)
 
 
-def main() -> None:
-    """Prints the table of the task and a JSON line with its results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workdir", required=True)
-    parser.add_argument("--network", required=True, choices=["pixels", "untrained"])
-    parser.add_argument("--task", default="knn", choices=sorted(TASKS))
-    parser.add_argument("--data")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    args = parser.parse_args()
-    task, config = TASKS[args.task], settings_of(args.workdir)
+NETWORKS = ("pixels", "untrained", "trained")
+# The accuracies of each task, with the names of their standard errors or deviations.
+SHOWN = {
+    "knn": (("top1", ""),),
+    "linear": (("top1", ""), ("top1_held_out", "")),
+    "logistic": (("top1", "top1_error"),),
+    "fewshot": (("top1_1", "top1_1_std"), ("top1_2", "top1_2_std"), ("top1_5", "top1_5_std")),
+    "finetune": (("top1", "top1_error"),),
+}
+
+
+def measure(args: argparse.Namespace, network: str, name: str, changes: dict[str, Any]) -> Any:
+    """Returns the results of a task and a description of the network."""
+    task, config = TASKS[name], settings_of(args.workdir)
     settings = task.settings()
-    for change in args.set:
-        key, _, value = change.partition("=")
-        settings[key] = ast.literal_eval(value)
-    if args.network == "pixels":  # one layer, and no patches
+    settings.update(changes)
+    if network == "pixels":  # one layer, and no patches
         settings.update({"layers": 1, "pool": "cls"})
     inputs = task.open(config, settings, {"path": args.data} if args.data else {})
-    if args.network == "pixels":
+    step = None
+    if network == "trained":
+        config, model, params, step = load_network(args.workdir)
+    elif network == "untrained":
+        model, params = untrained(config)
+    else:
         train = task.sources(inputs)["train"]
         assert train is not None
         model, params = pixels(config, mean_image(train, view_of(config)))
-    else:
-        model, params = untrained(config)
     mesh = make_mesh()
     params = jax.tree.map(lambda leaf: put(np.asarray(leaf), replicated(mesh)), params)
-    subject = Subject(args.network, config, model, params, args.network, None)
-    results = task.run(subject, inputs, settings, Toolbox(subject, mesh, seed=config.seed))
-    print(task.table(results, settings))
-    print(json.dumps(results))
+    place = epath.Path(args.workdir) / "evaluations" / "baselines"
+    mark = f"{network}-{step}-{config.seed}"
+    with Interruption() as interruption:
+        interruption.starting = None
+        subject = Subject(network, config, model, params, mark, step)
+        tools = Toolbox(
+            subject,
+            mesh,
+            folder=place / f"{mark}-{name}",
+            seed=config.seed,
+            cache=place / "features",
+            interruption=interruption,
+        )
+        results = task.run(subject, inputs, settings, tools)
+    print(task.table(results, settings), file=sys.stderr)
+    return results, step
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the measurements that are finished."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the accuracies in percent as a Markdown table, a column per network."""
+    lines = ["| | " + " | ".join(NETWORKS) + " |", "|---" * (1 + len(NETWORKS)) + "|"]
+    for name, shown in SHOWN.items():
+        own = {row["network"]: row["results"] for row in rows if row["task"] == name}
+        for key, error in shown if own else ():
+            cells = [cell(own.get(network), key, error) for network in NETWORKS]
+            lines.append(f"| `{name}` {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(results: dict[str, Any] | None, key: str, error: str) -> str:
+    """Returns an accuracy and its standard error, or the deviation over draws, in percent."""
+    if results is None or results.get(key) is None:
+        return "-"
+    share = results[key]
+    spread = results[error] if error else standard_error(share, results["images"])
+    return f"{100 * share:.1f} ± {100 * spread:.1f}"
+
+
+def main() -> None:
+    """Measures what is missing, or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", help="the folder of the run")
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--tasks", default="knn", help=f"some of {', '.join(SHOWN)}")
+    parser.add_argument("--data")
+    parser.add_argument("--set", action="append", default=[], metavar="TASK.KEY=VALUE")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        return print(table(read(args.out)))
+    changes: dict[str, dict[str, Any]] = {name: {} for name in SHOWN}
+    for change in args.set:
+        place, _, value = change.partition("=")
+        name, _, key = place.partition(".")
+        changes[name][key] = ast.literal_eval(value)
+    for name in args.tasks.split(","):
+        for network in args.networks.split(","):
+            done = {(row["task"], row["network"]) for row in read(args.out)}
+            if (name, network) in done or (name, network) == ("finetune", "pixels"):
+                continue
+            began = time.monotonic()
+            results, step = measure(args, network, name, changes[name])
+            row = {"task": name, "network": network, "step": step, "settings": changes[name]}
+            seconds = round(time.monotonic() - began)
+            with args.out.open("a") as file:
+                file.write(json.dumps(row | {"results": results, "seconds": seconds}) + "\n")
+    return print(table(read(args.out)))
 
 
 if __name__ == "__main__":
