@@ -63,6 +63,9 @@ class Pixels:
     def between(self) -> None:
         pass
 
+    def at_once(self) -> Any:
+        raise AssertionError
+
     def progress(self, total: int, unit: str) -> Any:
         raise AssertionError
 
