@@ -48,7 +48,7 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import make_mesh, put, replicated
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load_network, network_of_file, settings_of
+from sop_jax.pretrained import load_network, network_of_file, origin, settings_of
 from sop_jax.training import resume
 from sop_jax.training.checkpoint import named_leaves
 from sop_jax.training.owner import owned
@@ -226,7 +226,9 @@ def _of_run(asked: Asked, config: ml_collections.ConfigDict) -> Subject:
     assert asked.workdir is not None
     _, model, params, step = load_network(asked.workdir, asked.step, network)
     name = f"the {network} of {asked.workdir}, step {step}"
-    return Subject(name, config, model, params, fingerprint(config, params), step)
+    converted = origin(asked.workdir)
+    absent = tuple(converted.absent) if converted else ()
+    return Subject(name, config, model, params, fingerprint(config, params), step, absent)
 
 
 def _of_file(asked: Asked) -> Subject:
@@ -248,7 +250,8 @@ def _of_file(asked: Asked) -> Subject:
     everywhere = replicated(make_mesh())
     params = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), params)
     model = build(config, config.augment.global_size)
-    return Subject(str(path), config, model, params, fingerprint(config, params), None)
+    mark = fingerprint(config, params)
+    return Subject(str(path), config, model, params, mark, None, tuple(absent))
 
 
 def fingerprint(config: ml_collections.ConfigDict, params: Params) -> str:

@@ -440,7 +440,16 @@ def run(
         iBOT reports; `metric`, the accuracy that is usual for the data set, and its `score`;
         `top1_by_lr`, the accuracy after the last epoch for each rate; the numbers of classified
         `images` and of `unreadable` ones. Shares are in [0, 1].
+
+    Raises:
+        UserError: the recipe begins from the projection head, and the weights have none.
     """
+    if settings.head_layers and any(path.startswith("head/") for path in subject.absent):
+        raise UserError(
+            f"eval.head_layers is {settings.head_layers}, but {subject.name} has no projection "
+            "head: the weights that it comes from have none. Expected a network of a pretraining "
+            "run. Set --eval.head_layers=0"
+        )
     config = ml_collections.ConfigDict(subject.config.to_dict())
     config.model.drop_path = settings.drop_path
     model = build(config, config.augment.global_size)

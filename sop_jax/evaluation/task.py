@@ -77,6 +77,7 @@ class Subject(NamedTuple):
         params: its parameters, replicated over the devices.
         fingerprint: identifies the network, its settings and its parameters.
         step: the step of the checkpoint; None for a file of weights.
+        absent: the paths of parameters that were not in the weights, so that they are random.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Subject(NamedTuple):
     params: Params
     fingerprint: str
     step: int | None
+    absent: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from runs import APART, make_run
 from small import small_config
 
 from sop_jax import evaluate, schedules
+from sop_jax.convert import convert
 from sop_jax.data import transfer
 from sop_jax.data.subsets import Subset
 from sop_jax.errors import Interrupted, UserError
@@ -327,6 +328,17 @@ def test_a_swin_and_a_resnet_can_be_tuned(model):
     if config.model.family == "resnet":
         with pytest.raises(UserError, match="no layers are defined for a ResNet"):
             tune(config, layer_decay=0.5)
+
+
+@pytest.mark.medium
+def test_a_network_without_a_head_cannot_begin_from_its_head(tmp_path):
+    make_run(tmp_path / "run", (3,), **{"head.hidden": 2048, "augment.local_size": 16})
+    convert(tmp_path / "run", tmp_path / "net.safetensors", "timm")
+    asked = evaluate.Asked(weights=tmp_path / "net.safetensors", heads=2)
+    data = {"source": "digits"}
+    changes = {"recipe": "semi10", "batch_size": 32}
+    with pytest.raises(UserError, match="has no projection head.*--eval.head_layers=0"):
+        evaluate.evaluate(asked, "finetune", changes, data)
 
 
 @pytest.mark.medium
