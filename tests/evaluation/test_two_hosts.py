@@ -51,6 +51,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     head = Head(rng.normal(size=(9, 32)).astype(np.float32), np.zeros(9, np.float32), View())
     write_head(tmp_path / "head.npz", head)
     small = {"longest": 32, "sets": ["roxford5k"]}
+    searched = {"images": str(tmp_path / "images")}
     classes = {"path": str(tmp_path / "classes"), "test_split": "val"}
     plan = tmp_path / "plan.json"
     linear = {"epochs": 2, "batch_size": 16, "rates": [0.1, 1.0], "threads": 0, "held_out": 0.3}
@@ -60,7 +61,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         ("logistic", {"strengths": [0.1, 10.0], "validation": 0.3}, classes),
         ("fewshot", {"shots": [1, 2], "draws": 2}, classes),
         ("retrieval", small, {"path": str(tmp_path / "sets")}),
-        ("retrieval", small | {"images": str(tmp_path / "images"), "neighbours": 4}, {}),
+        ("retrieval", {"longest": 32, "neighbours": 4} | searched, {}),
         ("cluster", {"starts": 3}, classes),
         ("tsne", {"perplexity": 5.0, "iterations": 300}, classes),
         (
