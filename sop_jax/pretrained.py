@@ -5,7 +5,6 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -21,7 +20,7 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh, replicated
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
-from sop_jax.training.checkpoint import named_leaves
+from sop_jax.training.checkpoint import named_leaves, with_leaves
 from sop_jax.weights import files, mapping, recognition
 from sop_jax.weights.tables import Arrays, Layout
 
@@ -162,7 +161,7 @@ def network_of_file(
         raise UserError(f"{path}: {error}") from error
     words = [] if positions else _other_positions(file.alike, config.model.positions)
     absent = [path for path in named_leaves(params) if path not in start.leaves]
-    return config, replace(params, start.leaves), absent, start.words + words
+    return config, with_leaves(params, start.leaves), absent, start.words + words
 
 
 def _other_positions(alike: list[Layout], chosen: str) -> list[str]:
@@ -390,20 +389,3 @@ def _resizer(rule: str) -> Any:
         return np.concatenate([table[:1], np.asarray(resized)])
 
     return resize
-
-
-def replace(params: Params, leaves: Arrays) -> Params:
-    """Returns parameters with the given leaves replaced, each with the sharding of the old one.
-
-    Raises:
-        AssertionError: a leaf has another shape than the parameter that it replaces.
-    """
-
-    def value(path: tuple, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in leaves:
-            return leaf
-        chex.assert_shape(leaves[name], leaf.shape)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[name].__getitem__)
-
-    return jax.tree_util.tree_map_with_path(value, params)

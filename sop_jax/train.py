@@ -558,7 +558,7 @@ def start_from(
         return state, []
     start = pretrained.read_initial_weights(config, run.model)
     networks = [
-        pretrained.replace(params, start.leaves) for params in (state.student, state.teacher)
+        checkpoint.with_leaves(params, start.leaves) for params in (state.student, state.teacher)
     ]
     state = state._replace(student=networks[0], teacher=networks[1])
     return state, [f"starts from {config.init_from}", *(f"  {line}" for line in start.words)]

@@ -31,7 +31,40 @@ STAMPED = 10_000  # files whose sizes and times tell whether a tree was changed 
 _SHARING = threading.Lock()
 
 
-class FolderSource(Labelled):
+class Files(Labelled):
+    """The part of a source of files that is about files.
+
+    Attributes:
+        root: their folder.
+        files: their names, relative to it.
+    """
+
+    root: str
+    files: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> bytes:
+        return epath.Path(f"{self.root}/{self.files[index]}").read_bytes()
+
+    def name(self, index: int) -> str:
+        """Returns the path of the file in printable form."""
+        return printable(f"{self.root}/{self.files[index]}")
+
+    @property
+    def digest(self) -> str:
+        """A hash of the file names in order, relative to the root."""
+        names = "\0".join(self.files).encode("utf-8", "surrogateescape")
+        return hashlib.sha256(names).hexdigest()[:12]
+
+    @property
+    def stamp(self) -> str:
+        """A hash of the sizes and times of the files; see `stamp_of`."""
+        return stamp_of(self.root, self.files)
+
+
+class FolderSource(Files):
     """Image files below one folder, sorted by path; processes share one copy of the list.
 
     Attributes:
@@ -64,27 +97,6 @@ class FolderSource(Labelled):
         self.__dict__.update(state)
         self.files, labels = self._shared
         self.labels = None if labels is None else labels.array
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> bytes:
-        return epath.Path(f"{self.root}/{self.files[index]}").read_bytes()
-
-    def name(self, index: int) -> str:
-        """Returns the path of the file in printable form."""
-        return printable(f"{self.root}/{self.files[index]}")
-
-    @property
-    def digest(self) -> str:
-        """A hash of the sorted file names, relative to the root."""
-        names = "\0".join(self.files).encode("utf-8", "surrogateescape")
-        return hashlib.sha256(names).hexdigest()[:12]
-
-    @property
-    def stamp(self) -> str:
-        """A hash of the sizes and times of the files; see `stamp_of`."""
-        return stamp_of(self.root, self.files)
 
 
 def stamp_of(root: str, files: Sequence[str]) -> str:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from sop_jax.data.folders import printable, stamp_of
-from sop_jax.data.labels import Labelled
+from sop_jax.data.folders import Files
 
 
-class ListedFiles(Labelled):
+class ListedFiles(Files):
     """Files below one folder, in a given order.
 
     They are not rotated according to EXIF unless `data.orientation` is "exif", because the codes
@@ -37,26 +36,10 @@ class ListedFiles(Labelled):
         self.root, self.files, self.truth = str(root), list(files), list(truth)
         self.labels, self.class_names = labels, class_names
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> bytes:
-        return (epath.Path(self.root) / self.files[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        """Returns the path of the file in printable form."""
-        return printable(f"{self.root}/{self.files[index]}")
-
-    @property
-    def digest(self) -> str:
-        """A hash of the file names in order, relative to the root."""
-        names = "\0".join(self.files).encode("utf-8", "surrogateescape")
-        return hashlib.sha256(names).hexdigest()[:12]
-
     @property
     def stamp(self) -> str:
         """A hash that changes with the files, their labels or the truth; see `sources.stamp`."""
-        stamp = hashlib.sha256(stamp_of(self.root, self.files).encode())
+        stamp = hashlib.sha256(super().stamp.encode())
         if self.labels is not None:
             stamp.update(self.labels.tobytes())
         for path in self.truth:

@@ -222,6 +222,11 @@ def host_batches(
         }
 
 
+def unit(vectors: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+    """Returns the vectors divided by their lengths; lengths below 1e-12 count as 1e-12."""
+    return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
 def whole(features: Features) -> Features:
     """Returns the features with the rows of all processes, on every process."""
     if not hosts.several():

@@ -40,7 +40,13 @@ from sop_jax.evaluation import mixing
 from sop_jax.evaluation.accuracy import count_right, summary
 from sop_jax.evaluation.features import host_batches
 from sop_jax.evaluation.fit import Problem, fit
-from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
+from sop_jax.evaluation.splits import (
+    Splits,
+    count_labels,
+    few_labels,
+    open_transfer_set,
+    sources_of,
+)
 from sop_jax.evaluation.tables import aligned, papers_text, percent
 from sop_jax.evaluation.task import Subject, Task, Tools, View
 from sop_jax.evaluation.views import view_of
@@ -277,19 +283,12 @@ def open_inputs(
 
 def _open(config: ml_collections.ConfigDict, name: str, data: Mapping[str, Any]) -> Splits:
     """Opens a transfer set, or the data of the run or of the flags if `name` is empty."""
-    if not name:
-        return open_splits(config, data, "fine-tuning")
-    if not data:
+    if name and not data:
         raise UserError(
             f"Fine-tuning on {transfer.SETS[name].title} needs its images, and no data is named. "
             f"Expected {transfer.expected(name)}. Name it with --data.path"
         )
-    path = data.get("path")
-    if path and transfer.is_inaturalist(name, path):
-        found = transfer.open_inaturalist(path, transfer.SETS[name].year)
-        config.data.update(source="folder", path=path, name="")
-        return Splits(found.train, found.test)
-    return open_splits(config, {**(transfer.flags(name, path) if path else {}), **data}, name)
+    return open_transfer_set(config, name, data, name or "fine-tuning")
 
 
 def _classes(splits: Splits) -> int:
@@ -300,9 +299,8 @@ def _classes(splits: Splits) -> int:
     """
     train, test = splits
     assert test is not None  # `open_splits` raises if there are none
-    names = train.class_names
-    classes = len(names) if names else int(labels_of(train).max()) + 1
-    other = test.class_names
+    classes = count_labels(train)
+    names, other = train.class_names, test.class_names
     highest = max(_labels(test), default=0)
     if (names and other and names != other) or highest >= classes:
         count = len(other) if other else highest + 1

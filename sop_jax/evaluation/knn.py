@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sop_jax.errors import UserError
 from sop_jax.evaluation.accuracy import NEVER
-from sop_jax.evaluation.features import in_chunks, on_devices
+from sop_jax.evaluation.features import in_chunks, on_devices, unit
 from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
 from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
 from sop_jax.evaluation.task import Features, Subject, Task, Tools
@@ -163,7 +163,7 @@ def accuracies(
         )
     usable = sorted({k for k in ks if 1 <= k <= train_size}) or [train_size]
     rows, labels, index = on_devices(train, mesh)
-    rows = jax.jit(unit_rows, donate_argnums=0)(rows)
+    rows = jax.jit(unit, donate_argnums=0)(rows)
     right = np.zeros((len(usable), 2), np.int64)
     for i, chunk in enumerate(in_chunks(test, mesh, CHUNK)):
         if i and between:
@@ -196,7 +196,7 @@ def count_right(
         temperature: see `accuracies`.
         mesh: the devices.
     """
-    queries = jax.lax.with_sharding_constraint(unit_rows(chunk["vectors"]), replicated(mesh))
+    queries = jax.lax.with_sharding_constraint(unit(chunk["vectors"]), replicated(mesh))
     scores, indices = nearest(queries, rows, max(ks), mesh, allowed=present)
     classes = labels[indices]
     # Relative to the nearest row: the winner is the same, and no temperature makes it overflow.
@@ -233,12 +233,6 @@ def vote(
     same = classes[:, :, None] == classes[:, None, :]
     votes = jnp.sum(jnp.where(same, weights[:, None, :], 0), axis=2)
     return votes, ~jnp.any(jnp.tril(same, -1), axis=2)
-
-
-def unit_rows(vectors: Float[Array, "N D"]) -> Float[Array, "N D"]:
-    """Returns the rows scaled to unit norm; a row of zeros remains zero."""
-    norms = jnp.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / jnp.maximum(norms, 1e-12)
 
 
 def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:

@@ -31,7 +31,7 @@ from sop_jax.evaluation.accuracy import rank_of
 from sop_jax.evaluation.features import in_chunks, pooled
 from sop_jax.evaluation.fit import Problem, fit
 from sop_jax.evaluation.heads import Head, write_head
-from sop_jax.evaluation.splits import Splits, open_splits, sources_of
+from sop_jax.evaluation.splits import Splits, count_labels, open_splits, sources_of
 from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
 from sop_jax.evaluation.task import Features, Subject, Task, Tools, View
 from sop_jax.evaluation.views import AUTO, VIEW_RULES, view_of, view_settings
@@ -134,14 +134,8 @@ def open_inputs(
         splits,
         records,
         Subset(splits.train, held) if len(held) else None,
-        count_labels(splits),
+        count_labels(splits.train),
     )
-
-
-def count_labels(splits: Splits) -> int:
-    """Returns the number of outputs that a classifier of these images needs."""
-    names = splits.train.class_names
-    return len(names) if names is not None else int(labels_of(splits.train).max()) + 1
 
 
 def run(

@@ -36,8 +36,8 @@ from sop_jax.data import transfer
 from sop_jax.data.subsets import draw_share, labels_of
 from sop_jax.errors import UserError
 from sop_jax.evaluation import accuracy
-from sop_jax.evaluation.features import in_chunks, on_devices
-from sop_jax.evaluation.splits import Splits, open_splits, sources_of
+from sop_jax.evaluation.features import in_chunks, on_devices, unit
+from sop_jax.evaluation.splits import Splits, open_transfer_set, sources_of
 from sop_jax.evaluation.tables import aligned, percent
 from sop_jax.evaluation.task import Features, Subject, Task, Tools, View
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
@@ -141,13 +141,11 @@ def open_set(
     Raises:
         UserError: there is no such data, or no path is given for a transfer set.
     """
-    if not name:
-        return open_splits(config, data, task)
-    if not data.get("path"):
+    if name and not data.get("path"):
         raise UserError(
             f"eval.set={name} needs the data: give --data.path=PATH of {transfer.expected(name)}"
         )
-    return open_splits(config, {**transfer.flags(name, data["path"]), **data}, task)
+    return open_transfer_set(config, name, data, task)
 
 
 def run(
@@ -256,10 +254,7 @@ def prepare(rows: Float[Array, "N D"], kind: str) -> Float[Array, "N D"]:
     """
     if kind == "centred":
         rows = rows - rows.mean(axis=1, keepdims=True)
-    if kind != "raw":
-        norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
-        rows = rows / jnp.maximum(norms, 1e-12)
-    return rows
+    return rows if kind == "raw" else unit(rows)
 
 
 def minimize(

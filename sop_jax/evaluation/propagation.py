@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
+from sop_jax.evaluation.features import unit
+
 # Tokens of a block: few columns, because the window of each has 2 * radius more. 128 in total fill
 # the lanes of a TPU and keep the similarities of a block in the cache of a CPU.
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 4
@@ -61,11 +63,6 @@ def remember(
     return Contexts(
         contexts.features.at[row].set(unit(features)), contexts.masks.at[row].set(masks), frame + 1
     )
-
-
-def unit(features: Float32[Array, "*shape D"]) -> Float32[Array, "*shape D"]:
-    """Returns the vectors divided by their lengths; lengths below 1e-12 count as 1e-12."""
-    return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 @functools.partial(jax.jit, static_argnames=("radius", "top_k", "temperature"))

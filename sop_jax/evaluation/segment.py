@@ -42,7 +42,7 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import replicated
 from sop_jax.schedules import linear_decay
 from sop_jax.training import layer_decay
-from sop_jax.training.checkpoint import named_leaves
+from sop_jax.training.checkpoint import named_leaves, with_leaves
 from sop_jax.weights import files, mapping
 from sop_jax.weights.tables import MMSEG, Arrays
 
@@ -350,18 +350,6 @@ def run(
         "chosen": {name: chosen[name] for name in CHOSEN[chosen.head]},
         "files": [WEIGHTS, *pictures_of(inputs, chosen, tools)] if tools.folder is not None else [],
     }
-
-
-def with_leaves(params: Params, leaves: Arrays) -> Params:
-    """Returns parameters with some leaves replaced, each with the sharding of the old one."""
-
-    def value(path: tuple, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name not in leaves:
-            return leaf
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[name].__getitem__)
-
-    return jax.tree_util.tree_map_with_path(value, params)
 
 
 def make_segmenter(

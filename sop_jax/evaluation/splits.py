@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 
-from sop_jax.data import sources
+from sop_jax.data import sources, transfer
 from sop_jax.data.named import describe, name_data, splits_of
 from sop_jax.data.sources import Source, open_source
 from sop_jax.data.subsets import Subset, draw_share, labels_of, read_list
@@ -99,6 +98,36 @@ def open_split(
     return found
 
 
+def open_transfer_set(
+    config: ml_collections.ConfigDict, name: str, data: Mapping[str, Any], task: str
+) -> Splits:
+    """Opens the splits of a transfer set, or those that flags name if `name` is empty.
+
+    Args:
+        config: as for `open_splits`.
+        name: one of `transfer.SETS`, or "".
+        data: as for `open_splits`.
+        task: as for `open_splits`.
+
+    Raises:
+        UserError: there is no such data.
+    """
+    path = data.get("path")
+    if not (name and path):
+        return open_splits(config, data, task)
+    if transfer.is_inaturalist(name, path):
+        found = transfer.open_inaturalist(path, transfer.SETS[name].year)
+        config.data.update(source="folder", path=path, name="")
+        return Splits(found.train, found.test)
+    return open_splits(config, {**transfer.flags(name, path), **data}, task)
+
+
+def count_labels(train: Source) -> int:
+    """Returns the number of outputs that a classifier of these images needs."""
+    names = train.class_names
+    return len(names) if names else int(labels_of(train).max()) + 1
+
+
 def few_labels(train: Source, percent: float, file: str, seed: int) -> Source:
     """Returns the train images whose labels a protocol with few labels uses.
 
@@ -121,8 +150,3 @@ def few_labels(train: Source, percent: float, file: str, seed: int) -> Source:
 def sources_of(splits: Splits) -> dict[str, Source | None]:
     """Returns the sources by split, which identify the data in a result."""
     return {"train": splits.train, "test": splits.test}
-
-
-def count_classes(labels: np.ndarray) -> int:
-    """Returns the number of different labels, not counting -1."""
-    return len(np.unique(labels[labels >= 0]))

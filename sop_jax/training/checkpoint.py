@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -294,6 +296,23 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their path."""
     flat, _ = jax.tree.flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, np.ndarray]) -> Any:
+    """Returns a tree with the leaves at some paths replaced, each with the sharding of the old one.
+
+    Raises:
+        AssertionError: a leaf has another shape than the one that it replaces.
+    """
+
+    def value(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name not in leaves:
+            return leaf
+        chex.assert_shape(leaves[name], leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[name].__getitem__)
+
+    return jax.tree_util.tree_map_with_path(value, tree)
 
 
 def _saved_names(abstract: Any, saved: Any) -> dict[str, str]:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sop_jax.evaluation import features as features_lib
 from sop_jax.evaluation import propagation
 from sop_jax.evaluation.propagation import Contexts
 
@@ -68,7 +69,7 @@ def test_masks_are_those_of_the_definition(n: int, h: int, w: int, radius: int, 
 def test_neighbours_that_tie_with_the_last_one_are_kept() -> None:
     features = jnp.ones((1, 4, 2))
     masks = jnp.arange(4.0).reshape(1, 1, 4, 1)
-    contexts = Contexts(propagation.unit(features)[None], masks, jnp.int32(1))
+    contexts = Contexts(features_lib.unit(features)[None], masks, jnp.int32(1))
     found = propagation.propagate(contexts, features, 3, 2, 0.1)
     np.testing.assert_allclose(np.asarray(found), np.full((1, 4, 1), 1.5), rtol=1e-6)
 
@@ -82,7 +83,7 @@ def test_equal_values_are_counted_apart() -> None:
 
 
 def test_a_low_temperature_does_not_overflow() -> None:
-    features = propagation.unit(
+    features = features_lib.unit(
         jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4)).astype(np.float32))
     )
     masks = jnp.arange(9.0).reshape(1, 3, 3, 1)
