@@ -89,17 +89,23 @@ def test_a_map_without_a_folder_is_measured_only():
 
 @pytest.mark.medium
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_ends_a_map_that_takes_long(number):
+def test_the_first_signal_ends_a_map_that_takes_long(number, monkeypatch):
     settings, inputs = opened(images=300)
-    settings.iterations = 1_000_000  # hours
+    embed = tsne.embed
+
+    def embed_for_long(*arguments: Any) -> None:
+        """Computes the map again and again: how long one takes depends on the machine."""
+        threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            embed(*arguments)
+        pytest.fail("the signal had no effect")
+
+    monkeypatch.setattr(tsne, "embed", embed_for_long)
     with Interruption() as interruption:
         box = toolbox(interruption=interruption)
-        box.features(inputs.images, view_of(untrained().config, settings))  # compiled before
-        threading.Timer(2, os.kill, (os.getpid(), number)).start()
-        began = time.monotonic()
         with pytest.raises(Interrupted, match="interrupted"):
             tsne.run(untrained(), inputs, settings, box)
-    assert time.monotonic() - began < 20
 
 
 @pytest.mark.slow
@@ -107,15 +113,14 @@ def test_the_command_ends_at_the_first_signal_and_keeps_the_features(tmp_path):
     make_run(tmp_path / "run", (3,))
     command = [
         *("-m", "sop_jax.evaluate", f"--workdir={tmp_path / 'run'}", "--task=tsne"),
-        *("--eval.images=300", "--eval.iterations=1000000"),
+        *("--eval.split=train", "--eval.images=1400", "--eval.iterations=1000000"),
     ]
     with processes.start([command], tmp_path / "logs", devices=1) as started:
         until = time.monotonic() + 120
         while "computing the map" not in (tmp_path / "logs" / "0.err").read_text():
             assert time.monotonic() < until and started.running[0].poll() is None, started.end(0)
             time.sleep(0.02)
-        time.sleep(1)
-        started.signal(0, signal.SIGINT)
+        started.signal(0, signal.SIGINT)  # in the few milliseconds before the map, or in the map
         (ended,) = started.end(30)
     assert ended.code == 130 and "the features are kept" in ended.err, ended
     assert not list((tmp_path / "run" / "evaluations").glob("*.json"))
