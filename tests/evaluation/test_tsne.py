@@ -19,7 +19,6 @@ from test_evaluate import make_run
 
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import tsne
-from sop_jax.evaluation.views import view_of
 from sop_jax.parallel.interruption import Interruption
 
 DIGITS = {"source": "digits"}
