@@ -3,7 +3,7 @@
 import signal
 import sys
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 # While a command imports JAX, which takes seconds, Ctrl-C ends it at once: Python would print a
 # traceback, or drop the exception if it is raised in a callback. `cli.run` takes over.

@@ -51,6 +51,7 @@ RULES: dict[str, Rule] = {
     "init_from": TEXT,
     "epochs": NOT_NEGATIVE,
     "steps": unset_or(whole(1, MAX_STEPS)),
+    "method": one_of(METHODS),
     "batch_size": COUNT,
     "accumulate": COUNT,
     "log_every": COUNT_OR_ZERO,
@@ -155,6 +156,7 @@ def check_values(config: ml_collections.ConfigDict) -> None:
     flat, defaults = flatten(config), flatten(paper())
     if wrong := misnamed(flat):
         raise UserError("; ".join(wrong))
+    method_of(config)
     check_rules(flat, RULES, defaults, "--config.")
 
 
@@ -234,6 +236,9 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
         steps = f"{key.removesuffix('epochs')}steps"
         if key.endswith("epochs") and flat[steps] is not None:
             reasons[key] = f"{steps} is {flat[steps]}, which takes precedence"
+    for name in METHODS.keys() - {config.method}:
+        for key in flatten(config[name], f"{name}."):
+            reasons[key] = f"method is {config.method}"
     reasons |= method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):

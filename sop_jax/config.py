@@ -15,6 +15,7 @@ from ml_collections import config_dict
 
 from sop_jax import __version__
 from sop_jax.errors import UserError, nearest
+from sop_jax.objectives.methods import METHODS
 from sop_jax.paths import write_whole
 
 # The settings that each version introduced, with the values that match the behaviour of earlier
@@ -34,6 +35,9 @@ BEFORE: dict[str, dict[str, Any]] = {
     },
     "0.4.0": {
         "eval.tasks": ("knn",),
+    },
+    "0.5.0": {
+        "method": "sop",
     },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json
@@ -84,6 +88,7 @@ def paper() -> ml_collections.ConfigDict:
     config.init_from = ""  # weights to start from: a file, or the folder of a run or of `convert`
     config.epochs = 800.0
     config.steps = config_dict.placeholder(int)  # takes precedence over `epochs` if set
+    config.method = "sop"  # one of `objectives.methods`, whose settings are the section of its name
     config.batch_size = 1024  # images per step, over all devices
     config.accumulate = 1  # microbatches per step, computed one after another to save memory
     config.log_every = 50  # steps, like the next two; 0 means never
@@ -169,24 +174,8 @@ def paper() -> ml_collections.ConfigDict:
         )
     )
     config.head = ml_collections.ConfigDict(dict(hidden=2048, dim=256))
-    config.sop = ml_collections.ConfigDict(
-        dict(
-            # E_C and E_P: rows of the memory, SOPs per task, supports besides the anchor, tasks,
-            # votes, lambda.
-            cls=dict(
-                memory=65536, anchors=4096, supports=8, tasks=2, votes="similarity", weight=1.0
-            ),
-            patch=dict(memory=8192, anchors=512, supports=0, tasks=1, votes="smoothed", weight=1.0),
-            pool="non_anchors",  # non_anchors | all
-            smoothing=0.1,
-            anchors="random",  # random | fixed_slots | frozen_rows (the last two: table C.7)
-            search_precision="float32",  # float32 | high | bfloat16
-            student_temperature=0.1,
-            teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
-            temperature_warmup_epochs=30.0,
-            temperature_warmup_steps=config_dict.placeholder(int),
-        )
-    )
+    for name, method in METHODS.items():
+        config[name] = method.settings()
     config.optim = ml_collections.ConfigDict(
         dict(
             lr=5e-4,  # for 256 images per step; scaled in proportion to the batch size

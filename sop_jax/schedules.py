@@ -54,6 +54,11 @@ def ramp(ends: tuple[float, float], steps: int) -> Schedule:
     return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
 
 
+def later(schedule: Schedule, late: int) -> Schedule:
+    """Returns a schedule whose step 0 is step `late` of another."""
+    return lambda step: schedule(step + late)
+
+
 def constant(value: float) -> Schedule:
     """Returns a schedule with the same float32 value at every step."""
     return lambda step: jnp.float32(value)

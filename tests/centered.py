@@ -87,7 +87,7 @@ def centered(
         student_views=tuple(range(1, 2 + config.augment.local_crops)),
         teacher_views=(0, 1),
         schedules={"temperature": constant(0.5)},
-        optimizers={"prototypes": frozen_at_first(0.5)},
+        optimizers={"prototypes": lambda network: frozen_at_first(0.5)},
         terms=("views", "patches", "features"),
         init=init,
         select=select,
@@ -99,6 +99,7 @@ def centered(
 
 
 CENTERED = Method(
+    settings=ml_collections.ConfigDict,
     build=centered,
     rules={},
     check=lambda config: None,

@@ -17,6 +17,7 @@ from sop_jax.check import (
 from sop_jax.config import flatten, paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
+from sop_jax.objectives.methods import METHODS
 
 
 def changed(settings: dict[str, Any]) -> ml_collections.ConfigDict:
@@ -47,6 +48,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "seed": (*WHOLE, 2**32),
     "init_from": (3,),
     "epochs": REAL,
+    "method": ("magic", "", 3),
     "steps": (0, -1, 1.5, True, 2**31),
     "batch_size": (*WHOLE, 0),
     "accumulate": (*WHOLE, 0),
@@ -150,6 +152,14 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "checkpoint.keep_every": WHOLE,
     "mesh.data": WHOLE,
     "mesh.fsdp": (*WHOLE, 0),
+}
+
+# Invalid values of the settings of all methods other than SOP, without the method's name.
+OF_METHODS: dict[str, tuple[Any, ...]] = {}
+WRONG |= {
+    f"{name}.{key}": OF_METHODS[key]
+    for name in METHODS.keys() - {"sop"}
+    for key in flatten(METHODS[name].settings())
 }
 
 

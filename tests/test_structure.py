@@ -12,9 +12,11 @@ PACKAGE = ROOT / "sop_jax"
 LAYERS = [
     {"errors", "rules", "schedules", "compiled"},
     {"paths"},
-    {"config", "data", "weights", "parallel"},
-    {"cli", "models", "monitor"},
+    {"data", "weights", "parallel"},
+    {"models", "monitor"},
     {"objectives"},
+    {"config"},
+    {"cli"},
     {"training"},
     {"evaluation"},
     {"check"},

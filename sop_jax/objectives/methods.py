@@ -1,7 +1,8 @@
-"""The methods of training, by name."""
+"""The methods of training, by the names that `config.method` gives them."""
 
 import ml_collections
 
+from sop_jax.errors import UserError, nearest
 from sop_jax.objectives.objective import Method
 from sop_jax.objectives.sop.settings import SOP
 
@@ -9,6 +10,14 @@ METHODS: dict[str, Method] = {"sop": SOP}
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:
-    """Returns the method of a run's config."""
-    del config  # there is only one so far
-    return METHODS["sop"]
+    """Returns the method of a run's config.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if config.method not in METHODS:
+        raise UserError(
+            f"method is {config.method!r}; expected one of {', '.join(METHODS)}"
+            f"{nearest(str(config.method), list(METHODS))}; for example, set --config.method=sop"
+        )
+    return METHODS[config.method]

@@ -176,6 +176,30 @@ class Verdict(Protocol):
         """Returns a warning if the logged rows, newest last, show a failing run, else None."""
 
 
+@runtime_checkable
+class Network(Protocol):
+    """Makes the optimizer of the network's parameters."""
+
+    def __call__(self, late: int = 0) -> optax.GradientTransformation:
+        """Returns the optimizer, with schedules that begin at step `late`.
+
+        Args:
+            late: the step of its first update, for parameters that are frozen before.
+        """
+
+
+@runtime_checkable
+class Optimize(Protocol):
+    """Makes the optimizer of a sub-tree of the objective's parameters."""
+
+    def __call__(self, network: Network) -> optax.GradientTransformation:
+        """Returns the optimizer, which clips its gradients itself, if at all.
+
+        Args:
+            network: makes the optimizer of the network's parameters, to adapt.
+        """
+
+
 class Objective(NamedTuple):
     """A method of self-supervised training.
 
@@ -184,8 +208,8 @@ class Objective(NamedTuple):
             numbered from 0, the global ones first.
         teacher_views: the views that the teacher sees, numbered likewise.
         schedules: schedules by name; all functions receive their values as `now`.
-        optimizers: optimizers for sub-trees of the objective's parameters, by the name of the
-            sub-tree. All other parameters are optimized as the network's are.
+        optimizers: see `Optimize`; for sub-trees of the objective's parameters, by the name of
+            the sub-tree. All other parameters are optimized as the network's are.
         terms: the names of the terms of the loss.
         init: see `Init`.
         select: see `Select`.
@@ -198,7 +222,7 @@ class Objective(NamedTuple):
     student_views: tuple[int, ...]
     teacher_views: tuple[int, ...]
     schedules: Mapping[str, Schedule]
-    optimizers: Mapping[str, optax.GradientTransformation]
+    optimizers: Mapping[str, Optimize]
     terms: tuple[str, ...]
     init: Init
     select: Select
@@ -237,6 +261,8 @@ class Method(NamedTuple):
     Settings are given by their dotted names.
 
     Attributes:
+        settings: a function that returns the defaults of its settings, which are the section of a
+            config that has the method's name.
         build: see `Build`.
         rules: the values that each of its settings can have.
         check: a function of the config that raises UserError if the settings do not fit each other
@@ -254,6 +280,7 @@ class Method(NamedTuple):
             are counted.
     """
 
+    settings: Callable[[], ml_collections.ConfigDict]
     build: Build
     rules: Mapping[str, Rule]
     check: Callable[[ml_collections.ConfigDict], None]

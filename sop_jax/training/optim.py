@@ -11,7 +11,8 @@ import optax
 from jaxtyping import Array
 
 from sop_jax.objectives.methods import method_of
-from sop_jax.schedules import Length, Schedule, cosine, duration, learning_rate
+from sop_jax.objectives.objective import Optimize
+from sop_jax.schedules import Length, Schedule, cosine, duration, later, learning_rate
 
 NETWORK = "network"  # the group of all parameters that have no optimizer of their own
 
@@ -99,22 +100,28 @@ CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}
 def optimizer(
     config: ml_collections.ConfigDict,
     schedules: Mapping[str, Schedule],
-    own: Mapping[str, optax.GradientTransformation],
+    own: Mapping[str, Optimize],
 ) -> optax.GradientTransformation:
     """Returns AdamW with gradient clipping, joined with the optimizers of an objective.
 
     Args:
         config: `config.optim` of the run.
         schedules: the schedules, among them `lr` and `weight_decay`.
-        own: the objective's optimizers by the name of the sub-tree of its parameters. Each of them
-            clips its gradients itself, if at all, and they do not count in the network's norm.
+        own: the objective's optimizers by the name of the sub-tree of its parameters. Their
+            gradients do not count in the network's norm.
     """
-    clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
-    adamw = optax.adamw(schedules["lr"], weight_decay=schedules["weight_decay"], mask=decays)
-    network = optax.chain(clip, adamw)
+
+    def network(late: int = 0) -> optax.GradientTransformation:
+        clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
+        lr, weight_decay = (later(schedules[name], late) for name in ("lr", "weight_decay"))
+        return optax.chain(clip, optax.adamw(lr, weight_decay=weight_decay, mask=decays))
+
     if not own:
-        return network
-    return optax.partition({NETWORK: network, **own}, functools.partial(groups, names=tuple(own)))
+        return network()
+    parts = {name: optimize(network) for name, optimize in own.items()}
+    return optax.partition(
+        {NETWORK: network(), **parts}, functools.partial(groups, names=tuple(own))
+    )
 
 
 def groups(params: Any, names: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 import ml_collections
 from jax.sharding import Mesh
+from ml_collections import config_dict
 
 from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
@@ -22,7 +23,7 @@ from sop_jax.rules import (
 )
 from sop_jax.schedules import Length
 
-# In the order of `config.paper`.
+# In the order of `settings`.
 RULES = {
     "sop.cls.memory": COUNT,
     "sop.cls.anchors": COUNT,
@@ -45,6 +46,28 @@ RULES = {
     "sop.temperature_warmup_epochs": NOT_NEGATIVE,
     "sop.temperature_warmup_steps": unset_or(STEPS),
 }
+
+
+def settings() -> ml_collections.ConfigDict:
+    """Returns the paper's settings."""
+    return ml_collections.ConfigDict(
+        dict(
+            # E_C and E_P: rows of the memory, SOPs per task, supports besides the anchor, tasks,
+            # votes, lambda.
+            cls=dict(
+                memory=65536, anchors=4096, supports=8, tasks=2, votes="similarity", weight=1.0
+            ),
+            patch=dict(memory=8192, anchors=512, supports=0, tasks=1, votes="smoothed", weight=1.0),
+            pool="non_anchors",  # non_anchors | all
+            smoothing=0.1,
+            anchors="random",  # random | fixed_slots | frozen_rows (the last two: table C.7)
+            search_precision="float32",  # float32 | high | bfloat16
+            student_temperature=0.1,
+            teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
+            temperature_warmup_epochs=30.0,
+            temperature_warmup_steps=config_dict.placeholder(int),
+        )
+    )
 
 
 def build(
@@ -135,6 +158,7 @@ def batch_limit(config: ml_collections.ConfigDict) -> tuple[int, str]:
 
 
 SOP = Method(
+    settings=settings,
     build=build,
     rules=RULES,
     check=check,
