@@ -81,7 +81,9 @@ def centered(
     def measure(
         carried: Any, shared: Any, targets: Any, student_cls: jax.Array, now: Any
     ) -> dict[str, jax.Array]:
-        return {"student_cls": student_cls.mean(), "center": jnp.linalg.norm(carried["center"])}
+        # A mean of absolute values, since that of the values themselves is rounding error.
+        size = jnp.abs(student_cls).mean()
+        return {"student_cls": size, "center": jnp.linalg.norm(carried["center"])}
 
     return Objective(
         student_views=tuple(range(1, 2 + config.augment.local_crops)),
