@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sop_jax import config as config_lib  # noqa: E402
 from sop_jax.models.head import unit  # noqa: E402
-from sop_jax.objectives.sop.memory import flat_rows  # noqa: E402
+from sop_jax.objectives.memory import flat_rows  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh  # noqa: E402
 from sop_jax.parallel.search import PRECISIONS, nearest  # noqa: E402
 from sop_jax.training import checkpoint  # noqa: E402

@@ -16,8 +16,8 @@ import pytest
 
 from sop_jax import models, schedules
 from sop_jax.config import paper
-from sop_jax.objectives import losses
-from sop_jax.objectives.sop import assignment, memory, prototypes
+from sop_jax.objectives import losses, memory
+from sop_jax.objectives.sop import assignment, prototypes
 from sop_jax.parallel.mesh import make_mesh
 
 FOLDER = Path(os.environ.get("SOP_GOLDEN_DIR", Path(__file__).parent / "golden"))

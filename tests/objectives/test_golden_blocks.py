@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from golden_numbers import Found, differences, exact, unnoticed
 
+from sop_jax.objectives import memory
 from sop_jax.objectives.carp import consistency, inequality
 from sop_jax.objectives.losses import cls_loss
 from sop_jax.objectives.massl import block_assignment
 from sop_jax.objectives.prototypical.blocks import block_log_softmax
-from sop_jax.objectives.sop import memory
 
 pytestmark = pytest.mark.medium
 

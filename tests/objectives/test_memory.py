@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sop_jax.objectives.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
+from sop_jax.objectives.memory import Memory, by_age, flat_rows, init_memory, live, push
 
 DIM = 3
 

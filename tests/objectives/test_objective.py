@@ -10,8 +10,8 @@ import pytest
 
 from sop_jax import config as config_lib
 from sop_jax.models.head import unit
+from sop_jax.objectives.memory import Memory, flat_rows
 from sop_jax.objectives.objective import Objective, Outputs
-from sop_jax.objectives.sop.memory import Memory, flat_rows
 from sop_jax.objectives.sop.objective import (
     ANCHORS,
     assign_views,

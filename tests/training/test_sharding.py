@@ -19,8 +19,8 @@ from sop_jax.config import paper
 from sop_jax.models import build
 from sop_jax.models.head import unit
 from sop_jax.models.layers import REMATS
+from sop_jax.objectives.memory import by_age, flat_rows, init_memory, push
 from sop_jax.objectives.objective import Outputs
-from sop_jax.objectives.sop.memory import by_age, flat_rows, init_memory, push
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import gatherer, make_mesh, replicated, shardings, split, with_shardings
 from sop_jax.parallel.search import GROUP, nearest, take

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.objectives.losses import cls_loss, mim_loss
+from sop_jax.objectives.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
 from sop_jax.objectives.sop import health
 from sop_jax.objectives.sop.assignment import log_assignment
-from sop_jax.objectives.sop.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.objectives.sop.prototypes import (
     SOPs,
     build_sops,

@@ -1,4 +1,4 @@
-"""The memories E_C and E_P: first-in-first-out stores of teacher embeddings (section 2.2.1)."""
+"""First-in-first-out stores of teacher embeddings: E_C and E_P of SOP (section 2.2.1)."""
 
 from typing import NamedTuple
 
