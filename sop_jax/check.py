@@ -33,7 +33,8 @@ from sop_jax.rules import (
     unset_or,
     whole,
 )
-from sop_jax.training.optim import CLIPS
+from sop_jax.training import optim
+from sop_jax.training.optim import CLIPS, KINDS
 
 VIEWS = 1000  # of one kind per image, at most
 SIGMA = 1000  # pixels, at most
@@ -116,6 +117,9 @@ RULES: dict[str, Rule] = {
     "head.hidden": COUNT,
     "head.dim": COUNT,
     **{key: rule for method in METHODS.values() for key, rule in method.rules.items()},
+    "optim.kind": one_of(KINDS),
+    "optim.sgd_momentum": less_than(1),
+    "optim.trust": POSITIVE,
     "optim.lr": NOT_NEGATIVE,
     "optim.min_lr": NOT_NEGATIVE,
     "optim.warmup_epochs": NOT_NEGATIVE,
@@ -239,7 +243,7 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name in METHODS.keys() - {config.method}:
         for key in flatten(config[name], f"{name}."):
             reasons[key] = f"method is {config.method}"
-    reasons |= method_of(config).without_use(config)
+    reasons |= optim.without_use(config) | method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):
             reasons[f"augment.{name}"] = "augment.local_crops is 0"

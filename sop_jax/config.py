@@ -178,6 +178,9 @@ def paper() -> ml_collections.ConfigDict:
         config[name] = method.settings()
     config.optim = ml_collections.ConfigDict(
         dict(
+            kind="adamw",  # adamw | sgd | lars
+            sgd_momentum=0.9,  # sgd, lars
+            trust=0.001,  # lars: an update's norm as a share of its parameter's
             lr=5e-4,  # for 256 images per step; scaled in proportion to the batch size
             min_lr=1e-6,
             warmup_epochs=10.0,

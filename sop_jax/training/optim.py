@@ -1,4 +1,4 @@
-"""The optimizer and its schedules (iBOT's recipe)."""
+"""The optimizers and their schedules: iBOT's AdamW, and SGD and LARS as DINO trains ResNets."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ from jaxtyping import Array
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Optimize
 from sop_jax.schedules import Length, Schedule, cosine, duration, later, learning_rate
+
+Plan = Mapping[str, Schedule]
 
 NETWORK = "network"  # the group of all parameters that have no optimizer of their own
 
@@ -68,7 +70,7 @@ def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> l
 def decays(params: Any) -> Any:
     """Returns the mask of weight decay: False for biases, scales of norms and running statistics.
 
-    Running statistics have no gradient either, so that AdamW does not change them.
+    Running statistics have no gradient either, so that no optimizer changes them.
 
     Parameters are recognised by name because layers are stacked, so that their biases are not 1-D.
     [CLS], mask token and positions decay too, as in iBOT, where they have leading axes of length
@@ -79,6 +81,16 @@ def decays(params: Any) -> Any:
     )
 
 
+def tensor_norm(path: tuple, x: Array) -> Array:
+    """Returns the L2 norm of a parameter's tensor, with axes of length one that broadcast.
+
+    In a stack of layers, which the name `blocks` marks, the tensor of each layer has its own norm.
+    """
+    stacked = any(getattr(key, "key", None) == "blocks" for key in path)
+    axes = tuple(range(1 if stacked else 0, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))
+
+
 def clip_each_tensor(limit: float) -> optax.GradientTransformation:
     """Scales each gradient tensor to a norm of at most `limit`, as iBOT's `clip_gradients` does.
 
@@ -86,10 +98,7 @@ def clip_each_tensor(limit: float) -> optax.GradientTransformation:
     """
 
     def clip(path: tuple, gradient: Array) -> Array:
-        stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-        axes = tuple(range(1 if stacked else 0, gradient.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=axes, keepdims=True))
-        return gradient * jnp.minimum(1.0, limit / (norm + 1e-6))
+        return gradient * jnp.minimum(1.0, limit / (tensor_norm(path, gradient) + 1e-6))
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
 
@@ -97,12 +106,69 @@ def clip_each_tensor(limit: float) -> optax.GradientTransformation:
 CLIPS = {"tensor": clip_each_tensor, "global": optax.clip_by_global_norm}
 
 
+def scale_by_trust(trust: float) -> optax.GradientTransformation:
+    """Scales each update to a norm of `trust` times that of its parameter, as DINO's LARS does.
+
+    Biases and the scales of norms keep their updates, and so does a tensor if its norm or that of
+    its update is zero. In a stack of layers, each layer has its own ratio.
+    """
+
+    def scale(path: tuple, update: Array, param: Array, decays: bool) -> Array:
+        if not decays:
+            return update
+        norm, length = tensor_norm(path, param), tensor_norm(path, update)
+        known = (norm > 0) & (length > 0)
+        return update * jnp.where(known, trust * norm / jnp.where(known, length, 1.0), 1.0)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(
+            scale, updates, params, decays(params)
+        )
+    )
+
+
+def adamw(config: ml_collections.ConfigDict, plan: Plan) -> optax.GradientTransformation:
+    """Returns AdamW."""
+    return optax.adamw(plan["lr"], weight_decay=plan["weight_decay"], mask=decays)
+
+
+def sgd(config: ml_collections.ConfigDict, plan: Plan) -> optax.GradientTransformation:
+    """Returns PyTorch's SGD, whose weight decay is a part of the gradient."""
+    return _momentum(config, plan, optax.identity())
+
+
+def lars(config: ml_collections.ConfigDict, plan: Plan) -> optax.GradientTransformation:
+    """Returns the LARS of DINO's `utils.LARS`: SGD whose gradients have `scale_by_trust`."""
+    return _momentum(config, plan, scale_by_trust(config.trust))
+
+
+def _momentum(
+    config: ml_collections.ConfigDict, plan: Plan, scaling: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Returns gradient descent that sums gradients before they meet the learning rate."""
+    return optax.chain(
+        optax.add_decayed_weights(plan["weight_decay"], decays),
+        scaling,
+        optax.trace(config.sgd_momentum),
+        optax.scale_by_learning_rate(plan["lr"]),
+    )
+
+
+KINDS = {"adamw": adamw, "sgd": sgd, "lars": lars}
+
+
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the settings of `optim` that its kind does not use, and the reason for each."""
+    unused = {"adamw": ("sgd_momentum", "trust"), "sgd": ("trust",), "lars": ()}[config.optim.kind]
+    return {f"optim.{name}": f"optim.kind={config.optim.kind} does not use it" for name in unused}
+
+
 def optimizer(
     config: ml_collections.ConfigDict,
-    schedules: Mapping[str, Schedule],
+    schedules: Plan,
     own: Mapping[str, Optimize],
 ) -> optax.GradientTransformation:
-    """Returns AdamW with gradient clipping, joined with the optimizers of an objective.
+    """Returns the optimizer of `optim.kind`, with gradient clipping, and those of an objective.
 
     Args:
         config: `config.optim` of the run.
@@ -113,8 +179,8 @@ def optimizer(
 
     def network(late: int = 0) -> optax.GradientTransformation:
         clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
-        lr, weight_decay = (later(schedules[name], late) for name in ("lr", "weight_decay"))
-        return optax.chain(clip, optax.adamw(lr, weight_decay=weight_decay, mask=decays))
+        plan = {name: later(schedules[name], late) for name in ("lr", "weight_decay")}
+        return optax.chain(clip, KINDS[config.kind](config, plan))
 
     if not own:
         return network()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 from sop_jax import config as config_lib
@@ -233,3 +234,110 @@ def test_steps_are_adamw_with_scheduled_rate_and_decay(
             expected[name] = expected[name] - rates[i] * step
     for name, value in expected.items():
         np.testing.assert_allclose(params["layer"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def plain_step(
+    kind: str, gradient: np.ndarray, param: np.ndarray, total: np.ndarray, decay: float, free: bool
+) -> np.ndarray:
+    """Returns the new sum of gradients of one tensor, as PyTorch's SGD and DINO's LARS sum them."""
+    if not free:
+        gradient = gradient + decay * param
+        norms = np.linalg.norm(param), np.linalg.norm(gradient)
+        if kind == "lars" and min(norms) > 0:
+            gradient = gradient * 0.002 * norms[0] / norms[1]
+    return 0.8 * total + gradient
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars"])
+def test_steps_of_sgd_and_lars_are_those_of_each_tensor(
+    config: ml_collections.ConfigDict, kind: str
+) -> None:
+    """Each layer of a stack is a tensor, and a tensor of zeros moves without a ratio."""
+    rates, decays = [0.0, 0.1, 0.05], [0.04, 0.2, 0.4]
+    plan = {
+        "lr": lambda step: jnp.array(rates)[step],
+        "weight_decay": lambda step: jnp.array(decays)[step],
+    }
+    config.optim.update(kind=kind, clip=0.0, sgd_momentum=0.8, trust=0.002)
+    tx = optim.optimizer(config.optim, plan, {})
+    rng = np.random.default_rng(0)
+    layers = rng.normal(size=(3, 4, 5)) * [[[9]], [[0.1]], [[0]]]
+    params = {
+        "blocks": {"fc": {"kernel": layers, "bias": rng.normal(size=(3, 5))}},
+        "head": {"kernel": rng.normal(size=(5, 2)), "scale": rng.normal(size=2)},
+    }
+    state, update, found = tx.init(single(params)), jax.jit(tx.update), single(params)
+    totals = jax.tree.map(np.zeros_like, params)
+    for i in range(3):
+        raw = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+        changes, state = update(single(raw), state, found)
+        found = jax.tree.map(jnp.add, found, changes)
+        for path, param in jax.tree_util.tree_leaves_with_path(params):
+            names = [key.key for key in path]
+            gradient, total = raw, totals
+            for name in names:
+                gradient, total = gradient[name], total[name]
+            tensors = (
+                (param, gradient, total)
+                if "blocks" in names
+                else ([x] for x in (param, gradient, total))
+            )
+            for tensor, g, summed in zip(*tensors, strict=True):
+                free = names[-1] in ("bias", "scale")
+                summed[...] = plain_step(kind, g, tensor, summed, decays[i], free)
+                tensor -= rates[i] * summed
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, params)
+
+
+def test_momentum_of_lars_ignores_earlier_rates(config: ml_collections.ConfigDict) -> None:
+    """Gradients are summed before they meet the rate, so that a rate of zero stops at once."""
+    rates = jnp.array([1.0, 0.0])
+    plan = {"lr": lambda step: rates[step], "weight_decay": lambda step: jnp.array(0.0)}
+    config.optim.update(kind="lars", clip=0.0)
+    tx = optim.optimizer(config.optim, plan, {})
+    params = {"layer": {"kernel": jnp.ones((2, 2))}}
+    state = tx.init(params)
+    first, state = tx.update(params, state, params)
+    np.testing.assert_allclose(first["layer"]["kernel"], -0.001, rtol=1e-5)
+    second, _ = tx.update(params, state, params)
+    assert not second["layer"]["kernel"].any()
+
+
+@pytest.mark.parametrize("kind", optim.KINDS)
+def test_no_optimizer_moves_what_has_no_gradient(
+    config: ml_collections.ConfigDict, kind: str
+) -> None:
+    """Running statistics only change in forward passes; an update of zeros is finite."""
+    plan = {"lr": lambda step: jnp.array(1.0), "weight_decay": lambda step: jnp.array(0.5)}
+    config.optim.kind = kind
+    tx = optim.optimizer(config.optim, plan, {})
+    params = {"bn": {"mean": jnp.ones(3), "var": jnp.ones(3), "scale": jnp.ones(3)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = tx.init(params)
+    for _ in range(2):
+        changes, state = tx.update(zeros, state, params)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(changes))
+
+
+@pytest.mark.parametrize("kind", optim.KINDS)
+def test_every_optimizer_leaves_an_objectives_parameters_to_its_own(
+    config: ml_collections.ConfigDict, kind: str
+) -> None:
+    plan = {"lr": lambda step: jnp.array(0.1), "weight_decay": lambda step: jnp.array(0.5)}
+    config.optim.kind = kind
+    tx = optim.optimizer(config.optim, plan, {"prototypes": optax.sgd(1.0)})
+    params = {
+        "backbone": {"blocks": {"kernel": jnp.ones((2, 3, 3))}},
+        "objective": {"prototypes": {"kernel": jnp.ones((3, 3))}},
+    }
+    gradients = jax.tree.map(lambda x: 0.25 * x, params)
+    changes, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose(changes["objective"]["prototypes"]["kernel"], -0.25)
+    moved = np.unique(changes["backbone"]["blocks"]["kernel"])
+    assert moved.size == 1 and -0.25 < moved[0] < 0
+
+
+def test_settings_of_other_optimizers_have_no_use(config: ml_collections.ConfigDict) -> None:
+    for kind, unused in (("adamw", {"sgd_momentum", "trust"}), ("sgd", {"trust"}), ("lars", set())):
+        config.optim.kind = kind
+        assert optim.without_use(config).keys() == {f"optim.{name}" for name in unused}
