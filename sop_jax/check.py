@@ -22,6 +22,7 @@ from sop_jax.rules import (
     SHARE,
     STEPS,
     TEXT,
+    TRUTH,
     Rule,
     ascending,
     each,
@@ -114,8 +115,11 @@ RULES: dict[str, Rule] = {
     "model.attention": one_of(IMPLEMENTATIONS),
     "model.dtype": one_of(("float32", "bfloat16")),
     "model.precision": one_of(linear.PRECISIONS),
+    "head.layers": COUNT_OR_ZERO,
     "head.hidden": COUNT,
     "head.dim": COUNT,
+    "head.batch_norm": TRUTH,
+    "head.unit": TRUTH,
     **{key: rule for method in METHODS.values() for key, rule in method.rules.items()},
     "optim.kind": one_of(KINDS),
     "optim.sgd_momentum": less_than(1),
@@ -243,6 +247,9 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     for name in METHODS.keys() - {config.method}:
         for key in flatten(config[name], f"{name}."):
             reasons[key] = f"method is {config.method}"
+    if config.head.layers < 2:
+        for name in ("hidden", "batch_norm"):
+            reasons[f"head.{name}"] = f"head.layers is {config.head.layers}, so that none is hidden"
     reasons |= optim.without_use(config) | method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):

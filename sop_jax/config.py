@@ -38,6 +38,12 @@ BEFORE: dict[str, dict[str, Any]] = {
     },
     "0.5.0": {
         "method": "sop",
+        "head.layers": 3,
+        "head.batch_norm": False,
+        "head.unit": True,
+        "optim.kind": "adamw",
+        "optim.sgd_momentum": 0.9,
+        "optim.trust": 0.001,
     },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json
@@ -173,7 +179,15 @@ def paper() -> ml_collections.ConfigDict:
             precision="float32",  # of matrix products in float32: float32 | high | default
         )
     )
-    config.head = ml_collections.ConfigDict(dict(hidden=2048, dim=256))
+    config.head = ml_collections.ConfigDict(
+        dict(
+            layers=3,  # linear layers; with 0, embeddings are the tokens, and dim their width
+            hidden=2048,
+            dim=256,
+            batch_norm=False,  # after each hidden layer
+            unit=True,  # whether embeddings are L2-normalized
+        )
+    )
     for name, method in METHODS.items():
         config[name] = method.settings()
     config.optim = ml_collections.ConfigDict(

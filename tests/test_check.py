@@ -111,8 +111,11 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.attention": ("magic",),
     "model.dtype": ("magic", "float16"),
     "model.precision": ("magic",),
+    "head.layers": WHOLE,
     "head.hidden": (*WHOLE, 0),
     "head.dim": (*WHOLE, 0),
+    "head.batch_norm": (1, "yes"),
+    "head.unit": (1, "yes"),
     "sop.cls.memory": (*WHOLE, 0),
     "sop.cls.anchors": (*WHOLE, 0),
     "sop.cls.supports": WHOLE,
@@ -210,6 +213,10 @@ def test_every_choice_passes(key: str) -> None:
 SWIN = {"model.family": "swin", "model.size": "t"}
 
 BAD = {
+    "embeddings of any norm for SOP": (
+        {"head.unit": False},
+        r"head\.unit is false, but this method compares .* set --config\.head\.unit=true",
+    ),
     "more anchors than rows": (
         {"sop.patch.anchors": 8193},
         r"sop\.patch\.anchors 8193 .*sop\.patch\.memory 8192; expected 2 to 8192",
@@ -379,6 +386,7 @@ def test_an_unknown_family_is_refused_before_its_settings_are_looked_up() -> Non
         ({"model.family": "resnet", "model.size": "50"}, "model.norm_eps", "model.family=resnet"),
         ({"steps": 10}, "epochs", "steps is 10, which takes precedence"),
         ({"optim.warmup_steps": 5}, "optim.warmup_epochs", "optim.warmup_steps is 5"),
+        ({"head.layers": 1}, "head.batch_norm", "head.layers is 1, so that none is hidden"),
         ({}, "optim.sgd_momentum", "optim.kind=adamw does not use it"),
         ({"optim.kind": "sgd"}, "optim.trust", "optim.kind=sgd does not use it"),
         ({"sop.patch.tasks": 0}, "sop.patch.weight", "sop.patch.tasks is 0"),

@@ -365,7 +365,9 @@ def make_loss(
         keys = jax.random.split(drop_key, len(valid)) if drops else None
         whole = {"backbone": params["backbone"], "head": frozen["head"]}
         arrays, statistics = model.embed_training(whole, images, keys=keys, patches=False)
-        return mixing.mean_loss(logits_of(params, arrays[2]), targets, valid), statistics
+        # The head's own running statistics, if any, are of no use: its output is not used.
+        learnt = {name: part for name, part in statistics.items() if name == "backbone"}
+        return mixing.mean_loss(logits_of(params, arrays[2]), targets, valid), learnt
 
     return loss
 
@@ -440,13 +442,21 @@ def run(
         `images` and of `unreadable` ones. Shares are in [0, 1].
 
     Raises:
-        UserError: the recipe begins from the projection head, and the weights have none.
+        UserError: the recipe begins from the projection head, and the weights have none, or one
+            with other layers.
     """
     if settings.head_layers and any(path.startswith("head/") for path in subject.absent):
         raise UserError(
             f"eval.head_layers is {settings.head_layers}, but {subject.name} has no projection "
             "head: the weights that it comes from have none. Expected a network of a pretraining "
             "run. Set --eval.head_layers=0"
+        )
+    head = subject.config.head
+    if settings.head_layers and (head.batch_norm or settings.head_layers >= head.layers):
+        raise UserError(
+            f"eval.head_layers is {settings.head_layers}, but the projection head of "
+            f"{subject.name} has head.layers={head.layers} and head.batch_norm={head.batch_norm}. "
+            "Expected one with more layers and without batch norm. Set --eval.head_layers=0"
         )
     config = ml_collections.ConfigDict(subject.config.to_dict())
     config.model.drop_path = settings.drop_path
@@ -516,7 +526,7 @@ def make_problem(
 
     return Problem(
         init=init,
-        frozen={"head": params["head"]},
+        frozen={"head": params.get("head", {})},
         loss=make_loss(model, s, inputs.classes),
         optimizer=optimizer_of(s, lr, epoch),
         steps=s.epochs * epoch,

@@ -20,7 +20,7 @@ from sop_jax.models.head import Head
 from sop_jax.models.layers import Start
 from sop_jax.models.linear import precision_of
 
-Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}
+Params = dict[str, Any]  # nested: {"backbone": ..., "head": ...}; no head if it has no layers
 
 # The channel statistics of ImageNet, for pixels in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
@@ -104,7 +104,8 @@ class Model(NamedTuple):
     Attributes:
         init: maps a key to parameters.
         embed: maps (params, uint8 images [B,H,W,3], mask [B,h,w] or None, keys [B] or None,
-            patches=True) to unit embeddings in float32, of [CLS] [B,d] and of patches [B,M,d].
+            patches=True) to embeddings in float32, of [CLS] [B,d] and of patches [B,M,d]. Their
+            rows have unit norm unless `head.unit` is false.
             `patches` are True for all h*w patches, False for none, or the indices [B,M] of some,
             counted row by row; only these enter the head. A ResNet has no patches, whatever is
             requested, and ignores masks and keys.
@@ -168,7 +169,9 @@ class Network(nnx.Module):
             elif patches is not True:
                 some = jnp.take_along_axis(tokens[:, 1:], patches[..., None], axis=1)
                 tokens = jnp.concatenate([tokens[:, :1], some], axis=1)
-        embeddings = self.head(tokens)
+        embeddings, moved = self.head(tokens, training)
+        if moved:
+            statistics["head"] = moved
         arrays = (embeddings[:, 0], embeddings[:, 1:], tokens[:, 0], tokens[:, 1:])
         return arrays, statistics
 
@@ -190,6 +193,13 @@ def size_of(config: ml_collections.ConfigDict) -> Any:
             f"model.family={config.family}, or custom to set the numbers themselves"
         )
     return family.sizes[config.size]
+
+
+def has_batch_norm(config: ml_collections.ConfigDict) -> bool:
+    """Whether the network of a run normalizes by the statistics of its (micro)batches."""
+    return FAMILIES[config.model.family].batch_norm or (
+        config.head.batch_norm and config.head.layers > 1
+    )
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
@@ -224,16 +234,16 @@ def build(
         implementation: the implementation of a ViT's attention, see `models.attention`.
 
     Raises:
-        UserError: the family or its size is unknown.
+        UserError: the family or its size is unknown, or the head does not fit the backbone.
     """
-    size, patch, dim = size_of(config.model), token_side(config.model), config.head.dim
+    size, patch = size_of(config.model), token_side(config.model)
     family = FAMILIES[config.model.family]
     start = start_of(config.model, implementation)
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)
         backbone = family.backbone(size, config.model, image_size, gather, start, rngs)
-        head = Head(backbone.width, config.head.hidden, dim, start, rngs)
+        head = Head(backbone.width, config.head, start, rngs)
         return Network(backbone, head, family)
 
     graph, template = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
@@ -243,7 +253,8 @@ def build(
 
     def network(params: Params) -> Network:
         state = jax.tree.map(lambda leaf: leaf, template)
-        own = {name: params[name] for name in ("backbone", "head")}  # not the objective's
+        # Not the objective's; a head without layers has no parameters.
+        own = {name: part for name, part in params.items() if name in ("backbone", "head")}
         nnx.replace_by_pure_dict(state, gather_outside_blocks(own, gather))
         return nnx.merge(graph, state)
 
@@ -265,7 +276,7 @@ def build(
     def attention(params, images):
         return network(params).backbone.attention(normalize(images, start.dtype))
 
-    return Model(init, embed, embed_training, features, attention, patch, dim)
+    return Model(init, embed, embed_training, features, attention, patch, config.head.dim)
 
 
 def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Params:

@@ -1,4 +1,4 @@
-"""Layers that the backbones share, with their options, drop path and rematerialisation."""
+"""Layers that the networks share, with their options, drop path and rematerialisation."""
 
 from typing import Any, NamedTuple
 
@@ -20,6 +20,11 @@ REMATS = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those of linear layers
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+EPS = 1e-5  # added to the variance in every batch norm
+MOMENTUM = 0.1  # the weight of a batch in the running statistics
+
+Statistics = dict[str, Any]  # nested as the parameters, with {"mean", "var"} for each batch norm
 
 
 class Start(NamedTuple):
@@ -118,3 +123,34 @@ def cut(images: Float[Array, "B H W 3"], patch: int) -> Float[Array, "B L P"]:
 def layer_norm(width: int, start: Start, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Returns a LayerNorm in float32, gradients included; the next layer converts its output."""
     return nnx.LayerNorm(width, epsilon=start.eps, dtype=jnp.float32, rngs=rngs)
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm in float32, over all positions of the batch on all devices."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(
+        self, x: Float[Array, "*B C"], training: bool
+    ) -> tuple[Float[Array, "*B C"], Statistics]:
+        """Normalizes by the batch in training, and by the running statistics otherwise.
+
+        Returns:
+            The normalized x in its dtype, and the new running statistics. In training these move
+            by MOMENTUM towards the batch's mean and unbiased variance, as in PyTorch.
+        """
+        wide = x.astype(jnp.float32)
+        mean, var = self.mean[...], self.var[...]
+        moved = {"mean": mean, "var": var}
+        if training:
+            axes = tuple(range(x.ndim - 1))
+            mean, var = wide.mean(axes), wide.var(axes)
+            count = x.size // x.shape[-1]
+            seen = {"mean": mean, "var": var * count / max(count - 1, 1)}
+            moved = jax.tree.map(lambda old, new: old + MOMENTUM * (new - old), moved, seen)
+        normed = (wide - mean) * (jax.lax.rsqrt(var + EPS) * self.scale[...]) + self.bias[...]
+        return normed.astype(x.dtype), jax.lax.stop_gradient(moved)

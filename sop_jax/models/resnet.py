@@ -15,11 +15,9 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models import layers
-from sop_jax.models.layers import Start
+from sop_jax.models.layers import BatchNorm, Start, Statistics
 from sop_jax.models.linear import Precision
 
-EPS = 1e-5  # added to the variance in every batch norm
-MOMENTUM = 0.1  # the weight of a batch in the running statistics
 STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
 GROWTH = 4  # output channels of a block per channel inside it
 
@@ -27,8 +25,6 @@ GROWTH = 4  # output channels of a block per channel inside it
 REMATS = layers.REMATS | {
     "dots": lambda operation, *_, **__: operation.name == "conv_general_dilated",
 }
-
-Statistics = dict[str, Any]  # nested as the parameters, with {"mean", "var"} for each batch norm
 
 
 class Size(NamedTuple):
@@ -117,36 +113,6 @@ def _backward(
 
 
 convolve.defvjp(_forward, _backward)
-
-
-class BatchNorm(nnx.Module):
-    """Batch norm in float32, over all images of the batch on all devices."""
-
-    def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.ones(channels))
-
-    def __call__(
-        self, x: Float[Array, "B H W C"], training: bool
-    ) -> tuple[Float[Array, "B H W C"], Statistics]:
-        """Normalizes by the batch in training, and by the running statistics otherwise.
-
-        Returns:
-            The normalized x in its dtype, and the new running statistics. In training these move
-            by MOMENTUM towards the batch's mean and unbiased variance, as in PyTorch.
-        """
-        wide = x.astype(jnp.float32)
-        mean, var = self.mean[...], self.var[...]
-        moved = {"mean": mean, "var": var}
-        if training:
-            mean, var = wide.mean((0, 1, 2)), wide.var((0, 1, 2))
-            count = x.size // x.shape[-1]
-            seen = {"mean": mean, "var": var * count / max(count - 1, 1)}
-            moved = jax.tree.map(lambda old, new: old + MOMENTUM * (new - old), moved, seen)
-        normed = (wide - mean) * (jax.lax.rsqrt(var + EPS) * self.scale[...]) + self.bias[...]
-        return normed.astype(x.dtype), jax.lax.stop_gradient(moved)
 
 
 class Stem(nnx.Module):

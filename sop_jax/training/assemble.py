@@ -12,7 +12,7 @@ from jaxtyping import Array, Key
 
 from sop_jax.compiled.device_memory import Fit, compile_and_compare, in_gib
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES, Model, build, size_of
+from sop_jax.models import FAMILIES, Model, build, has_batch_norm, size_of
 from sop_jax.models.attention import Implementation, choose
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Objective
@@ -159,8 +159,7 @@ def too_large(
         )
     smaller = config.batch_size * config.accumulate // parts
     sure = f"{in_gib(found.wanted)} when compiled" if found else "by estimate"
-    normed = FAMILIES[config.model.family].batch_norm
-    changes = ", each normalized by itself" if normed else ""
+    changes = ", each normalized by itself" if has_batch_norm(config) else ""
     return (
         f"{words}. These would fit ({sure}): --config.accumulate={parts}, which splits the same "
         f"batch of {config.batch_size} into {parts} microbatches{changes}, or "

@@ -13,7 +13,7 @@ from sop_jax import config as config_lib
 from sop_jax import schedules
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES
+from sop_jax.models import has_batch_norm
 from sop_jax.objectives.methods import method_of
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
@@ -127,7 +127,7 @@ def resumable(config: ml_collections.ConfigDict) -> list[str]:
 
     With batch norm the number of microbatches is fixed, because each is normalized by itself.
     """
-    fixed = ("accumulate",) if FAMILIES[config.model.family].batch_norm else ()
+    fixed = ("accumulate",) if has_batch_norm(config) else ()
     return [key for key in config_lib.RESUMABLE if key not in fixed]
 
 

@@ -16,7 +16,7 @@ from sop_jax.weights.tables import LAYOUTS, Arrays, Layout, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Only a head with these layers is loaded; other heads are ignored.
+# Only a head with these layers, two or three, is loaded; other heads are ignored.
 _HEAD = re.compile(r"head\.mlp\.([024])\.(weight|bias)")
 _POSITIONS = "backbone/pos_embed"
 _SHOWN = 6  # the most differences of each kind that a message lists
@@ -87,9 +87,10 @@ def describe(layout: Layout, arrays: Arrays) -> dict[str, Any]:
     shapes = _shapes(layout, arrays)
     try:
         found = _DESCRIBE[layout.family](shapes)
-        if "head/fc1/bias" in shapes:
-            found["head.hidden"] = shapes["head/fc1/bias"][0]
-            found["head.dim"] = shapes["head/fc3/bias"][0]
+        if _known_head(_head(layout, arrays)):
+            biases = [path for i in (1, 2, 3) if (path := f"head/fc{i}/bias") in shapes]
+            sizes = [shapes[path][0] for path in biases]
+            found |= {"head.layers": len(sizes), "head.hidden": sizes[0], "head.dim": sizes[-1]}
     except (KeyError, IndexError, ValueError):
         _check(_differences(layout, arrays))
         raise UserError("its arrays have too few dimensions to be a network's weights") from None
@@ -189,14 +190,13 @@ def load_leaves(
     Raises:
         UserError: the file is not of this network; lists the differences.
     """
-    head = [x for x in arrays if x.startswith("head.") and not is_ignored(layout, x)]
-    known_head = all(map(_HEAD.fullmatch, head))
-    other_head = [] if known_head else head
+    head = _head(layout, arrays)
+    other_head = [] if _known_head(head) else head
     arrays = {name: array for name, array in arrays.items() if name not in other_head}
 
     def needed(path: str) -> bool:
         if path.startswith("head/"):
-            return bool(head) and known_head
+            return _known_head(head)
         return path != "backbone/mask_token"
 
     entries = list(_entries(layout, shapes))
@@ -245,6 +245,16 @@ def load_leaves(
         [path for path in shapes if path not in parts],
         resized,
     )
+
+
+def _head(layout: Layout, arrays: Arrays) -> list[str]:
+    """Returns the names of a file's projection head."""
+    return [x for x in arrays if x.startswith("head.") and not is_ignored(layout, x)]
+
+
+def _known_head(head: Sequence[str]) -> bool:
+    """Whether there is a head, and its layers can be loaded: two or three without a norm."""
+    return bool(head) and all(map(_HEAD.fullmatch, head))
 
 
 def export(project: str, family: str, leaves: Arrays) -> Exported:

@@ -6,6 +6,7 @@ from ml_collections import config_dict
 
 from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
+from sop_jax.models.head import check_unit
 from sop_jax.objectives.objective import Method, Objective
 from sop_jax.objectives.sop.objective import ANCHORS, sop
 from sop_jax.objectives.sop.prototypes import POOLS, VOTES
@@ -83,14 +84,15 @@ def build(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks the number of global views and the sizes of both memories.
+    """Checks the head, the number of global views and the sizes of both memories.
 
-    A view predicts the other global views, so there must be two. A memory holds a batch, the
-    anchors of a draw, and their supports.
+    Embeddings must have unit norm. A view predicts the other global views, so there must be two.
+    A memory holds a batch, the anchors of a draw, and their supports.
 
     Raises:
         UserError: one of these does not hold.
     """
+    check_unit(config)
     if config.augment.global_crops < 2:
         raise UserError(
             f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
