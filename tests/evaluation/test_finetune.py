@@ -342,6 +342,28 @@ def test_a_network_without_a_head_cannot_begin_from_its_head(tmp_path):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("head", [{"batch_norm": True}, {"layers": 1}, {"layers": 0, "dim": 32}])
+def test_only_a_head_without_norm_can_come_before_the_classifier(head):
+    config = run_config(**{f"head.{name}": value for name, value in head.items()})
+    with pytest.raises(UserError, match="head_layers is 1, but the projection head of a network"):
+        tune(config, head_layers=1)
+    # A classifier on the backbone needs no head, and leaves its running statistics alone.
+    settings, network = settings_for(**QUICK), subject(config)
+    inputs = TASK.open(config, settings, {})
+    made = finetune.make_problem(
+        network.model, config, inputs, settings, network.params, settings.lr[0], 0
+    )
+    batch = {
+        "image": jnp.zeros((2, 16, 16, 3), jnp.uint8),
+        "label": jnp.zeros(2, jnp.int32),
+        "valid": jnp.ones(2, bool),
+    }
+    params = made.init(jax.random.key(0)) | made.pretrained
+    _, statistics = jax.eval_shape(made.loss, params, made.frozen, batch, jax.random.key(0))
+    assert statistics == {}
+
+
+@pytest.mark.medium
 def test_the_recipe_of_cifar10_on_some_of_its_images(shared):
     config = run_config(**{"augment.global_size": 32, "eval.resize": 32, "eval.crop": 32})
     settings = settings_for(**QUICK | {"recipe": "cifar10", "percent": 0.4, "epochs": 2})

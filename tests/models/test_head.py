@@ -132,7 +132,9 @@ def test_statistics_are_of_the_images_on_all_devices() -> None:
     parts = jax.device_put(images(), split(mesh))
     arrays, moved = jax.jit(model.embed_training)(jax.device_put(params, replicated(mesh)), parts)
     assert mesh.devices.size == BATCH
-    for found, right in zip(*map(jax.tree.leaves, ((arrays, moved), (whole, expected))), strict=True):
+    for found, right in zip(
+        *map(jax.tree.leaves, ((arrays, moved), (whole, expected))), strict=True
+    ):
         np.testing.assert_allclose(found, right, atol=1e-5)
 
 

@@ -325,7 +325,7 @@ def test_every_optimizer_leaves_an_objectives_parameters_to_its_own(
 ) -> None:
     plan = {"lr": lambda step: jnp.array(0.1), "weight_decay": lambda step: jnp.array(0.5)}
     config.optim.kind = kind
-    tx = optim.optimizer(config.optim, plan, {"prototypes": optax.sgd(1.0)})
+    tx = optim.optimizer(config.optim, plan, {"prototypes": lambda network: optax.sgd(1.0)})
     params = {
         "backbone": {"blocks": {"kernel": jnp.ones((2, 3, 3))}},
         "objective": {"prototypes": {"kernel": jnp.ones((3, 3))}},

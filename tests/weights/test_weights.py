@@ -357,6 +357,35 @@ def test_spare_parts_may_be_missing_and_a_head_of_other_layers_is_passed_over() 
     assert {"head.mlp.0.weight", "head.mlp.1.running_mean"} <= set(loaded.ignored)
 
 
+@pytest.mark.medium
+def test_a_head_of_two_layers_is_described_and_loaded() -> None:
+    others = {name: x for name, x in checkpoints.ibot().items() if not name.startswith("head.mlp")}
+    shapes = {"0.weight": (20, 32), "0.bias": (20,), "2.weight": (6, 20), "2.bias": (6,)}
+    head = {f"head.mlp.{name}": numbers(*shape) for name, shape in shapes.items()}
+    file = recognition.recognise(others | head, "ibot")
+    found = mapping.describe(file.layout, file.arrays)
+    assert {name: found[name] for name in found if name.startswith("head.")} == {
+        "head.layers": 2,
+        "head.hidden": 20,
+        "head.dim": 6,
+    }
+    config = tiny_config()
+    config.head.update(layers=2, hidden=20, dim=6)
+    loaded = load(others | head, shapes_of(random_leaves(config)))
+    np.testing.assert_array_equal(loaded.leaves["head/fc2/kernel"], head["head.mlp.2.weight"].T)
+    assert not loaded.missing
+    with pytest.raises(UserError, match=r"head\.mlp\.4\.weight"):
+        load(others | head, ibot_shapes())
+
+
+@pytest.mark.medium
+def test_a_head_without_norm_does_not_fit_one_with_batch_norm() -> None:
+    config = tiny_config()
+    config.head.batch_norm = True
+    with pytest.raises(UserError, match="missing: an array for head/bn1/bias"):
+        load(checkpoints.ibot(), shapes_of(random_leaves(config)))
+
+
 def test_differences_are_one_error_that_lists_them() -> None:
     arrays = checkpoints.ibot()
     del arrays["backbone.norm.bias"], arrays["backbone.blocks.1.mlp.fc1.weight"]
