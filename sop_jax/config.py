@@ -246,6 +246,39 @@ def imagenet(large: bool = False) -> ml_collections.ConfigDict:
     return config
 
 
+def digits() -> ml_collections.ConfigDict:
+    """Returns what the recipes for scikit-learn's digits have in common: all but the method.
+
+    At this scale the network's start and the crops decide between learning and collapse.
+    """
+    config = paper()
+    config.epochs = 54.0  # 1212 steps
+    config.batch_size = 64
+    config.log_every = 20
+    config.eval_every = 300
+    config.checkpoint_every = 300
+    config.data.source = "digits"
+    config.data.workers = 0
+    config.data.threads = 1
+    a = config.augment
+    a.global_size, a.local_size, a.local_crops = 16, 8, 4
+    a.global_scale, a.local_scale = (0.6, 1.0), (0.3, 0.7)
+    a.flip = a.grayscale = a.solarize = a.hue = 0.0
+    a.brightness = a.contrast = a.saturation = 0.1
+    a.blur = (0.0, 0.0, 0.0)
+    m = config.model
+    m.size, m.width, m.depth, m.heads, m.patch = "custom", 64, 4, 2, 4
+    m.drop_path, m.dtype = 0.0, "float32"
+    m.init_std, m.position_std = 0.1, 0.5
+    config.head.hidden, config.head.dim = 256, 64
+    config.optim.lr = 8e-3
+    config.optim.warmup_steps = 100
+    config.optim.weight_decay = (0.04, 0.04)
+    config.optim.momentum = (0.99, 0.995)
+    config.eval.resize = config.eval.crop = 16
+    return config
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the settings by their dotted names, with tuples as lists, as JSON returns them."""
     flat: dict[str, Any] = {}
@@ -317,6 +350,8 @@ def _read(path: epath.Path) -> tuple[str, dict[str, Any]]:
     if wrong := misnamed(settings):
         raise UserError(f"{path}: {'; '.join(wrong)}; correct it or {remedy}")
     settings = later_settings(version) | settings
+    if isinstance(settings.get("method"), str):
+        settings = other_methods(settings["method"]) | settings
     default = flatten(paper())
     if missing := sorted(default.keys() - settings.keys()):
         raise UserError(
@@ -341,6 +376,15 @@ def later_settings(version: str) -> dict[str, Any]:
         if _order(later) > _order(version)
         for key, value in settings.items()
     }
+
+
+def other_methods(chosen: str) -> dict[str, Any]:
+    """Returns the defaults of the settings of all methods but one, which have no effect with it.
+
+    So a run of a version that did not know a method has its settings too.
+    """
+    sections = {name: METHODS[name].settings() for name in METHODS if name != chosen}
+    return flatten(sections)
 
 
 def misnamed(settings: dict[str, Any]) -> list[str]:

@@ -54,6 +54,16 @@ def ramp(ends: tuple[float, float], steps: int) -> Schedule:
     return lambda step: start + (end - start) * jnp.clip(step / max(steps - 1, 1), 0, 1)
 
 
+def by_epoch(schedule: Schedule, epoch: float) -> Schedule:
+    """Returns a schedule of steps that takes the values of a schedule of epochs.
+
+    Args:
+        schedule: maps an epoch, counted from 0, to a value.
+        epoch: the number of steps per epoch.
+    """
+    return lambda step: schedule(jnp.floor(step / epoch))
+
+
 def later(schedule: Schedule, late: int) -> Schedule:
     """Returns a schedule whose step 0 is step `late` of another."""
     return lambda step: schedule(step + late)

@@ -161,7 +161,31 @@ WRONG: dict[str, tuple[Any, ...]] = {
 }
 
 # Invalid values of the settings of all methods other than SOP, without the method's name.
-OF_METHODS: dict[str, tuple[Any, ...]] = {}
+OF_METHODS: dict[str, tuple[Any, ...]] = {
+    "prototypes": (*WHOLE, 0),
+    "layer": ("magic",),
+    "freeze_epochs": REAL,
+    "freeze_steps": (-1, 1.5, True, 2**31),
+    "marginal": ("magic",),
+    "center_momentum": PROBABILITY,
+    "sinkhorn_iterations": (*WHOLE, 0),
+    "student_temperature": (*REAL, 0.0, 1e-40),
+    "teacher_temperature": (*NUMBERS, (0.0, 0.07), (True, 0.1)),
+    "temperature_warmup_epochs": REAL,
+    "temperature_warmup_steps": (-1, 1.5, True, 2**31),
+    "temperature_by_epoch": ("magic", 3),
+    "prior": (3,),
+    "prior_weight": REAL,
+    "prior_exponent": REAL,
+    "prior_direction": ("magic",),
+    "koleo_prototypes": REAL,
+    "koleo_partition": (*WHOLE, 0),
+    "koleo_reduction": ("magic",),
+    "koleo_data": REAL,
+    "patch_prototypes": WHOLE,
+    "patch_teacher_temperature": (*NUMBERS, (0.0, 0.07), (True, 0.1)),
+    "patch_weight": REAL,
+}
 WRONG |= {
     f"{name}.{key}": OF_METHODS[key]
     for name in METHODS.keys() - {"sop"}

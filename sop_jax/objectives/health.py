@@ -13,7 +13,11 @@ def entropy(p: Float[Array, "*B K"]) -> Float[Array, "*B"]:
     return -jax.scipy.special.xlogy(p, p).sum(-1)
 
 
-def agreement(student: Float[Array, "B V d"], teacher: Float[Array, "B Q d"]) -> Float[Array, ""]:
+def agreement(
+    student: Float[Array, "B V d"],
+    teacher: Float[Array, "B Q d"],
+    pairs: Float[Array, "V Q"] | None = None,
+) -> Float[Array, ""]:
     """Returns the correlation over images of student views with the teacher's other views.
 
     Embeddings are centred over the batch, and the mean is over all pairs of different views, in
@@ -24,12 +28,15 @@ def agreement(student: Float[Array, "B V d"], teacher: Float[Array, "B Q d"]) ->
     Args:
         student: embeddings of all V views, the global ones first.
         teacher: embeddings of the Q global views.
+        pairs: 1 for each pair of different views and 0 for others; by default both networks see
+            the same global views.
     """
     student = student - student.mean(0)
     teacher = teacher - teacher.mean(0)
     products = jnp.einsum("bvd,bqd->vq", student, teacher, precision=jax.lax.Precision.HIGHEST)
     norms = jnp.sqrt((student**2).sum((0, 2))[:, None] * (teacher**2).sum((0, 2)))
-    pairs = 1.0 - jnp.eye(student.shape[1], teacher.shape[1])
+    if pairs is None:
+        pairs = 1.0 - jnp.eye(student.shape[1], teacher.shape[1])
     return (pairs * products / jnp.maximum(norms, 1e-12)).sum() / pairs.sum()
 
 

@@ -3,12 +3,15 @@
 With SOPs as prototypes these are equations 2 and 4 of the paper.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
+
+LOGITS = 2**28  # bytes per device of the student's logits that are in memory at the same time
 
 
 @runtime_checkable
@@ -35,6 +38,7 @@ def cls_loss(
     assign: Assign,
     learnt: Any = (),
     at_once: int = 1,
+    pairs: Float[Array, "V Q"] | None = None,
 ) -> Float[Array, ""]:
     """Returns the loss of equation 2: each student view predicts the teacher's other views.
 
@@ -47,9 +51,12 @@ def cls_loss(
         assign: computes the student's assignments.
         learnt: parameters of `assign`, such as prototypes; they receive a gradient.
         at_once: the number of views whose logits are in memory at the same time.
+        pairs: 1 for each pair of views that counts and 0 for others; by default both networks see
+            the same global views, and a view does not predict itself.
     """
     (batch, views, _), globals_ = student.shape, targets.shape[1]
-    pairs = 1.0 - jnp.eye(views, globals_)  # a view never predicts itself
+    if pairs is None:
+        pairs = different_views(range(views), range(globals_))
 
     def view(learnt: Any, student: Array, partners: Array) -> Array:
         target = jnp.einsum("q,bqk->bk", partners, targets, precision=jax.lax.Precision.HIGHEST)
@@ -91,6 +98,29 @@ def mim_loss(
 
     total = sum_over_views(view, at_once, learnt, *map(by_view, (student, teacher, mask)))
     return total / student.shape[1]
+
+
+def different_views(student: Sequence[int], teacher: Sequence[int]) -> Float[Array, "V Q"]:
+    """Returns 1 for each pair of different views, and 0 for pairs of the same view.
+
+    Args:
+        student: the numbers of the views that the student sees.
+        teacher: those that the teacher sees.
+    """
+    return (jnp.array(student)[:, None] != jnp.array(teacher)).astype(jnp.float32)
+
+
+def views_at_once(student: Float[Array, "B V ..."], logits: int, mesh: Mesh) -> int:
+    """Returns the number of views whose logits take at most LOGITS bytes per device, at least 1.
+
+    Args:
+        student: the embeddings of a microbatch, split over the devices by image.
+        logits: the number of logits of an embedding.
+        mesh: the devices.
+    """
+    views = student.shape[1]
+    rows = student.size // student.shape[-1] / views / mesh.devices.size
+    return max(1, min(views, int(LOGITS / (4 * rows * logits))))
 
 
 def by_view(x: Array) -> Array:

@@ -3,10 +3,12 @@
 import ml_collections
 
 from sop_jax.errors import UserError, nearest
+from sop_jax.objectives.dino import DINO
+from sop_jax.objectives.ibot import IBOT
 from sop_jax.objectives.objective import Method
 from sop_jax.objectives.sop.settings import SOP
 
-METHODS: dict[str, Method] = {"sop": SOP}
+METHODS: dict[str, Method] = {"sop": SOP, "dino": DINO, "ibot": IBOT}
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:

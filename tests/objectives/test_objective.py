@@ -12,11 +12,11 @@ from sop_jax import config as config_lib
 from sop_jax.models.head import unit
 from sop_jax.objectives.memory import Memory, flat_rows
 from sop_jax.objectives.objective import Objective, Outputs
+from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.sop.objective import (
     ANCHORS,
     assign_views,
     draw_patches,
-    masked_first,
     sop,
 )
 from sop_jax.objectives.sop.prototypes import SOPs

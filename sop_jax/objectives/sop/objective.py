@@ -9,9 +9,10 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sop_jax.objectives.losses import cls_loss, mim_loss
+from sop_jax.objectives.losses import cls_loss, mim_loss, views_at_once
 from sop_jax.objectives.memory import Memory, by_age, flat_rows, init_memory, live, push
 from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
+from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.sop import health
 from sop_jax.objectives.sop.assignment import log_assignment
 from sop_jax.objectives.sop.prototypes import (
@@ -25,8 +26,6 @@ from sop_jax.parallel.search import nearest, take
 from sop_jax.schedules import Length, Schedule, constant, duration, ramp
 
 SLOTS = 2**31  # folded into the seed's key to draw fixed slots; nothing else folds in this value
-
-LOGITS = 2**28  # bytes per device of the student's logits that are in memory at the same time
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
@@ -50,32 +49,6 @@ def assign_views(
 ) -> Float[Array, "tasks B Q K"]:
     """Returns the assignments of the views' [CLS] embeddings to the SOPs of every task."""
     return jnp.exp(jax.vmap(lambda task: log_assignment(cls, task, temperature))(sops))
-
-
-def views_at_once(student: Float[Array, "B V ..."], sops: SOPs, mesh: Mesh) -> int:
-    """Returns the number of views whose logits take at most LOGITS bytes per device, at least 1.
-
-    Args:
-        student: the embeddings of a microbatch, split over the devices by image.
-        sops: the SOPs of one task.
-        mesh: the devices.
-    """
-    views = student.shape[1]
-    rows = student.size // student.shape[-1] / views / mesh.devices.size
-    size = 4 * rows * sops.votes.size
-    return max(1, min(views, int(LOGITS / size)))
-
-
-def masked_first(
-    mask: Bool[Array, "B Q h w"], most: int | None
-) -> tuple[Int[Array, "B Q M"], Bool[Array, "B Q M"]]:
-    """Returns the positions of `most` patches of each view, masked ones first, and their masks.
-
-    `most` is M; None selects all patches.
-    """
-    flat = mask.reshape(*mask.shape[:2], -1)
-    indices = jnp.argsort(~flat, axis=-1, stable=True)[..., :most]
-    return indices, jnp.take_along_axis(flat, indices, axis=-1)
 
 
 def draw_patches(keys: Key[Array, " B"], views: int, patches: int) -> Int[Array, "B {views} 1"]:
@@ -241,14 +214,14 @@ def sop(
 
         def cls(task: SOPs) -> Array:
             expected = jnp.exp(log_assignment(targets["cls"], task, sharp))
-            at_once = views_at_once(student.cls, task, mesh)
+            at_once = views_at_once(student.cls, task.votes.size, mesh)
             return cls_loss(
                 *(student.cls, expected, lambda _, u: log_assignment(u, task, warm)),
                 at_once=at_once,
             )
 
         def mim(task: SOPs) -> Array:
-            at_once = views_at_once(student.patches, task, mesh)
+            at_once = views_at_once(student.patches, task.votes.size, mesh)
             return mim_loss(
                 *(student.patches, targets["patch"], masked),
                 assign=lambda _, u: log_assignment(u, task, warm),

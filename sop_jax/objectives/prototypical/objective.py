@@ -1,0 +1,404 @@
+"""The objective of methods with prototypes, composed of its parts.
+
+The teacher assigns each view to K prototypes, and the student learns to predict the assignments of
+the other views. The targets are softmax(u W / τ + a), where u are the teacher's embeddings, W the
+prototypes and a an offset per prototype that the marginal sets. So the targets of a batch are its
+embeddings, and probabilities exist for a few views at a time only.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from sop_jax.compiled.device_memory import bytes_limit, in_gib
+from sop_jax.errors import UserError
+from sop_jax.objectives.losses import by_view, cls_loss, different_views, mim_loss, views_at_once
+from sop_jax.objectives.objective import (
+    Network,
+    Now,
+    Objective,
+    Optimize,
+    Outputs,
+    Params,
+    PatchIndices,
+    Selection,
+)
+from sop_jax.objectives.patches import masked_first
+from sop_jax.objectives.prototypical import health
+from sop_jax.objectives.prototypical.koleo import koleo, koleo_of_prototypes, partitions
+from sop_jax.objectives.prototypical.layers import Prototypes, init_prototypes, logits, rows
+from sop_jax.objectives.prototypical.marginals import CENTERS, Marginal, marginal
+from sop_jax.objectives.prototypical.priors import mean_to_prior, prior_to_mean
+from sop_jax.objectives.prototypical.settings import prior_of
+from sop_jax.parallel.mesh import gatherer
+from sop_jax.schedules import Length, Schedule, by_epoch, constant, duration, ramp
+
+COPIES = 5  # of each prototype: student, teacher, gradient, and two moments of AdamW
+
+Levels = dict[str, Prototypes]  # the prototypes of "cls" and, if they have a loss, of "patch"
+
+
+@runtime_checkable
+class InitSource(Protocol):
+    """Initializes prototypes."""
+
+    def __call__(self, key: Key[Array, ""]) -> tuple[Params, Any]:
+        """Returns the parameters that learn by gradient, and what is carried between steps."""
+
+
+@runtime_checkable
+class TeachSource(Protocol):
+    """Gives the prototypes of the targets."""
+
+    def __call__(
+        self, student_params: Params, teacher_params: Params, carried: Any, teacher: Outputs
+    ) -> tuple[Levels, Any]:
+        """Returns the prototypes, and what is carried to the next step.
+
+        Args:
+            student_params: the objective's parameters in the student.
+            teacher_params: their moving average in the teacher.
+            carried: what the step before returned, or `InitSource`.
+            teacher: the teacher's outputs for the whole batch.
+        """
+
+
+@runtime_checkable
+class LearnSource(Protocol):
+    """Gives the prototypes of the student."""
+
+    def __call__(self, params: Params, taught: Levels) -> Levels:
+        """Returns the prototypes to which the student is assigned.
+
+        Args:
+            params: the objective's parameters in the student.
+            taught: the prototypes of the targets.
+        """
+
+
+class Source(NamedTuple):
+    """Where prototypes come from.
+
+    Attributes:
+        init: see `InitSource`.
+        teach: see `TeachSource`.
+        learn: see `LearnSource`.
+        optimizers: see `Objective.optimizers`.
+    """
+
+    init: InitSource
+    teach: TeachSource
+    learn: LearnSource
+    optimizers: dict[str, Optimize]
+
+
+def learnt(
+    config: ml_collections.ConfigDict, dim: int, length: Length, average: bool = True
+) -> Source:
+    """Returns prototypes that learn by gradient, those of patches too if they are separate.
+
+    Args:
+        config: the config of the run.
+        dim: d, the numbers in an embedding.
+        length: the length of the run.
+        average: whether the targets use the moving average of the prototypes, as in DINO, or the
+            student's own, as in MSN.
+    """
+    section = config[config.method]
+    counts = {"cls": section.prototypes}
+    if section.get("patch_prototypes"):
+        counts["patch"] = section.patch_prototypes
+
+    def init(key: Key[Array, ""]) -> tuple[Params, Any]:
+        keys = jax.random.split(key, len(counts))
+        return {
+            "prototypes": {
+                name: init_prototypes(level_key, section.layer, count, dim)
+                for (name, count), level_key in zip(counts.items(), keys, strict=True)
+            }
+        }, {}
+
+    def teach(student_params, teacher_params, carried, teacher):
+        del teacher
+        params = teacher_params if average else student_params
+        return params["prototypes"], carried
+
+    def learn(params, taught):
+        del taught
+        return params["prototypes"]
+
+    freeze = duration(section, "freeze_", length.epoch)
+    return Source(init, teach, learn, {"prototypes": frozen(freeze)} if freeze else {})
+
+
+def frozen(steps: int) -> Optimize:
+    """Returns the network's optimizer for parameters that do not change in the first steps.
+
+    Nothing of the optimizer's state changes either, as in DINO's code.
+    """
+
+    def optimize(network: Network) -> optax.GradientTransformation:
+        begun = network(late=steps)
+        return optax.transforms.conditionally_mask(begun, lambda step: step >= steps)
+
+    return optimize
+
+
+def temperatures(section: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
+    """Returns the schedules of the temperatures of student and teacher.
+
+    Args:
+        section: the settings of the method.
+        length: the length of the run.
+    """
+    warmup = min(duration(section, "temperature_warmup_", length.epoch), length.steps)
+
+    def rise(ends: tuple[float, float]) -> Schedule:
+        if section.temperature_by_epoch:
+            return by_epoch(ramp(ends, round(warmup / length.epoch)), length.epoch)
+        return ramp(ends, warmup)
+
+    found = {
+        "teacher_temperature": rise(section.teacher_temperature),
+        "student_temperature": constant(section.student_temperature),
+    }
+    if section.get("patch_weight"):
+        found["patch_teacher_temperature"] = rise(section.patch_teacher_temperature)
+    return found
+
+
+def check_memory(config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> None:
+    """Checks that the prototypes fit the memory of a device, by arithmetic.
+
+    What counts are the copies of the prototypes in the state, and the teacher's logits.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    name, section = config.method, config[config.method]
+    limit = bytes_limit(list(mesh.devices.flat))
+    state = COPIES * section.prototypes * (dim + 1) * 4 / mesh.shape["fsdp"]
+    views = config.batch_size * config.augment.global_crops / mesh.devices.size
+    wanted = state + views * section.prototypes * 4
+    if limit is not None and wanted > limit:
+        raise UserError(
+            f"{name}.prototypes is {section.prototypes}: their copies of {dim} numbers in student, "
+            f"teacher and optimizer, and the teacher's logits of {views:g} views per device, take "
+            f"{in_gib(wanted)} of the {in_gib(limit)} per device; expected less; use fewer "
+            f"prototypes with --config.{name}.prototypes, or more devices with --config.mesh.fsdp"
+        )
+
+
+def prototypical(
+    config: ml_collections.ConfigDict,
+    dim: int,
+    mesh: Mesh,
+    length: Length,
+    *,
+    source: Source | None = None,
+    of_cls: Marginal | None = None,
+    per_view: bool = False,
+    student_views: Sequence[int] | None = None,
+    teacher_views: Sequence[int] | None = None,
+    most_masked: int = 0,
+) -> Objective:
+    """Returns the objective of the method that the config names, as set in its section.
+
+    Args:
+        config: the config of the run.
+        dim: d, the numbers in an embedding.
+        mesh: the devices.
+        length: the length of the run.
+        source: where prototypes come from; `learnt` by default.
+        of_cls: the marginal of [CLS]; the one that the settings name by default.
+        per_view: whether each view has a marginal of its own, as in SwAV.
+        student_views: the views that the student sees; all by default.
+        teacher_views: the views that the teacher sees; all global ones by default.
+        most_masked: the largest number of masked patches in a view, which is the number of patches
+            per view that the student's head embeds; 0 for no loss of patches.
+
+    Raises:
+        UserError: the prototypes do not fit the devices.
+    """
+    check_memory(config, dim, mesh)
+    section = config[config.method]
+    globals_, locals_ = config.augment.global_crops, config.augment.local_crops
+    student_views = tuple(range(globals_ + locals_) if student_views is None else student_views)
+    teacher_views = tuple(range(globals_) if teacher_views is None else teacher_views)
+    pairs = different_views(student_views, teacher_views)
+    source = source or learnt(config, dim, length)
+    gather = gatherer(mesh)
+    layer, prior = section.layer, prior_of(config)
+
+    def of(count: int) -> Marginal:
+        return marginal(
+            section.marginal, count, section.center_momentum, section.sinkhorn_iterations
+        )
+
+    marginals = {"cls": of_cls or of(section.prototypes)}
+    if most_masked:
+        marginals["patch"] = of(section.patch_prototypes or section.prototypes)
+    # A center averages the logits of all patches, as in iBOT; what balances a batch does so over
+    # the patches that have a loss, as in DINOv2.
+    all_patches = section.marginal in CENTERS
+    sharps = {"cls": "teacher_temperature", "patch": "patch_teacher_temperature"}
+
+    def of_level(prototypes: Levels, name: str) -> Prototypes:
+        return prototypes.get(name, prototypes["cls"])  # patches can share those of [CLS]
+
+    def init(key: Key[Array, ""]) -> tuple[Params, dict[str, Any]]:
+        params, carried = source.init(key)
+        states = {name: marginal.init for name, marginal in marginals.items()}
+        if per_view:
+            count = len(teacher_views)
+            states["cls"] = jax.tree.map(lambda x: jnp.stack([x] * count), states["cls"])
+        return params, {"source": carried, "marginals": states}
+
+    def select(mask: Bool[Array, "B Q h w"], keys: Key[Array, " B"]) -> Selection:
+        """Selects the masked patches, and for the teacher all if its center averages them."""
+        del keys
+        every, is_masked = masked_first(mask, None if all_patches and most_masked else most_masked)
+        student = every[..., :most_masked]
+        return Selection(PatchIndices(student), PatchIndices(every), is_masked[..., :most_masked])
+
+    def teach(
+        student_params: Params,
+        teacher_params: Params,
+        carried: dict[str, Any],
+        teacher: Outputs,
+        masked: Bool[Array, "B Q M"],
+        index: Int[Array, " B"],
+        now: Now,
+        key: Key[Array, ""],
+    ) -> tuple[dict[str, Any], dict[str, Array], dict[str, Any]]:
+        """Returns the prototypes and offsets, and the teacher's embeddings as targets."""
+        del index
+        taught, source_carried = source.teach(
+            student_params, teacher_params, carried["source"], teacher
+        )
+        taught = gather(taught)
+        embeddings = {"cls": by_view(teacher.cls)}
+        weights = {"cls": jnp.ones(embeddings["cls"].shape[:2])}
+        if most_masked:
+            patches = jnp.moveaxis(teacher.patches, 0, 2)  # [Q M B d]
+            embeddings["patch"] = patches.reshape(-1, *patches.shape[2:])
+            counts = jnp.ones(patches.shape[:3]) if all_patches else jnp.moveaxis(masked, 0, 2)
+            weights["patch"] = counts.reshape(-1, counts.shape[-1]).astype(jnp.float32)
+        offsets, states = {}, {}
+        for name, own in marginals.items():
+            sharp, prototypes = now[sharps[name]], of_level(taught, name)
+
+            def offset(rows, weight, state, own=own, sharp=sharp, prototypes=prototypes):
+                return own.offset(
+                    lambda u: logits(layer, prototypes, u, sharp), rows, weight, state, sharp
+                )
+
+            given = embeddings[name], weights[name], carried["marginals"][name]
+            if per_view and name == "cls":
+                groups = (given[0][:, None], given[1][:, None], given[2])
+                offsets[name], states[name] = jax.vmap(offset)(*groups)
+            else:
+                offsets[name], states[name] = offset(*given)
+        targets = {"cls": teacher.cls}
+        if most_masked:
+            targets["patch"] = teacher.patches[:, :, :most_masked]
+        shared = {"prototypes": taught, "offsets": offsets, "key": key}
+        return shared, targets, {"source": source_carried, "marginals": states}
+
+    def log_targets(shared: dict[str, Any], name: str, u: Array, now: Now) -> Array:
+        """Returns the logarithm of the targets of the teacher's embeddings."""
+        prototypes = of_level(shared["prototypes"], name)
+        raised = logits(layer, prototypes, u, now[sharps[name]]) + shared["offsets"][name]
+        return jax.nn.log_softmax(raised)
+
+    def loss(
+        params: Params,
+        shared: dict[str, Any],
+        targets: dict[str, Array],
+        student: Outputs,
+        masked: Bool[Array, "b Q M"],
+        now: Now,
+    ) -> tuple[Array, dict[str, Array]]:
+        learning = gather(source.learn(params, shared["prototypes"]))
+
+        def log_p(learnt: Prototypes, u: Array) -> Array:
+            return jax.nn.log_softmax(logits(layer, learnt, u, now["student_temperature"]))
+
+        terms = {
+            "cls": cls_loss(
+                student.cls,
+                jnp.exp(log_targets(shared, "cls", targets["cls"], now)),
+                log_p,
+                learning["cls"],
+                views_at_once(student.cls, section.prototypes, mesh),
+                pairs,
+            )
+        }
+        total = terms["cls"]
+        if most_masked:
+            prototypes = of_level(learning, "patch")
+            count = section.patch_prototypes or section.prototypes
+            terms["mim"] = mim_loss(
+                *(student.patches, targets["patch"], masked),
+                assign=log_p,
+                assign_teacher=lambda u: log_targets(shared, "patch", u, now),
+                learnt=prototypes,
+                at_once=views_at_once(student.patches, count, mesh),
+            )
+            total += section.patch_weight * terms["mim"]
+        if prior is not None:
+            p = jnp.exp(jax.checkpoint(log_p)(learning["cls"], student.cls)).mean((0, 1))
+            matches = mean_to_prior if section.prior_direction == "mean_to_prior" else prior_to_mean
+            terms["prior"] = matches(p, jnp.asarray(prior, jnp.float32))
+            total += section.prior_weight * terms["prior"]
+        if section.koleo_prototypes:
+            terms["koleo_prototypes"] = spread(learning, shared["key"])
+            total += section.koleo_prototypes * terms["koleo_prototypes"]
+        if section.koleo_data:
+            views = by_view(student.cls_features)[: sum(v < globals_ for v in student_views)]
+            terms["koleo_data"] = jax.lax.map(koleo, views).sum()
+            total += section.koleo_data * terms["koleo_data"]
+        return total, terms
+
+    def spread(learning: Levels, key: Key[Array, ""]) -> Array:
+        """Returns KoLeo of the prototypes of every level, in partitions drawn anew."""
+        total = jnp.zeros(())
+        for name, prototypes in learning.items():
+            weight = rows(prototypes)
+            own_key = jax.random.fold_in(key, list(learning).index(name))
+            drawn = partitions(own_key, len(weight), section.koleo_partition)
+            total += koleo_of_prototypes(weight, drawn, section.koleo_reduction)
+        return total
+
+    def measure(
+        carried: dict[str, Any],
+        shared: dict[str, Any],
+        targets: dict[str, Array],
+        student_cls: Float[Array, "B V d"],
+        now: Now,
+    ) -> dict[str, Array]:
+        del carried
+        assigned = jnp.exp(log_targets(shared, "cls", targets["cls"], now))
+        return health.measure(student_cls, targets["cls"], assigned, pairs)
+
+    terms = ["cls"] + ["mim"] * bool(most_masked) + ["prior"] * (prior is not None)
+    terms += [name for name in ("koleo_prototypes", "koleo_data") if section[name]]
+    return Objective(
+        student_views=student_views,
+        teacher_views=teacher_views,
+        schedules=temperatures(section, length),
+        optimizers=source.optimizers,
+        terms=tuple(terms),
+        init=init,
+        select=select,
+        teach=teach,
+        loss=loss,
+        measure=measure,
+        verdict=health.verdict,
+    )

@@ -1,0 +1,198 @@
+"""The settings that methods with prototypes share: defaults, valid values and combinations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+from etils import epath
+from ml_collections import config_dict
+
+from sop_jax.errors import UserError
+from sop_jax.objectives.prototypical import layers, marginals
+from sop_jax.objectives.prototypical.koleo import REDUCTIONS
+from sop_jax.objectives.prototypical.priors import check_prior, power_law
+from sop_jax.rules import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STEPS,
+    TEXT,
+    TRUTH,
+    Rule,
+    each,
+    one_of,
+    unset_or,
+)
+
+DIRECTIONS = ("mean_to_prior", "prior_to_mean")
+PRIORS = ("none", "uniform", "power")  # or the path of a file
+
+
+def settings(**own: Any) -> ml_collections.ConfigDict:
+    """Returns the settings that all methods with prototypes share, as in DINO.
+
+    Args:
+        **own: defaults that differ, and settings that only one method has.
+    """
+    shared = dict(
+        prototypes=65536,
+        layer="weight_norm",  # weight_norm | unit | vmf
+        freeze_epochs=1.0,  # the prototypes do not learn before
+        freeze_steps=config_dict.placeholder(int),
+        marginal="centering",  # centering | probability_centering | sinkhorn |
+        # sinkhorn_probabilities | none
+        center_momentum=0.9,
+        sinkhorn_iterations=3,
+        student_temperature=0.1,
+        teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
+        temperature_warmup_epochs=30.0,
+        temperature_warmup_steps=config_dict.placeholder(int),
+        temperature_by_epoch=True,  # the teacher's temperature changes only between epochs
+        prior="none",  # none | uniform (ME-MAX) | power | a .npy file: of the mean assignment
+        prior_weight=1.0,
+        prior_exponent=0.25,
+        prior_direction="mean_to_prior",  # KL(mean || prior); prior_to_mean for the reverse
+        koleo_prototypes=0.0,  # weights of the KoLeo terms; 0 for none
+        koleo_partition=2048,
+        koleo_reduction="sum",  # sum | mean, over partitions
+        koleo_data=0.0,
+    )
+    return ml_collections.ConfigDict({**shared, **own})
+
+
+RULES: dict[str, Rule] = {
+    "prototypes": COUNT,
+    "layer": one_of(layers.KINDS),
+    "freeze_epochs": NOT_NEGATIVE,
+    "freeze_steps": unset_or(STEPS),
+    "marginal": one_of(marginals.KINDS),
+    "center_momentum": SHARE,
+    "sinkhorn_iterations": COUNT,
+    "student_temperature": POSITIVE,
+    "teacher_temperature": each(POSITIVE, 2),
+    "temperature_warmup_epochs": NOT_NEGATIVE,
+    "temperature_warmup_steps": unset_or(STEPS),
+    "temperature_by_epoch": TRUTH,
+    "prior": TEXT,
+    "prior_weight": NOT_NEGATIVE,
+    "prior_exponent": NOT_NEGATIVE,
+    "prior_direction": one_of(DIRECTIONS),
+    "koleo_prototypes": NOT_NEGATIVE,
+    "koleo_partition": COUNT,
+    "koleo_reduction": one_of(REDUCTIONS),
+    "koleo_data": NOT_NEGATIVE,
+}
+
+
+def rules(name: str, **own: Rule) -> dict[str, Rule]:
+    """Returns the rules of a method's settings by their dotted names.
+
+    Args:
+        name: the name of the method.
+        **own: the rules of settings that only this method has.
+    """
+    return {f"{name}.{key}": rule for key, rule in {**RULES, **own}.items()}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks that the settings of a method with prototypes fit each other and those of the run.
+
+    Raises:
+        UserError: there is only one prototype, or too few images, views or microbatches for what
+            the settings ask for.
+    """
+    name, section = config.method, config[config.method]
+    if section.prototypes < 2:
+        raise UserError(
+            f"{name}.prototypes is {section.prototypes}; expected 2 or more, because targets over "
+            f"one prototype are all the same; for example, set --config.{name}.prototypes=1024"
+        )
+    if config.augment.global_crops < 2:
+        raise UserError(
+            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
+            "each view learns from the other global views; for example, set "
+            "--config.augment.global_crops=2"
+        )
+    if section.marginal in marginals.SINKHORN and config.batch_size < 2:
+        raise UserError(
+            f"{name}.marginal is {section.marginal}, but batch_size is {config.batch_size}: "
+            "Sinkhorn-Knopp balances the prototypes over the images of a batch, and cannot do so "
+            f"with one; use a larger batch, or --config.{name}.marginal=centering"
+        )
+    prior_of(config)
+    whole = [key for key in ("prior", "koleo_data") if section[key] not in ("none", 0)]
+    check_whole_batch(config, [f"{name}.{key} is {section[key]}" for key in whole])
+
+
+def check_whole_batch(config: ml_collections.ConfigDict, reasons: list[str]) -> None:
+    """Checks that a batch is not split if the loss needs all of the student's embeddings at once.
+
+    Raises:
+        UserError: it is split, and one of `reasons` needs the whole batch.
+    """
+    if reasons and config.accumulate > 1:
+        raise UserError(
+            f"accumulate is {config.accumulate}, but {' and '.join(reasons)}, which compares all "
+            "images of a batch with each other; microbatches would give another loss. Set "
+            "--config.accumulate=1, and use a smaller --config.batch_size, more devices or "
+            "--config.model.remat=full to save memory"
+        )
+
+
+def prior_of(config: ml_collections.ConfigDict) -> np.ndarray | None:
+    """Returns the prior of the mean assignment [K], which sums to one; None if there is none.
+
+    Raises:
+        UserError: it is neither a name in PRIORS nor a file with such a prior.
+    """
+    section = config[config.method]
+    if section.prior == "none":
+        return None
+    if section.prior == "uniform":
+        return power_law(section.prototypes, 0.0)
+    if section.prior == "power":
+        return power_law(section.prototypes, section.prior_exponent)
+    where = f"{config.method}.prior"
+    if not section.prior.endswith(".npy"):
+        raise UserError(
+            f"{where} is {section.prior!r}; expected one of {', '.join(PRIORS)}, or a .npy file "
+            f"with the share of each prototype; for example, set --config.{where}=uniform"
+        )
+    try:
+        with epath.Path(section.prior).open("rb") as file:
+            prior = np.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {section.prior} cannot be read ({error})") from error
+    check_prior(prior, section.prototypes, where)
+    return prior
+
+
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the shared settings that have no effect because of others, and the reasons."""
+    name, section = config.method, config[config.method]
+    reasons: dict[str, str] = {}
+
+    def unused(keys: tuple[str, ...], because: str) -> None:
+        reasons.update({f"{name}.{key}": f"{name}.{because}" for key in keys})
+
+    if section.marginal not in marginals.CENTERS:
+        unused(("center_momentum",), f"marginal is {section.marginal}")
+    if section.marginal not in marginals.SINKHORN:
+        unused(("sinkhorn_iterations",), f"marginal is {section.marginal}")
+    if section.prior == "none":
+        unused(("prior_weight", "prior_exponent", "prior_direction"), "prior is none")
+    elif section.prior != "power":
+        unused(("prior_exponent",), f"prior is {section.prior}")
+    if not section.koleo_prototypes:
+        unused(("koleo_partition", "koleo_reduction"), "koleo_prototypes is 0")
+    return reasons
+
+
+def warmups(name: str) -> Mapping[str, str]:
+    """Returns the durations among the shared settings, see `Method.warmups`."""
+    return {
+        f"{name}.temperature_warmup": "the teacher's temperature reaches its final value",
+        f"{name}.freeze": "the prototypes begin to learn",
+    }
