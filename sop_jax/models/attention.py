@@ -17,17 +17,17 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
 
 def attend(
-    q: Float[Array, "B T N h"],
+    q: Float[Array, "B Q N h"],
     k: Float[Array, "B T N h"],
     v: Float[Array, "B T N h"],
-    bias: Float[Array, "#B N T T"] | None = None,
+    bias: Float[Array, "#B N Q T"] | None = None,
     *,
     implementation: Implementation,
     precision: Precision = None,
-) -> Float[Array, "B T N h"]:
-    """Returns JAX's own attention over T tokens in N heads, with its softmax in float32.
+) -> Float[Array, "B Q N h"]:
+    """Returns JAX's own attention of Q queries to T tokens in N heads, with its softmax in float32.
 
-    cuDNN's implementation never writes the T x T weights to memory.
+    cuDNN's implementation never writes the Q x T weights to memory.
 
     Args:
         q: the queries.
