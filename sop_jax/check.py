@@ -328,7 +328,7 @@ def check_family(config: ml_collections.ConfigDict) -> None:
 
 def cls_only_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns the settings of a run without patches and drop path, such as that of a ResNet."""
-    return {**method_of(config).cls_only, "mask.none": 1.0, "model.drop_path": 0.0}
+    return {**method_of(config).cls_only, "model.drop_path": 0.0}
 
 
 def check_cls_only(config: ml_collections.ConfigDict) -> None:

@@ -246,6 +246,28 @@ def imagenet(large: bool = False) -> ml_collections.ConfigDict:
     return config
 
 
+def inat18() -> ml_collections.ConfigDict:
+    """Returns what the recipes of MSN and PMSN for iNaturalist 2018 have in common.
+
+    Epochs, batch and optimizer are those of table 7 of "On Partial Prototype Collapse"; everything
+    else is from MSN's released recipe.
+    """
+    config = paper()
+    config.epochs = 300.0
+    config.batch_size = 1536
+    config.data.update(name="i_naturalist2018", test_split="validation")
+    config.augment.update(
+        global_scale=(0.3, 1.0),
+        local_scale=(0.05, 0.3),
+        saturation=0.4,
+        blur=(0.5, 0.5, 0.5),
+        solarize=0.0,
+    )
+    config.head.batch_norm = True
+    config.optim.update(lr=1e-3, warmup_epochs=15.0, clip_kind="global", momentum=(0.996, 1.0))
+    return config
+
+
 def digits() -> ml_collections.ConfigDict:
     """Returns what the recipes for scikit-learn's digits have in common: all but the method.
 

@@ -185,6 +185,7 @@ OF_METHODS: dict[str, tuple[Any, ...]] = {
     "patch_prototypes": WHOLE,
     "patch_teacher_temperature": (*NUMBERS, (0.0, 0.07), (True, 0.1)),
     "patch_weight": REAL,
+    "patch_drop": (*REAL, 1.0, 1 - 1e-11),
 }
 WRONG |= {
     f"{name}.{key}": OF_METHODS[key]

@@ -5,10 +5,11 @@ import ml_collections
 from sop_jax.errors import UserError, nearest
 from sop_jax.objectives.dino import DINO
 from sop_jax.objectives.ibot import IBOT
+from sop_jax.objectives.msn import MSN, PMSN
 from sop_jax.objectives.objective import Method
 from sop_jax.objectives.sop.settings import SOP
 
-METHODS: dict[str, Method] = {"sop": SOP, "dino": DINO, "ibot": IBOT}
+METHODS: dict[str, Method] = {"sop": SOP, "dino": DINO, "ibot": IBOT, "msn": MSN, "pmsn": PMSN}
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:

@@ -217,6 +217,7 @@ class Objective(NamedTuple):
         loss: see `Loss`.
         measure: see `Measure`.
         verdict: see `Verdict`.
+        masks: whether the mask token replaces the masked patches of the student's views.
     """
 
     student_views: tuple[int, ...]
@@ -230,6 +231,7 @@ class Objective(NamedTuple):
     loss: Loss
     measure: Measure
     verdict: Verdict
+    masks: bool = True
 
 
 @runtime_checkable

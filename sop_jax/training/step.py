@@ -98,7 +98,7 @@ def make_train_step(
                     objective.student_views,
                     part,
                     part["selection"].student,
-                    mask=part["mask"],
+                    mask=part["mask"] if objective.masks else None,
                     keys=part["keys"],
                 )
             with jax.named_scope("losses"):

@@ -401,4 +401,5 @@ def prototypical(
         loss=loss,
         measure=measure,
         verdict=health.verdict,
+        masks=most_masked > 0,
     )

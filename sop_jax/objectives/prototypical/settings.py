@@ -177,6 +177,9 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     def unused(keys: tuple[str, ...], because: str) -> None:
         reasons.update({f"{name}.{key}": f"{name}.{because}" for key in keys})
 
+    if not section.get("patch_weight"):
+        for key in config.mask:
+            reasons[f"mask.{key}"] = f"method={name} has no loss of masked patches, and masks none"
     if section.marginal not in marginals.CENTERS:
         unused(("center_momentum",), f"marginal is {section.marginal}")
     if section.marginal not in marginals.SINKHORN:

@@ -167,7 +167,7 @@ SOP = Method(
     without_use=without_use,
     batch_limit=batch_limit,
     any_batch={"sop.anchors": "random"},  # fixed slots need a batch that divides the memory
-    cls_only={"sop.patch.tasks": 0, "sop.patch.memory": 0},
+    cls_only={"sop.patch.tasks": 0, "sop.patch.memory": 0, "mask.none": 1.0},
     warmups={"sop.temperature_warmup": "the teacher's temperature reaches its final value"},
     scopes=("prototypes", "memories"),
 )

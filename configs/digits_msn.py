@@ -1,0 +1,17 @@
+"""MSN on scikit-learn's digits, with the network, the crops and the length of configs/digits.py.
+
+    python -m sop_jax.train --config=configs/digits_msn.py --workdir=runs/digits_msn
+
+Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+"""
+
+import ml_collections
+
+from sop_jax.config import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = digits()
+    config.method = "msn"
+    config.msn.prototypes = 256
+    return config
