@@ -186,6 +186,9 @@ OF_METHODS: dict[str, tuple[Any, ...]] = {
     "patch_teacher_temperature": (*NUMBERS, (0.0, 0.07), (True, 0.1)),
     "patch_weight": REAL,
     "patch_drop": (*REAL, 1.0, 1 - 1e-11),
+    "queue": WHOLE,
+    "queue_start_epochs": REAL,
+    "queue_start_steps": (-1, 1.5, True, 2**31),
 }
 WRONG |= {
     f"{name}.{key}": OF_METHODS[key]

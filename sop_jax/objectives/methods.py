@@ -8,8 +8,16 @@ from sop_jax.objectives.ibot import IBOT
 from sop_jax.objectives.msn import MSN, PMSN
 from sop_jax.objectives.objective import Method
 from sop_jax.objectives.sop.settings import SOP
+from sop_jax.objectives.swav import SWAV
 
-METHODS: dict[str, Method] = {"sop": SOP, "dino": DINO, "ibot": IBOT, "msn": MSN, "pmsn": PMSN}
+METHODS: dict[str, Method] = {
+    "sop": SOP,
+    "dino": DINO,
+    "ibot": IBOT,
+    "msn": MSN,
+    "pmsn": PMSN,
+    "swav": SWAV,
+}
 
 
 def method_of(config: ml_collections.ConfigDict) -> Method:

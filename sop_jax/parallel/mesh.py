@@ -106,6 +106,7 @@ def share_parameter(shape: tuple[int, ...], mesh: Mesh) -> P:
 
 # How the leaves of a train state are sharded, by their path; the first matching pattern decides.
 SHARDING: tuple[tuple[str, Callable[[tuple[int, ...], Mesh], P]], ...] = (
+    (r"carried/(\w+/)*queue/rows$", lambda shape, mesh: P(None, AXES)),  # by lane, of each view
     (r"carried/(\w+/)*(rows|image)$", lambda shape, mesh: P(AXES)),  # memories, by lane
     # The axis of stacked layers is never split, because only one layer is used at a time.
     (r".*/blocks/", lambda shape, mesh: P(None, *share_parameter(shape[1:], mesh))),

@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Key
 
 from sop_jax.models.head import unit
 from sop_jax.objectives.prototypical.vmf import vmf_logits
 
-KINDS = ("weight_norm", "unit", "vmf")
+KINDS = ("weight_norm", "unit", "vmf", "normalized")
 
 Prototypes = dict[str, Any]
 
@@ -18,7 +19,9 @@ def init_prototypes(key: Key[Array, ""], kind: str, count: int, dim: int) -> Pro
     """Returns the parameters of a layer, which start as PyTorch's linear layers do.
 
     Rows of `direction` [K, d] are normalized before use. With `weight_norm` and `vmf`, their
-    lengths [K] learn as well, starting at 1; those of `unit` are 1.
+    lengths [K] learn as well, starting at 1; those of `unit` are 1. The rows `normalized` [K, d]
+    are scaled to unit length before each step, without a gradient of the scaling, see
+    `scaled_before`.
 
     Args:
         key: draws the directions.
@@ -27,14 +30,35 @@ def init_prototypes(key: Key[Array, ""], kind: str, count: int, dim: int) -> Pro
         dim: d.
     """
     bound = dim**-0.5
-    params = {"direction": jax.random.uniform(key, (count, dim), minval=-bound, maxval=bound)}
-    return params if kind == "unit" else params | {"length": jnp.ones(count)}
+    drawn = jax.random.uniform(key, (count, dim), minval=-bound, maxval=bound)
+    if kind == "normalized":
+        return {"normalized": drawn}
+    lengths = {} if kind == "unit" else {"length": jnp.ones(count)}
+    return {"direction": drawn, **lengths}
 
 
 def rows(prototypes: Prototypes) -> Float[Array, "K d"]:
     """Returns the prototypes as rows of their lengths, in float32."""
+    if "normalized" in prototypes:
+        given = prototypes["normalized"]
+        return given + jax.lax.stop_gradient(unit(given) - given)
     directions = unit(prototypes["direction"])
     return directions * prototypes["length"][:, None] if "length" in prototypes else directions
+
+
+def scaled_before(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns an optimizer of the rows `normalized`, whose steps start from rows of unit length.
+
+    SwAV's code scales its prototypes in place before each step, also in steps that do not change
+    them otherwise. They are not scaled after a step.
+    """
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        scaled = jax.tree.map(unit, params)
+        updates, state = optimizer.update(gradients, state, scaled)
+        return jax.tree.map(lambda x, to, by: to - x + by, params, scaled, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def logits(

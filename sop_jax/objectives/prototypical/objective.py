@@ -32,7 +32,13 @@ from sop_jax.objectives.objective import (
 from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.prototypical import health
 from sop_jax.objectives.prototypical.koleo import koleo, koleo_of_prototypes, partitions
-from sop_jax.objectives.prototypical.layers import Prototypes, init_prototypes, logits, rows
+from sop_jax.objectives.prototypical.layers import (
+    Prototypes,
+    init_prototypes,
+    logits,
+    rows,
+    scaled_before,
+)
 from sop_jax.objectives.prototypical.marginals import CENTERS, Marginal, marginal
 from sop_jax.objectives.prototypical.priors import mean_to_prior, prior_to_mean
 from sop_jax.objectives.prototypical.settings import prior_of
@@ -133,21 +139,22 @@ def learnt(
         del taught
         return params["prototypes"]
 
+    def optimize(network: Network) -> optax.GradientTransformation:
+        optimizer = frozen(network, freeze) if freeze else network()
+        return scaled_before(optimizer) if section.layer == "normalized" else optimizer
+
     freeze = duration(section, "freeze_", length.epoch)
-    return Source(init, teach, learn, {"prototypes": frozen(freeze)} if freeze else {})
+    own = bool(freeze) or section.layer == "normalized"
+    return Source(init, teach, learn, {"prototypes": optimize} if own else {})
 
 
-def frozen(steps: int) -> Optimize:
+def frozen(network: Network, steps: int) -> optax.GradientTransformation:
     """Returns the network's optimizer for parameters that do not change in the first steps.
 
     Nothing of the optimizer's state changes either, as in DINO's code.
     """
-
-    def optimize(network: Network) -> optax.GradientTransformation:
-        begun = network(late=steps)
-        return optax.transforms.conditionally_mask(begun, lambda step: step >= steps)
-
-    return optimize
+    begun = network(late=steps)
+    return optax.transforms.conditionally_mask(begun, lambda step: step >= steps)
 
 
 def temperatures(section: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:

@@ -38,7 +38,7 @@ def settings(**own: Any) -> ml_collections.ConfigDict:
     """
     shared = dict(
         prototypes=65536,
-        layer="weight_norm",  # weight_norm | unit | vmf
+        layer="weight_norm",  # weight_norm | unit | vmf | normalized (as in SwAV)
         freeze_epochs=1.0,  # the prototypes do not learn before
         freeze_steps=config_dict.placeholder(int),
         marginal="centering",  # centering | probability_centering | sinkhorn |
