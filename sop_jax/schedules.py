@@ -61,7 +61,7 @@ def by_epoch(schedule: Schedule, epoch: float) -> Schedule:
         schedule: maps an epoch, counted from 0, to a value.
         epoch: the number of steps per epoch.
     """
-    return lambda step: schedule(jnp.floor(step / epoch))
+    return lambda step: schedule(jnp.floor(jnp.float32(step) / epoch))
 
 
 def later(schedule: Schedule, late: int) -> Schedule:

@@ -21,6 +21,26 @@ from sop_jax.training.assemble import Run, assemble
 
 STEPS = 3
 
+# Settings of the methods other than SOP, and what they require of the rest of a run. High
+# temperatures keep rounding errors from growing from step to step.
+TEMPERATURES = dict(
+    student_temperature=0.3, teacher_temperature=(0.2, 0.25), temperature_warmup_steps=2
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "dino": dict(dino=dict(prototypes=24, koleo_prototypes=0.1, koleo_partition=7, **TEMPERATURES)),
+    "ibot": dict(
+        ibot=dict(
+            prototypes=24,
+            patch_prototypes=20,
+            patch_teacher_temperature=(0.2, 0.25),
+            freeze_steps=1,
+            layer="vmf",
+            marginal="probability_centering",
+            **TEMPERATURES,
+        )
+    ),
+}
+
 
 def make_config(
     data: int = 1,
@@ -28,6 +48,7 @@ def make_config(
     accumulate: int = 1,
     remat: str = "products",
     family: str = "vit",
+    method: str = "sop",
 ) -> ml_collections.ConfigDict:
     """Returns settings with drop path, local crops, and memories that a batch does not divide."""
     config = small_config(
@@ -48,6 +69,8 @@ def make_config(
         ),
         mask=dict(ratio=(0.5, 0.5)),
     )
+    config.method = method
+    config.update(METHODS.get(method, {}))
     if family == "swin":  # the first of its four stages shifts its windows
         config.augment.update(dict(global_size=64, local_size=32))
         stages = dict(stage_depths=(2, 2, 2, 2), stage_heads=(1, 2, 2, 2), window=8)

@@ -30,6 +30,13 @@ def trajectory(folder: str) -> None:
             save(f"{folder}/{fsdp}.npz", layouts.trajectory(monkeypatch, data=0, fsdp=fsdp))
 
 
+def methods(folder: str) -> None:
+    """Saves the trajectory of every method's small run on eight devices."""
+    for method in layouts.METHODS:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            save(f"{folder}/{method}.npz", layouts.trajectory(monkeypatch, data=0, method=method))
+
+
 def restore(out: str, workdir: str) -> None:
     """Saves the newest state of a run and the batch of its next step."""
     config = config_lib.read_config(workdir)
@@ -83,7 +90,7 @@ def save(out: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def main() -> None:
-    tasks = (trajectory, restore, shuffle, evaluations)
+    tasks = (trajectory, methods, restore, shuffle, evaluations)
     {task.__name__: task for task in tasks}[TASK](*arguments)
 
 
