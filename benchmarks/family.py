@@ -53,6 +53,7 @@ def settings_digest(config: ml_collections.ConfigDict) -> str:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
+    """Returns the rows that are finished."""
     return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
@@ -151,6 +152,7 @@ def compare(methods: list[str], rounds: int, repeats: int = 5) -> str:
 
 
 def main() -> None:
+    """Trains, prints the table, or compares steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
