@@ -108,7 +108,7 @@ def keep_gradients(config: Any, schedules: Any, own: Any) -> optax.GradientTrans
     )
     if not own:
         return network
-    parts = {name: optimize(lambda late=0: network) for name, optimize in own.items()}
+    parts = {name: optimize(lambda **_: network) for name, optimize in own.items()}
     groups = functools.partial(optim.groups, names=tuple(own))
     return optax.partition({optim.NETWORK: network, **parts}, groups)
 

@@ -3,7 +3,8 @@
 The teacher sees one view, the target; the student sees all others, the anchors. Some patches of the
 large anchors are dropped, and the small ones are focal crops. Anchors predict the target's
 assignment to prototypes that both networks share, and the mean assignment of all anchors is matched
-to a prior: the uniform one in MSN (ME-MAX), a power law in PMSN.
+to a prior: the uniform one in MSN (ME-MAX), a power law in PMSN. As in MSN's code, the gradients of
+prototypes are neither clipped nor decayed.
 """
 
 import functools
@@ -82,7 +83,7 @@ def build(
     views = config.augment.global_crops + config.augment.local_crops
     objective = prototypical(
         *(config, dim, mesh, length),
-        source=learnt(config, dim, length, average=False),
+        source=learnt(config, dim, length, average=False, plain=True),
         student_views=range(1, views),
         teacher_views=(0,),
     )

@@ -180,11 +180,12 @@ class Verdict(Protocol):
 class Network(Protocol):
     """Makes the optimizer of the network's parameters."""
 
-    def __call__(self, late: int = 0) -> optax.GradientTransformation:
+    def __call__(self, late: int = 0, plain: bool = False) -> optax.GradientTransformation:
         """Returns the optimizer, with schedules that begin at step `late`.
 
         Args:
             late: the step of its first update, for parameters that are frozen before.
+            plain: whether it neither clips gradients nor decays weights.
         """
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Optimize
-from sop_jax.schedules import Length, Schedule, cosine, duration, later, learning_rate
+from sop_jax.schedules import Length, Schedule, constant, cosine, duration, later, learning_rate
 
 Plan = Mapping[str, Schedule]
 
@@ -177,9 +177,12 @@ def optimizer(
             gradients do not count in the network's norm.
     """
 
-    def network(late: int = 0) -> optax.GradientTransformation:
-        clip = CLIPS[config.clip_kind](config.clip) if config.clip else optax.identity()
+    def network(late: int = 0, plain: bool = False) -> optax.GradientTransformation:
+        clips = config.clip and not plain
+        clip = CLIPS[config.clip_kind](config.clip) if clips else optax.identity()
         plan = {name: later(schedules[name], late) for name in ("lr", "weight_decay")}
+        if plain:
+            plan["weight_decay"] = constant(0.0)
         return optax.chain(clip, KINDS[config.kind](config, plan))
 
     if not own:

@@ -337,6 +337,26 @@ def test_every_optimizer_leaves_an_objectives_parameters_to_its_own(
     assert moved.size == 1 and -0.25 < moved[0] < 0
 
 
+@pytest.mark.parametrize("kind", optim.KINDS)
+def test_a_plain_optimizer_neither_clips_nor_decays(
+    config: ml_collections.ConfigDict, kind: str
+) -> None:
+    plan = {"lr": lambda step: jnp.array(0.1), "weight_decay": lambda step: jnp.array(0.5)}
+    config.optim.update(dict(kind=kind, clip=1e-3))
+    tx = optim.optimizer(config.optim, plan, {"prototypes": lambda network: network(plain=True)})
+    params = {
+        "backbone": {"kernel": jnp.ones((3, 3))},
+        "objective": {"prototypes": {"kernel": jnp.ones((3, 3))}},
+    }
+    state = tx.init(params)
+    still, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    assert not still["objective"]["prototypes"]["kernel"].any()
+    assert (still["backbone"]["kernel"] < 0).all()  # weight decay
+    if kind == "sgd":  # the others do not depend on the scale of a first gradient
+        changes, _ = tx.update(jax.tree.map(lambda x: 2 * x, params), state, params)
+        np.testing.assert_allclose(changes["objective"]["prototypes"]["kernel"], -0.2)
+
+
 def test_settings_of_other_optimizers_have_no_use(config: ml_collections.ConfigDict) -> None:
     for kind, unused in (("adamw", {"sgd_momentum", "trust"}), ("sgd", {"trust"}), ("lars", set())):
         config.optim.kind = kind

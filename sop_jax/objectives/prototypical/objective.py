@@ -105,7 +105,11 @@ class Source(NamedTuple):
 
 
 def learnt(
-    config: ml_collections.ConfigDict, dim: int, length: Length, average: bool = True
+    config: ml_collections.ConfigDict,
+    dim: int,
+    length: Length,
+    average: bool = True,
+    plain: bool = False,
 ) -> Source:
     """Returns prototypes that learn by gradient, those of patches too if they are separate.
 
@@ -115,6 +119,7 @@ def learnt(
         length: the length of the run.
         average: whether the targets use the moving average of the prototypes, as in DINO, or the
             student's own, as in MSN.
+        plain: whether their gradients are neither clipped nor decayed, as in MSN.
     """
     section = config[config.method]
     counts = {"cls": section.prototypes}
@@ -140,20 +145,25 @@ def learnt(
         return params["prototypes"]
 
     def optimize(network: Network) -> optax.GradientTransformation:
-        optimizer = frozen(network, freeze) if freeze else network()
+        optimizer = frozen(network, freeze, plain) if freeze else network(plain=plain)
         return scaled_before(optimizer) if section.layer == "normalized" else optimizer
 
     freeze = duration(section, "freeze_", length.epoch)
-    own = bool(freeze) or section.layer == "normalized"
+    own = bool(freeze) or plain or section.layer == "normalized"
     return Source(init, teach, learn, {"prototypes": optimize} if own else {})
 
 
-def frozen(network: Network, steps: int) -> optax.GradientTransformation:
+def frozen(network: Network, steps: int, plain: bool) -> optax.GradientTransformation:
     """Returns the network's optimizer for parameters that do not change in the first steps.
 
     Nothing of the optimizer's state changes either, as in DINO's code.
+
+    Args:
+        network: see `Network`.
+        steps: the number of steps.
+        plain: see `Network`.
     """
-    begun = network(late=steps)
+    begun = network(late=steps, plain=plain)
     return optax.transforms.conditionally_mask(begun, lambda step: step >= steps)
 
 
