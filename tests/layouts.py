@@ -39,6 +39,18 @@ METHODS: dict[str, dict[str, Any]] = {
             **TEMPERATURES,
         )
     ),
+    "massl": dict(massl=dict(memory=40, block=12, **TEMPERATURES)),
+    "carp": dict(carp=dict(prototypes=26, block=6), head=dict(unit=False)),
+    "decoupled": dict(
+        decoupled=dict(
+            loss="ibot",
+            prototypes=24,
+            patch_prototypes=20,
+            patch_teacher_temperature=(0.2, 0.25),
+            prior="none",
+            **TEMPERATURES,
+        )
+    ),
 }
 
 

@@ -189,6 +189,17 @@ OF_METHODS: dict[str, tuple[Any, ...]] = {
     "queue": WHOLE,
     "queue_start_epochs": REAL,
     "queue_start_steps": (-1, 1.5, True, 2**31),
+    "memory": (*WHOLE, 0),
+    "block": (*WHOLE, 0),
+    "loss": ("magic",),
+    "eta": (*REAL, 1.0, 1 - 1e-11),
+    "forgetting": ("magic",),
+    "beta": (*NUMBERS, (0.0, 0.1), (True, 0.1)),
+    "beta_warmup_epochs": REAL,
+    "beta_warmup_steps": (-1, 1.5, True, 2**31),
+    "variance_floor": (*REAL, 0.0),
+    "start_mass": (*REAL, 0.0),
+    "start_variance": (*REAL, 0.0),
 }
 WRONG |= {
     f"{name}.{key}": OF_METHODS[key]

@@ -3,8 +3,11 @@
 import ml_collections
 
 from sop_jax.errors import UserError, nearest
+from sop_jax.objectives.carp import CARP
+from sop_jax.objectives.decoupled import DECOUPLED
 from sop_jax.objectives.dino import DINO
 from sop_jax.objectives.ibot import IBOT
+from sop_jax.objectives.massl import MASSL
 from sop_jax.objectives.msn import MSN, PMSN
 from sop_jax.objectives.objective import Method
 from sop_jax.objectives.sop.settings import SOP
@@ -17,6 +20,9 @@ METHODS: dict[str, Method] = {
     "msn": MSN,
     "pmsn": PMSN,
     "swav": SWAV,
+    "massl": MASSL,
+    "carp": CARP,
+    "decoupled": DECOUPLED,
 }
 
 

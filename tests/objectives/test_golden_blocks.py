@@ -13,7 +13,7 @@ from golden_numbers import Found, differences, exact, unnoticed
 from sop_jax.objectives import memory
 from sop_jax.objectives.carp import consistency, inequality
 from sop_jax.objectives.losses import cls_loss
-from sop_jax.objectives.massl import block_assignment
+from sop_jax.objectives.massl import log_assignment
 from sop_jax.objectives.prototypical.blocks import block_log_softmax
 
 pytestmark = pytest.mark.medium
@@ -37,12 +37,12 @@ def by_image(x: np.ndarray) -> jax.Array:
 
 def massl(golden: dict[str, np.ndarray]) -> dict[str, Found]:
     rows, blocks = single(golden["massl/memory"]), golden["massl/blocks"]
-    prototypes = rows[jnp.asarray(blocks)]
-    targets = jnp.exp(block_assignment(by_image(golden["massl/teacher"]), prototypes, 0.04))
+    drawn, size = rows[jnp.asarray(blocks).reshape(-1)], blocks.shape[1]
+    targets = jnp.exp(log_assignment(by_image(golden["massl/teacher"]), drawn, size, 0.04))
 
     def loss(student: jax.Array) -> jax.Array:
         views = student.swapaxes(0, 1)
-        summed = cls_loss(views, targets, lambda _, u: block_assignment(u, prototypes, 0.1))
+        summed = cls_loss(views, targets, lambda _, u: log_assignment(u, drawn, size, 0.1))
         return summed / len(blocks)
 
     value, gradient = jax.value_and_grad(loss)(single(golden["massl/student"]))
@@ -60,10 +60,14 @@ def massl(golden: dict[str, np.ndarray]) -> dict[str, Found]:
 
 def carp(golden: dict[str, np.ndarray]) -> dict[str, Found]:
     blocks = jnp.asarray(golden["carp/blocks"])
-    teacher = block_log_softmax(single(golden["carp/teacher"]), blocks)
+
+    def within(logits: jax.Array) -> jax.Array:
+        return block_log_softmax(logits[..., blocks.reshape(-1)], blocks.shape[1])
+
+    teacher = within(single(golden["carp/teacher"]))
 
     def terms(logits: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        student = block_log_softmax(logits, blocks)
+        student = within(logits)
         pairs = itertools.product(range(len(student)), range(len(teacher)))
         others = [consistency(student[v], teacher[q]) for v, q in pairs if v != q]
         agreed = jnp.stack(others).mean()

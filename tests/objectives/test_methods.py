@@ -19,7 +19,7 @@ from sop_jax.training.assemble import Run, assemble
 
 OTHERS = sorted(METHODS.keys() - {"sop"})
 # Methods whose loss compares all images of a batch, so that they refuse microbatches.
-WHOLE_BATCH: set[str] = set()
+WHOLE_BATCH = {"carp"}
 STEPS = 20
 
 

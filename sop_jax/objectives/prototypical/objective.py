@@ -6,7 +6,7 @@ prototypes and a an offset per prototype that the marginal sets. So the targets 
 embeddings, and probabilities exist for a few views at a time only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -63,7 +63,12 @@ class TeachSource(Protocol):
     """Gives the prototypes of the targets."""
 
     def __call__(
-        self, student_params: Params, teacher_params: Params, carried: Any, teacher: Outputs
+        self,
+        student_params: Params,
+        teacher_params: Params,
+        carried: Any,
+        teacher: Outputs,
+        now: Now,
     ) -> tuple[Levels, Any]:
         """Returns the prototypes, and what is carried to the next step.
 
@@ -72,6 +77,7 @@ class TeachSource(Protocol):
             teacher_params: their moving average in the teacher.
             carried: what the step before returned, or `InitSource`.
             teacher: the teacher's outputs for the whole batch.
+            now: the values of all schedules.
         """
 
 
@@ -85,6 +91,29 @@ class LearnSource(Protocol):
         Args:
             params: the objective's parameters in the student.
             taught: the prototypes of the targets.
+        """
+
+
+@runtime_checkable
+class Views(Protocol):
+    """Compares the views of the student with those of the teacher."""
+
+    def __call__(
+        self,
+        learning: Prototypes,
+        shared: dict[str, Any],
+        targets: Float[Array, "b Q d"],
+        student: Float[Array, "b V d"],
+        now: Now,
+    ) -> dict[str, Array]:
+        """Returns the loss "cls" and, if the settings name a prior, "prior".
+
+        Args:
+            learning: the prototypes of [CLS] to which the student is assigned.
+            shared: the prototypes and offsets of the targets, and the key of the step.
+            targets: the teacher's embeddings of [CLS].
+            student: the student's embeddings of [CLS].
+            now: the values of all schedules.
         """
 
 
@@ -104,27 +133,33 @@ class Source(NamedTuple):
     optimizers: dict[str, Optimize]
 
 
+def counts_of(section: ml_collections.ConfigDict) -> dict[str, int]:
+    """Returns the number of prototypes of each level; patches may share those of [CLS]."""
+    patches = section.get("patch_prototypes", 0)
+    return {"cls": section.prototypes} | ({"patch": patches} if patches else {})
+
+
 def learnt(
     config: ml_collections.ConfigDict,
     dim: int,
     length: Length,
+    counts: Mapping[str, int] | None = None,
     average: bool = True,
     plain: bool = False,
 ) -> Source:
-    """Returns prototypes that learn by gradient, those of patches too if they are separate.
+    """Returns prototypes that learn by gradient.
 
     Args:
         config: the config of the run.
         dim: d, the numbers in an embedding.
         length: the length of the run.
+        counts: the number of prototypes of each level that learns; those of `counts_of` by default.
         average: whether the targets use the moving average of the prototypes, as in DINO, or the
             student's own, as in MSN.
         plain: whether their gradients are neither clipped nor decayed, as in MSN.
     """
     section = config[config.method]
-    counts = {"cls": section.prototypes}
-    if section.get("patch_prototypes"):
-        counts["patch"] = section.patch_prototypes
+    counts = counts_of(section) if counts is None else counts
 
     def init(key: Key[Array, ""]) -> tuple[Params, Any]:
         keys = jax.random.split(key, len(counts))
@@ -135,8 +170,8 @@ def learnt(
             }
         }, {}
 
-    def teach(student_params, teacher_params, carried, teacher):
-        del teacher
+    def teach(student_params, teacher_params, carried, teacher, now):
+        del teacher, now
         params = teacher_params if average else student_params
         return params["prototypes"], carried
 
@@ -219,6 +254,7 @@ def prototypical(
     length: Length,
     *,
     source: Source | None = None,
+    views: Views | None = None,
     of_cls: Marginal | None = None,
     per_view: bool = False,
     student_views: Sequence[int] | None = None,
@@ -233,6 +269,8 @@ def prototypical(
         mesh: the devices.
         length: the length of the run.
         source: where prototypes come from; `learnt` by default.
+        views: compares the views of [CLS]; by the cross-entropy of all pairs of different views by
+            default.
         of_cls: the marginal of [CLS]; the one that the settings name by default.
         per_view: whether each view has a marginal of its own, as in SwAV.
         student_views: the views that the student sees; all by default.
@@ -297,7 +335,7 @@ def prototypical(
         """Returns the prototypes and offsets, and the teacher's embeddings as targets."""
         del index
         taught, source_carried = source.teach(
-            student_params, teacher_params, carried["source"], teacher
+            student_params, teacher_params, carried["source"], teacher, now
         )
         taught = gather(taught)
         embeddings = {"cls": by_view(teacher.cls)}
@@ -334,6 +372,38 @@ def prototypical(
         raised = logits(layer, prototypes, u, now[sharps[name]]) + shared["offsets"][name]
         return jax.nn.log_softmax(raised)
 
+    def log_predictions(learnt: Prototypes, u: Array, now: Now) -> Array:
+        """Returns the logarithm of the student's assignments."""
+        return jax.nn.log_softmax(logits(layer, learnt, u, now["student_temperature"]))
+
+    def cross_entropies(
+        learning: Prototypes,
+        shared: dict[str, Any],
+        targets: Float[Array, "b Q d"],
+        student: Float[Array, "b V d"],
+        now: Now,
+    ) -> dict[str, Array]:
+        """Returns the mean over all pairs of different views, and the match of the prior."""
+
+        def log_p(learnt: Prototypes, u: Array) -> Array:
+            return log_predictions(learnt, u, now)
+
+        terms = {
+            "cls": cls_loss(
+                student,
+                jnp.exp(log_targets(shared, "cls", targets, now)),
+                log_p,
+                learning,
+                views_at_once(student, section.prototypes, mesh),
+                pairs,
+            )
+        }
+        if prior is not None:
+            p = jnp.exp(jax.checkpoint(log_p)(learning, student)).mean((0, 1))
+            matches = mean_to_prior if section.prior_direction == "mean_to_prior" else prior_to_mean
+            terms["prior"] = matches(p, jnp.asarray(prior, jnp.float32))
+        return terms
+
     def loss(
         params: Params,
         shared: dict[str, Any],
@@ -343,43 +413,29 @@ def prototypical(
         now: Now,
     ) -> tuple[Array, dict[str, Array]]:
         learning = gather(source.learn(params, shared["prototypes"]))
-
-        def log_p(learnt: Prototypes, u: Array) -> Array:
-            return jax.nn.log_softmax(logits(layer, learnt, u, now["student_temperature"]))
-
-        terms = {
-            "cls": cls_loss(
-                student.cls,
-                jnp.exp(log_targets(shared, "cls", targets["cls"], now)),
-                log_p,
-                learning["cls"],
-                views_at_once(student.cls, section.prototypes, mesh),
-                pairs,
-            )
-        }
+        terms = (views or cross_entropies)(
+            learning["cls"], shared, targets["cls"], student.cls, now
+        )
         total = terms["cls"]
+        if prior is not None:
+            total += section.prior_weight * terms["prior"]
         if most_masked:
             prototypes = of_level(learning, "patch")
             count = section.patch_prototypes or section.prototypes
             terms["mim"] = mim_loss(
                 *(student.patches, targets["patch"], masked),
-                assign=log_p,
+                assign=lambda learnt, u: log_predictions(learnt, u, now),
                 assign_teacher=lambda u: log_targets(shared, "patch", u, now),
                 learnt=prototypes,
                 at_once=views_at_once(student.patches, count, mesh),
             )
             total += section.patch_weight * terms["mim"]
-        if prior is not None:
-            p = jnp.exp(jax.checkpoint(log_p)(learning["cls"], student.cls)).mean((0, 1))
-            matches = mean_to_prior if section.prior_direction == "mean_to_prior" else prior_to_mean
-            terms["prior"] = matches(p, jnp.asarray(prior, jnp.float32))
-            total += section.prior_weight * terms["prior"]
         if section.koleo_prototypes:
             terms["koleo_prototypes"] = spread(learning, shared["key"])
             total += section.koleo_prototypes * terms["koleo_prototypes"]
         if section.koleo_data:
-            views = by_view(student.cls_features)[: sum(v < globals_ for v in student_views)]
-            terms["koleo_data"] = jax.lax.map(koleo, views).sum()
+            features = by_view(student.cls_features)[: sum(v < globals_ for v in student_views)]
+            terms["koleo_data"] = jax.lax.map(koleo, features).sum()
             total += section.koleo_data * terms["koleo_data"]
         return total, terms
 

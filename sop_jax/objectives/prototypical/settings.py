@@ -109,12 +109,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"{name}.prototypes is {section.prototypes}; expected 2 or more, because targets over "
             f"one prototype are all the same; for example, set --config.{name}.prototypes=1024"
         )
-    if config.augment.global_crops < 2:
-        raise UserError(
-            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
-            "each view learns from the other global views; for example, set "
-            "--config.augment.global_crops=2"
-        )
+    check_views(config)
     if section.marginal in marginals.SINKHORN and config.batch_size < 2:
         raise UserError(
             f"{name}.marginal is {section.marginal}, but batch_size is {config.batch_size}: "
@@ -124,6 +119,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     prior_of(config)
     whole = [key for key in ("prior", "koleo_data") if section[key] not in ("none", 0)]
     check_whole_batch(config, [f"{name}.{key} is {section[key]}" for key in whole])
+
+
+def check_views(config: ml_collections.ConfigDict) -> None:
+    """Checks that there are two global views, so that each view has another one to predict.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if config.augment.global_crops < 2:
+        raise UserError(
+            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
+            "each view learns from the other global views; for example, set "
+            "--config.augment.global_crops=2"
+        )
 
 
 def check_whole_batch(config: ml_collections.ConfigDict, reasons: list[str]) -> None:
@@ -178,8 +187,7 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
         reasons.update({f"{name}.{key}": f"{name}.{because}" for key in keys})
 
     if not section.get("patch_weight"):
-        for key in config.mask:
-            reasons[f"mask.{key}"] = f"method={name} has no loss of masked patches, and masks none"
+        reasons |= no_masks(config)
     if section.marginal not in marginals.CENTERS:
         unused(("center_momentum",), f"marginal is {section.marginal}")
     if section.marginal not in marginals.SINKHORN:
@@ -191,6 +199,12 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     if not section.koleo_prototypes:
         unused(("koleo_partition", "koleo_reduction"), "koleo_prototypes is 0")
     return reasons
+
+
+def no_masks(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the settings of masks, which have no effect, and the reason for each."""
+    reason = f"method={config.method} has no loss of masked patches, and masks none"
+    return {f"mask.{key}": reason for key in config.mask}
 
 
 def warmups(name: str) -> Mapping[str, str]:

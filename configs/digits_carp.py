@@ -1,0 +1,18 @@
+"""CARP on scikit-learn's digits, with the network, the crops and the length of configs/digits.py.
+
+    python -m sop_jax.train --config=configs/digits_carp.py --workdir=runs/digits_carp
+
+Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+"""
+
+import ml_collections
+
+from sop_jax.config import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = digits()
+    config.method = "carp"
+    config.head.unit = False
+    config.carp.prototypes, config.carp.block = 512, 64
+    return config

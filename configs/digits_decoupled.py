@@ -1,0 +1,19 @@
+"""Decoupled prototypes on scikit-learn's digits, otherwise as configs/digits.py.
+
+    python -m sop_jax.train --config=configs/digits_decoupled.py --workdir=runs/digits_decoupled
+
+Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+"""
+
+import ml_collections
+
+from sop_jax.config import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = digits()
+    config.method = "decoupled"
+    config.head.unit = False
+    d = config.decoupled
+    d.prototypes, d.block = 512, 64
+    return config

@@ -1,0 +1,188 @@
+"""Decoupled prototypes (Arteaga et al., 2026): a mixture of the teacher's features, in any loss.
+
+Each step first updates a Gaussian mixture with the teacher's embeddings of the whole batch. Then
+the student learns, with the loss of another method, from prototypes that are the new means. The
+paper does so for CARP. It leaves out what sharpens or centers targets, which here are settings.
+
+The authors publish no constants. The defaults were chosen by experiments on scikit-learn's digits.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+from ml_collections import config_dict
+
+from sop_jax.data.masks import most_masked
+from sop_jax.models.head import unit
+from sop_jax.objectives import carp, ibot
+from sop_jax.objectives.health import entropy
+from sop_jax.objectives.objective import Method, Now, Objective, Outputs, Params
+from sop_jax.objectives.prototypical import settings as shared
+from sop_jax.objectives.prototypical.mixture import (
+    FORGETTING,
+    Mixture,
+    components,
+    init_mixture,
+    prototypes,
+    update,
+)
+from sop_jax.objectives.prototypical.objective import Levels, Source, learnt, prototypical
+from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, STEPS, each, less_than, one_of, unset_or
+from sop_jax.schedules import Length, duration, ramp
+
+LOSSES = ("carp", "dino", "ibot")
+
+OWN_RULES = {
+    "loss": one_of(LOSSES),
+    "block": COUNT,
+    **ibot.PATCH_RULES,
+    "eta": less_than(1),
+    "forgetting": one_of(FORGETTING),
+    "beta": each(POSITIVE, 2),
+    "beta_warmup_epochs": NOT_NEGATIVE,
+    "beta_warmup_steps": unset_or(STEPS),
+    "variance_floor": POSITIVE,
+    "start_mass": POSITIVE,
+    "start_variance": POSITIVE,
+}
+
+
+def settings() -> ml_collections.ConfigDict:
+    """Returns CARP's settings, and those of the mixture."""
+    own = dict(
+        loss="carp",  # carp | dino | ibot, whose patches have prototypes that learn
+        patch_prototypes=8192,
+        patch_teacher_temperature=(0.04, 0.07),
+        patch_weight=1.0,
+        eta=0.05,  # the share that is forgotten
+        forgetting="mass",  # mass: for each feature received | plain: at each step
+        beta=(0.1, 0.1),  # annealing of responsibilities, linear during its warm-up
+        beta_warmup_epochs=0.0,
+        beta_warmup_steps=config_dict.placeholder(int),
+        # Variances are given as multiples of 1 / d, that of random unit vectors.
+        variance_floor=0.1,
+        start_mass=10.0,  # the number of features that each initial mean counts for
+        start_variance=1.0,
+    )
+    return ml_collections.ConfigDict(carp.settings().to_dict() | own)
+
+
+def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source:
+    """Returns prototypes of [CLS] that are the means of a mixture of the teacher's embeddings.
+
+    Means start at random unit vectors. Prototypes of patches, if any, learn by gradient.
+
+    Args:
+        config: the config of the run.
+        dim: d, the numbers in an embedding.
+        length: the length of the run.
+    """
+    section = config.decoupled
+    own_patches = section.loss == "ibot" and section.patch_prototypes
+    counts = {"patch": section.patch_prototypes} if own_patches else {}
+    patches = learnt(config, dim, length, counts)
+
+    def init(key: Key[Array, ""]) -> tuple[Params, Mixture]:
+        of_means, of_patches = jax.random.split(key)
+        means = unit(jax.random.normal(of_means, (section.prototypes, dim)))
+        params = patches.init(of_patches)[0] if counts else {}
+        return params, init_mixture(means, section.start_mass, section.start_variance / dim)
+
+    def teach(
+        student_params: Params,
+        teacher_params: Params,
+        carried: Mixture,
+        teacher: Outputs,
+        now: Now,
+    ) -> tuple[Levels, Mixture]:
+        del student_params
+        features = unit(teacher.cls).reshape(-1, dim)
+        mixture = update(
+            *(carried, features, now["beta"], section.eta, section.variance_floor / dim),
+            section.forgetting,
+        )
+        of_cls = {"direction": prototypes(mixture)}
+        return {**teacher_params.get("prototypes", {}), "cls": of_cls}, mixture
+
+    def learn(params: Params, taught: Levels) -> Levels:
+        return {**params.get("prototypes", {}), "cls": taught["cls"]}
+
+    return Source(init, teach, learn, patches.optimizers if counts else {})
+
+
+def build(
+    config: ml_collections.ConfigDict,
+    dim: int,
+    mesh: Mesh,
+    length: Length,
+    grid: tuple[int, int],
+) -> Objective:
+    """Returns the objective of a run, see `objective.Build`."""
+    section, source = config.decoupled, mixed(config, dim, length)
+    if section.loss == "carp":
+        base = carp.carp(config, dim, mesh, length, source)
+    else:
+        takes_patches = section.loss == "ibot" and section.patch_weight
+        most = most_masked(grid, config.mask) if takes_patches else 0
+        base = prototypical(config, dim, mesh, length, source=source, most_masked=most)
+
+    def measure(
+        carried: Any,
+        shared: Any,
+        targets: Any,
+        student_cls: Float[Array, "B V d"],
+        now: Now,
+    ) -> dict[str, Array]:
+        """Measures also the entropy of the mixture's weights; ln K if all are equal."""
+        weights = jnp.exp(components(carried["source"], 0.0).log_weights)
+        signs = base.measure(carried, shared, targets, student_cls, now)
+        return signs | {"mixture_entropy": entropy(weights)}
+
+    warmup = min(duration(section, "beta_warmup_", length.epoch), length.steps)
+    schedules = {**base.schedules, "beta": ramp(section.beta, warmup)}
+    return base._replace(schedules=schedules, measure=measure)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks the settings that methods with prototypes share, and those of the loss.
+
+    Raises:
+        UserError: they do not fit each other or those of the run.
+    """
+    shared.check(config)
+    section = config.decoupled
+    if section.loss == "carp":
+        carp.check_blocks(config)
+
+
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the settings that have no effect because of others, and the reason for each."""
+    section, reasons = config.decoupled, shared.without_use(config)
+    unused = [] if section.loss == "carp" else ["block"]
+    if section.loss != "ibot":
+        unused += list(ibot.PATCH_RULES)
+        # The prototypes of [CLS] are unit vectors that learn by no gradient.
+        unused += ["layer", "freeze_epochs", "freeze_steps", "koleo_prototypes"]
+        reasons |= shared.no_masks(config)
+    return reasons | {f"decoupled.{name}": f"decoupled.loss is {section.loss}" for name in unused}
+
+
+DECOUPLED = Method(
+    settings=settings,
+    build=build,
+    rules=shared.rules("decoupled", **OWN_RULES),
+    check=check,
+    without_use=without_use,
+    batch_limit=lambda config: None,
+    any_batch={},
+    cls_only={"decoupled.loss": "carp"},
+    warmups={
+        **shared.warmups("decoupled"),
+        "decoupled.beta_warmup": "the responsibilities are fully annealed",
+    },
+    scopes=(),
+)
