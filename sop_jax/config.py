@@ -246,6 +246,45 @@ def imagenet(large: bool = False) -> ml_collections.ConfigDict:
     return config
 
 
+def imagenet_prototypes(method: str, large: bool = False) -> ml_collections.ConfigDict:
+    """Returns iBOT's recipe for ImageNet-1k, of which DINO's is the part without masked patches.
+
+    These are table 6 of "On Partial Prototype Collapse" and iBOT's mixture of masks.
+
+    Args:
+        method: `dino` or `ibot`.
+        large: whether the settings that ViT-B and larger networks have in common are used.
+    """
+    config = imagenet(large)
+    config.method = method
+    config.mask.update(ratio=(0.1, 0.5), none=0.5)
+    config.optim.momentum = (0.996, 1.0)
+    if large:
+        config.epochs, config.batch_size, config.model.size = 400.0, 512, "b"
+        config[method].update(freeze_epochs=3.0, temperature_warmup_epochs=50.0)
+    return config
+
+
+def with_vmf(config: ml_collections.ConfigDict, variant: str) -> ml_collections.ConfigDict:
+    """Returns a recipe with vMF densities, probability centering and KoLeo of weight 0.1 or none.
+
+    Args:
+        config: a recipe of a method with prototypes.
+        variant: base for no KoLeo, kd for KoLeo on data, or kp for KoLeo on prototypes.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    weights = {"base": {}, "kd": {"koleo_data": 0.1}, "kp": {"koleo_prototypes": 0.1}}
+    if variant not in weights:
+        raise UserError(
+            f"the variant of the recipe is {variant!r}; expected one of {', '.join(weights)}, "
+            "after a colon, as in --config=FILE.py:kp"
+        )
+    config[config.method].update(layer="vmf", marginal="probability_centering", **weights[variant])
+    return config
+
+
 def inat18() -> ml_collections.ConfigDict:
     """Returns what the recipes of MSN and PMSN for iNaturalist 2018 have in common.
 

@@ -14,6 +14,8 @@ import pytest
 
 from sop_jax.check import check_config
 from sop_jax.config import flatten, paper
+from sop_jax.errors import UserError
+from sop_jax.objectives.methods import METHODS
 from sop_jax.objectives.sop.objective import temperatures
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.schedules import run_length
@@ -22,7 +24,7 @@ from sop_jax.training.optim import schedules
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
-IMAGENET = [file for file in FILES if file.stem.startswith("imagenet_")]
+LARGE = [file for file in FILES if file.stem.startswith(("imagenet_", "inat18_"))]
 IMAGENET_TRAIN = 1_281_167
 
 
@@ -38,7 +40,9 @@ def load(file: pathlib.Path, **changes: Any) -> ml_collections.ConfigDict:
 
 def test_the_recipes_are_there() -> None:
     assert {"digits", "cifar10", "imagenette"} <= {file.stem for file in FILES}
-    assert {file.stem for file in IMAGENET} == RECIPES.keys()
+    assert {file.stem for file in LARGE} == RECIPES.keys() | OTHER_METHODS.keys()
+    digits = {f"digits_{name}" for name in METHODS if name != "sop"}
+    assert {file.stem for file in FILES if file.stem.startswith("digits_")} == digits
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -51,15 +55,17 @@ def test_a_recipe_works_and_has_no_unknown_setting(file: pathlib.Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_the_header_names_the_command(file: pathlib.Path) -> None:
     header = ast.get_docstring(ast.parse(file.read_text())) or ""
-    assert f"python -m sop_jax.train --config=configs/{file.name} --workdir=runs/" in header
+    command = rf"python -m sop_jax\.train --config=configs/{file.name} +--workdir=runs/"
+    assert re.search(command, header)
 
 
-@pytest.mark.parametrize("file", IMAGENET, ids=name)
+@pytest.mark.parametrize("file", LARGE, ids=name)
 def test_the_header_says_what_to_expect_and_what_it_costs(file: pathlib.Path) -> None:
     config, header = load(file), ast.get_docstring(ast.parse(file.read_text())) or ""
     assert f"Expected after {config.epochs:.0f} epochs" in header
-    assert "k-NN 7" in header or config.model.family == "resnet"  # it has no expected accuracy
-    assert re.search(r"Cost, .*not\s+measured", header)
+    published = config.model.family == "vit" and config.data.name == "imagenet"
+    assert ("k-NN 7" in header or config.model.family == "swin") or not published
+    assert re.search(r"Cost,\s.*not\s+measured", header)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -78,6 +84,8 @@ def test_a_recipe_initialises(file: pathlib.Path) -> None:
         assert cls.shape == (2, config.head.dim)
         tokens = 0 if config.model.family == "resnet" else (size // model.patch) ** 2
         assert patches.shape == (2, tokens, config.head.dim)
+    if config.method != "sop":
+        return
     assert memories.keys() == {name for name in ("cls", "patch") if config.sop[name].tasks}
     for name in memories:
         lanes, slots, dim = memories[name].rows.shape
@@ -151,7 +159,105 @@ RECIPES: dict[str, tuple[float, int, float, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("file", IMAGENET, ids=name)
+# The recipes of other methods, likewise: epochs, batch, learning rate and other settings.
+IBOT = {
+    "mask.ratio": [0.1, 0.5],
+    "mask.none": 0.5,
+    "optim.momentum": [0.996, 1.0],
+    "optim.weight_decay": [0.04, 0.4],
+    "optim.clip": 3.0,
+    "augment.global_scale": [0.25, 1.0],
+    "augment.local_crops": 10,
+    "head.hidden": 2048,
+    "head.dim": 256,
+}
+LARGER = {"optim.clip": 0.3, "optim.min_lr": 2e-6, "augment.global_scale": [0.32, 1.0]}
+
+
+def with_prototypes(method: str, large: bool, vmf: bool) -> tuple[float, int, float, Any]:
+    own = {
+        "prototypes": 8192 if method == "ibot" else 65536,
+        "freeze_epochs": 3.0 if large else 1.0,
+        "temperature_warmup_epochs": 50.0 if large else 30.0,
+        "teacher_temperature": [0.04, 0.07],
+        "layer": "vmf" if vmf else "weight_norm",
+        "marginal": "probability_centering" if vmf else "centering",
+        "koleo_prototypes": 0.0,
+        "koleo_data": 0.0,
+    }
+    changes = {f"{method}.{key}": value for key, value in own.items()} | {"method": method}
+    base = IBOT | (LARGER if large else {})
+    return (400, 512, 7.5e-4, base | changes) if large else (800, 1024, 5e-4, base | changes)
+
+
+OTHER_METHODS: dict[str, tuple[float, int, float, dict[str, Any]]] = {
+    "imagenet_dino_vits16": with_prototypes("dino", large=False, vmf=False),
+    "imagenet_dino_vmf_vits16": with_prototypes("dino", large=False, vmf=True),
+    "imagenet_dino_vmf_vitb16": with_prototypes("dino", large=True, vmf=True),
+    "imagenet_ibot_vits16": with_prototypes("ibot", large=False, vmf=False),
+    "imagenet_ibot_vitb16": with_prototypes("ibot", large=True, vmf=False),
+    "imagenet_ibot_vmf_vits16": with_prototypes("ibot", large=False, vmf=True),
+    "imagenet_ibot_vmf_vitb16": with_prototypes("ibot", large=True, vmf=True),
+    "imagenet_massl_vits16": (
+        *(800, 128, 5e-4),
+        {"method": "massl", "massl.memory": 131072, "massl.block": 16384},
+    ),
+    "imagenet_carp_decoupled_resnet50": (
+        *(100, 1024, 0.45),
+        {
+            "method": "decoupled",
+            "decoupled.loss": "carp",
+            "decoupled.prototypes": 65536,
+            "decoupled.block": 512,
+            "optim.kind": "lars",
+            "head.unit": False,
+        },
+    ),
+    "inat18_msn_vits16": (
+        *(300, 1536, 1e-3),
+        {
+            "method": "msn",
+            "msn.prototypes": 8142,
+            "msn.prior": "uniform",
+            "msn.prior_weight": 1.0,
+            "msn.patch_drop": 0.15,
+        },
+    ),
+    "inat18_pmsn_vits16": (
+        *(300, 1536, 1e-3),
+        {
+            "method": "pmsn",
+            "pmsn.prototypes": 8142,
+            "pmsn.prior": "power",
+            "pmsn.prior_weight": 5.0,
+            "pmsn.patch_drop": 0.15,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_the_recipes_of_other_methods_are_their_papers(name: str) -> None:
+    flat = flatten(load(FOLDER / f"{name}.py"))
+    *schedule, expected = OTHER_METHODS[name]
+    assert {key: flat[key] for key in expected} == expected
+    assert [flat["epochs"], flat["batch_size"], flat["optim.lr"]] == schedule
+
+
+@pytest.mark.parametrize("file", [f for f in LARGE if "_vmf_" in f.stem], ids=name)
+def test_a_recipe_with_densities_has_variants_with_koleo(file: pathlib.Path) -> None:
+    make = runpy.run_path(str(file))["get_config"]
+    plain = flatten(make())
+    for variant, setting in (("kd", "koleo_data"), ("kp", "koleo_prototypes")):
+        changed = flatten(make(variant))
+        key = f"{plain['method']}.{setting}"
+        assert {k for k in plain if plain[k] != changed[k]} == {key} and changed[key] == 0.1
+    assert flatten(make("base")) == plain
+    with pytest.raises(UserError, match=r"variant of the recipe is 'kx'; expected one of base, kd"):
+        make("kx")
+
+
+@pytest.mark.parametrize("file", [f for f in LARGE if f.stem in RECIPES], ids=name)
 def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
     flat = flatten(load(file))
     *schedule, changes = RECIPES[file.stem]
@@ -161,7 +267,7 @@ def test_the_imagenet_recipes_are_the_papers(file: pathlib.Path) -> None:
     assert flat["steps"] is None
 
 
-@pytest.mark.parametrize("file", IMAGENET, ids=name)
+@pytest.mark.parametrize("file", [f for f in LARGE if f.stem in RECIPES], ids=name)
 @pytest.mark.parametrize("batch", [None, 256, 4096])
 def test_what_follows_from_the_batch_is_derived(file: pathlib.Path, batch: int | None) -> None:
     config = load(file, **({} if batch is None else {"batch_size": batch}))

@@ -8,6 +8,8 @@ import pytest
 
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.views import VIEW_RULES
+from sop_jax.objectives.methods import METHODS
+from sop_jax.objectives.prototypical.settings import RULES as SHARED_RULES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sop_jax"
@@ -104,3 +106,36 @@ def test_links_lead_somewhere(file: str) -> None:
         there = (path.parent / target).resolve() if target else path
         assert there.exists(), link
         assert not anchor or anchor in anchors(there), link
+
+
+# Methods that the document describes as variants of others, and the defaults that differ.
+VARIANTS = {"pmsn": ("msn", {"prior": "power", "prior_weight": "5"}), "decoupled": ("carp", {})}
+
+
+def sections_of_methods() -> dict[str, str]:
+    """Returns the text of each section of docs/method.md by its title."""
+    text = (ROOT / "docs" / "method.md").read_text()
+    return dict(part.split("\n", 1) for part in re.split(r"^## ", text, flags=re.M)[1:])
+
+
+def test_every_method_has_a_section():
+    assert [title for title in sections_of_methods() if title in METHODS] == list(METHODS)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "sop"])
+def test_settings_and_defaults_are_those_of_the_method(name: str) -> None:
+    settings, text = METHODS[name].settings(), sections_of_methods()
+    found = rows(text[name])
+    if set(SHARED_RULES) <= set(settings):
+        table = text["The settings of methods with prototypes"].split("\n### ")[0]
+        shared = rows(table)
+        assert set(shared) == set(SHARED_RULES)
+        own = dict(re.findall(r"`(\w+)=([^`]+)`", " ".join(text[name].split())))
+        found = shared | {key: own[key] for key in own.keys() & shared.keys()} | found
+        if name in VARIANTS:
+            other, changes = VARIANTS[name]
+            others = dict(re.findall(r"`(\w+)=([^`]+)`", " ".join(text[other].split())))
+            found |= {key: others[key] for key in others.keys() & shared.keys()} | changes
+    assert set(found) == set(settings)
+    for key, default in settings.items():
+        assert found[key] == shown(default), key

@@ -15,12 +15,12 @@ from sop_jax.objectives.swav import SWAV
 
 METHODS: dict[str, Method] = {
     "sop": SOP,
+    "massl": MASSL,
     "dino": DINO,
     "ibot": IBOT,
+    "swav": SWAV,
     "msn": MSN,
     "pmsn": PMSN,
-    "swav": SWAV,
-    "massl": MASSL,
     "carp": CARP,
     "decoupled": DECOUPLED,
 }

@@ -1,0 +1,20 @@
+"""iBOT on scikit-learn's digits, with the network, the crops and the length of configs/digits.py.
+
+    python -m sop_jax.train --config=configs/digits_ibot.py --workdir=runs/digits_ibot
+
+Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+"""
+
+import ml_collections
+
+from sop_jax.config import digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = digits()
+    config.method = "ibot"
+    i = config.ibot
+    i.prototypes = 512
+    i.freeze_epochs = 0.0
+    i.teacher_temperature = (0.04, 0.04)
+    return config
