@@ -41,6 +41,16 @@ METHODS: dict[str, dict[str, Any]] = {
     ),
     "massl": dict(massl=dict(memory=40, block=12, **TEMPERATURES)),
     "carp": dict(carp=dict(prototypes=26, block=6), head=dict(unit=False)),
+    "capi": dict(
+        capi=dict(
+            prototypes=12,
+            predictor_depth=2,
+            predicted=1.0,
+            target_temperature=0.5,
+            clustering_temperature=0.5,
+            student_temperature=0.5,
+        )
+    ),
     "decoupled": dict(
         decoupled=dict(
             loss="ibot",

@@ -3,6 +3,7 @@
 import ml_collections
 
 from sop_jax.errors import UserError, nearest
+from sop_jax.objectives.capi.settings import CAPI
 from sop_jax.objectives.carp import CARP
 from sop_jax.objectives.decoupled import DECOUPLED
 from sop_jax.objectives.dino import DINO
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
     "msn": MSN,
     "pmsn": PMSN,
     "carp": CARP,
+    "capi": CAPI,
     "decoupled": DECOUPLED,
 }
 
