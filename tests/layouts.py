@@ -61,6 +61,10 @@ METHODS: dict[str, dict[str, Any]] = {
             **TEMPERATURES,
         )
     ),
+    "swav": dict(  # the queue is full, and used, in the third step
+        swav=dict(prototypes=24, queue=32, queue_start_steps=0, freeze_steps=1, **TEMPERATURES),
+        optim=dict(momentum=(0.0, 0.0)),
+    ),
 }
 
 
