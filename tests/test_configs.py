@@ -45,6 +45,15 @@ def test_the_recipes_are_there() -> None:
     assert {file.stem for file in FILES if file.stem.startswith("digits_")} == digits
 
 
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sop"}))
+def test_a_recipe_for_the_digits_has_the_network_and_the_crops_of_sops(method: str) -> None:
+    sop, own = flatten(load(FOLDER / "digits.py")), flatten(load(FOLDER / f"digits_{method}.py"))
+    assert own["method"] == method
+    for key in sop.keys() - {"augment.local_crops", "model.pool"}:  # CAPI learns from patches only
+        if key.startswith(("model.", "augment.", "data.", "eval.")) or key in ("epochs", "steps"):
+            assert own[key] == sop[key], key
+
+
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_a_recipe_works_and_has_no_unknown_setting(file: pathlib.Path) -> None:
     config = load(file)
@@ -194,6 +203,29 @@ OTHER_METHODS: dict[str, tuple[float, int, float, dict[str, Any]]] = {
     "imagenet_dino_vits16": with_prototypes("dino", large=False, vmf=False),
     "imagenet_dino_vmf_vits16": with_prototypes("dino", large=False, vmf=True),
     "imagenet_dino_vmf_vitb16": with_prototypes("dino", large=True, vmf=True),
+    "imagenet_dino_vmf_resnet50": (
+        *(100, 4096, 0.3),
+        {
+            "method": "dino",
+            "dino.prototypes": 8192,
+            "dino.layer": "vmf",
+            "dino.marginal": "probability_centering",
+            "dino.teacher_temperature": [0.04, 0.07],
+            "dino.temperature_warmup_epochs": 50,
+            "dino.freeze_epochs": 1,
+            "model.family": "resnet",
+            "model.size": "50",
+            "head.batch_norm": True,
+            "augment.local_crops": 6,
+            "augment.global_scale": [0.14, 1.0],
+            "augment.local_scale": [0.05, 0.14],
+            "optim.kind": "lars",
+            "optim.min_lr": 0.0048,
+            "optim.weight_decay": [1e-6, 1e-6],
+            "optim.momentum": [0.996, 1.0],
+            "optim.clip": 0.0,
+        },
+    ),
     "imagenet_ibot_vits16": with_prototypes("ibot", large=False, vmf=False),
     "imagenet_ibot_vitb16": with_prototypes("ibot", large=True, vmf=False),
     "imagenet_ibot_vmf_vits16": with_prototypes("ibot", large=False, vmf=True),
