@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sop_jax.config import paper
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.views import VIEW_RULES
 from sop_jax.objectives.methods import METHODS
@@ -139,3 +140,10 @@ def test_settings_and_defaults_are_those_of_the_method(name: str) -> None:
     assert set(found) == set(settings)
     for key, default in settings.items():
         assert found[key] == shown(default), key
+
+
+def test_settings_of_heads_and_optimizers_are_those_of_a_run():
+    found, config = rows(sections_of_methods()["Heads and optimizers"]), paper()
+    expected = {key: config.optim[key] for key in ("kind", "sgd_momentum", "trust")}
+    expected |= dict(config.head.items())
+    assert found == {key: shown(default) for key, default in expected.items()}

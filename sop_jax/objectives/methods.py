@@ -23,8 +23,8 @@ METHODS: dict[str, Method] = {
     "msn": MSN,
     "pmsn": PMSN,
     "carp": CARP,
-    "capi": CAPI,
     "decoupled": DECOUPLED,
+    "capi": CAPI,
 }
 
 
