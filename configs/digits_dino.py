@@ -13,8 +13,7 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "dino"
-    d = config.dino
-    d.prototypes = 512
-    d.freeze_epochs = 0.0
-    d.teacher_temperature = (0.04, 0.04)
+    config.dino.prototypes = 512
+    config.dino.freeze_epochs = 0.0
+    config.dino.teacher_temperature = (0.015, 0.015)
     return config

@@ -13,8 +13,8 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "ibot"
-    i = config.ibot
-    i.prototypes = 512
-    i.freeze_epochs = 0.0
-    i.teacher_temperature = (0.04, 0.04)
+    config.ibot.prototypes = 512
+    config.ibot.freeze_epochs = 0.0
+    config.ibot.teacher_temperature = (0.015, 0.015)
+    config.ibot.patch_teacher_temperature = (0.015, 0.015)
     return config
