@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from sop_jax.config import flatten, misnamed, paper
-from sop_jax.data import named
+from sop_jax.data import masks, named
 from sop_jax.errors import UserError
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
@@ -89,7 +89,7 @@ RULES: dict[str, Rule] = {
     "augment.blur": each(SHARE, 3),
     "augment.blur_sigma": ascending(positive(SIGMA)),
     "augment.solarize": SHARE,
-    "mask.kind": one_of(("block", "random")),
+    "mask.kind": one_of(masks.KINDS),
     "mask.ratio": ascending(SHARE),
     "mask.none": SHARE,
     "mask.start_epochs": NOT_NEGATIVE,

@@ -145,7 +145,7 @@ def paper() -> ml_collections.ConfigDict:
     )
     config.mask = ml_collections.ConfigDict(
         dict(
-            kind="block",  # block | random
+            kind="block",  # block | random | inverse_block (all but one block, CAPI)
             ratio=(0.3, 0.3),  # drawn uniformly from this range for each view
             none=0.0,  # probability that a view is not masked
             start_epochs=0.0,  # no view is masked before

@@ -15,7 +15,7 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
     Args:
         grid: the number of patches (height, width).
         rng: the generator of all draws.
-        mask_config: has `kind` ("block" | "random"), `ratio` (low, high) and `none`.
+        mask_config: has `kind` (one of KINDS), `ratio` (low, high) and `none`.
 
     Returns:
         bool [high, wide], True where masked.
@@ -24,7 +24,7 @@ def view_mask(grid: tuple[int, int], rng: np.random.Generator, mask_config: Any)
     if rng.random() < mask_config.none:
         return np.zeros(grid, bool)
     ratio = low + (high - low) * rng.random()
-    return {"block": block_mask, "random": random_mask}[mask_config.kind](grid, rng, ratio)
+    return KINDS[mask_config.kind](grid, rng, ratio)
 
 
 def most_masked(grid: tuple[int, int], mask_config: Any) -> int:
@@ -87,3 +87,35 @@ def block_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) ->
         else:
             break
     return mask
+
+
+def inverse_block_mask(grid: tuple[int, int], rng: np.random.Generator, ratio: float) -> np.ndarray:
+    """Masks exactly int(ratio * high * wide) positions: all but one block (CAPI's code).
+
+    The block has a log-uniform aspect ratio in [0.3, 1 / 0.3], as far as it fits the grid, and lies
+    anywhere on it; what reaches beyond a border continues at the opposite one. Its last positions
+    are masked as well where the block is larger than what must stay visible.
+
+    Args:
+        grid: the number of patches (height, width).
+        rng: the generator of all draws.
+        ratio: the share of patches to mask.
+
+    Returns:
+        bool [high, wide], True where masked.
+    """
+    high, wide = grid
+    visible = high * wide - int(ratio * high * wide)
+    mask = np.ones(grid, bool)
+    if visible == 0:
+        return mask
+    fits = math.log(visible / wide**2), math.log(high**2 / visible)
+    h = math.sqrt(visible * math.exp(rng.uniform(*np.clip(LOG_ASPECT, *fits))))
+    h = min(high, math.ceil(h - 1e-6))
+    w = math.ceil(visible / h)
+    positions = np.arange(visible)
+    mask[positions // w, positions % w] = False
+    return np.roll(mask, (rng.integers(high), rng.integers(wide)), (0, 1))
+
+
+KINDS = {"block": block_mask, "random": random_mask, "inverse_block": inverse_block_mask}

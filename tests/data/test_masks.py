@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sop_jax.data.masks import block_mask, most_masked, view_mask
+from sop_jax.data.masks import block_mask, inverse_block_mask, most_masked, view_mask
 
 
 def config(
@@ -46,6 +46,29 @@ def test_random_masks_cover_exactly():
         assert masks.any(0).all()  # every patch is masked at some time
     rectangular = draws((3, 5), config("random", (0.5, 0.5)), 50)
     assert (rectangular.sum((1, 2)) == 7).all()
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (4, 4), (1, 8), (30, 2), (2, 30), (1, 1)])
+def test_inverse_block_masks_leave_one_block_anywhere(grid):
+    rng, patches = np.random.default_rng(0), grid[0] * grid[1]
+    for ratio in (0.0, 0.3, 0.65, 1.0):
+        masks = np.stack([inverse_block_mask(grid, rng, ratio) for _ in range(300)])
+        assert (masks.sum((1, 2)) == int(ratio * patches)).all()
+        if 0 < int(ratio * patches) < patches:
+            assert masks.any(0).all() and (~masks).any(0).all()
+
+
+def test_the_block_that_an_inverse_mask_leaves_is_a_rectangle_on_a_torus():
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(300):
+        visible = ~inverse_block_mask((16, 16), rng, 0.65)
+        rows, columns = visible.any(1).sum(), visible.any(0).sum()
+        assert 0 <= rows * columns - visible.sum() < columns  # the last row may be shorter
+        assert (np.diff(np.r_[visible.any(1), visible.any(1)[0]].astype(int)) == 1).sum() <= 1
+        shapes.add((rows, columns))
+    assert len(shapes) > 5
+    heights = [rows for rows, _ in shapes]
+    assert min(heights) < 7 and max(heights) > 14
 
 
 def test_ratio_is_drawn_for_every_view():
