@@ -13,5 +13,6 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "msn"
-    config.msn.prototypes = 256
+    config.msn.prototypes = 128
+    config.msn.teacher_temperature = (0.0125, 0.0125)
     return config

@@ -13,5 +13,7 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "pmsn"
-    config.pmsn.prototypes = 256
+    config.pmsn.prototypes = 128
+    config.pmsn.teacher_temperature = (0.0125, 0.0125)
+    config.pmsn.prior_weight = 1.0
     return config

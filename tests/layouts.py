@@ -65,6 +65,10 @@ METHODS: dict[str, dict[str, Any]] = {
         swav=dict(prototypes=24, queue=32, queue_start_steps=0, freeze_steps=1, **TEMPERATURES),
         optim=dict(momentum=(0.0, 0.0)),
     ),
+    "msn": dict(msn=dict(prototypes=24, **TEMPERATURES)),
+    "pmsn": dict(
+        pmsn=dict(prototypes=24, patch_drop=0.5, prior_direction="prior_to_mean", **TEMPERATURES)
+    ),
 }
 
 

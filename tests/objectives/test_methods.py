@@ -19,7 +19,7 @@ from sop_jax.training.assemble import Run, assemble
 
 OTHERS = sorted(METHODS.keys() - {"sop"})
 # Methods whose loss compares all images of a batch, so that they refuse microbatches.
-WHOLE_BATCH = {"carp"}
+WHOLE_BATCH = {"carp", "msn", "pmsn"}
 STEPS = 20
 
 
@@ -127,6 +127,7 @@ def test_it_learns_a_batch_and_resumes_to_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion")
 def test_it_is_finite_in_bfloat16(method: str) -> None:
     taken = Taken(method, "bfloat16")
     _, rows = taken.steps(taken.run.init(jax.random.key(0)), STEPS)
