@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sop_jax.models.head import unit
 from sop_jax.objectives.health import agreement, effective_rank, embedding_std, entropy
 
 PATIENCE = 3  # logged steps in a row that look collapsed before a run is called collapsing
@@ -20,7 +21,7 @@ def measure(
     """Returns the signs of health of one step, by name.
 
     Args:
-        student_cls: the student's [CLS] embeddings of its V views.
+        student_cls: the student's [CLS] embeddings of its V views, of any norm.
         teacher_cls: the teacher's [CLS] embeddings of its Q views.
         targets: the teacher's assignments to K prototypes.
         pairs: 1 for each pair of different views and 0 for others.
@@ -37,6 +38,7 @@ def measure(
         agreement: `agreement` of student and teacher.
     """
     count = targets.shape[-1]
+    student_cls, teacher_cls = unit(student_cls), unit(teacher_cls)
     rows = teacher_cls.reshape(-1, teacher_cls.shape[-1])
     winners = jnp.zeros(count).at[targets.argmax(-1).reshape(-1)].set(1)
     return {
