@@ -13,7 +13,7 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "decoupled"
-    config.head.unit = False
     d = config.decoupled
-    d.prototypes, d.block = 512, 64
+    d.loss, d.prior, d.prototypes = "dino", "none", 512
+    d.student_temperature, d.teacher_temperature = 0.1, (0.015, 0.015)
     return config

@@ -28,11 +28,14 @@ from sop_jax.objectives.prototypical.mixture import (
     components,
     init_mixture,
     prototypes,
+    start_at,
     update,
 )
 from sop_jax.objectives.prototypical.objective import Levels, Source, learnt, prototypical
 from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, STEPS, each, less_than, one_of, unset_or
 from sop_jax.schedules import Length, duration, ramp
+
+START = 2**31 + 1  # folded into the seed's key to draw the first means; nothing else folds it in
 
 LOSSES = ("carp", "dino", "ibot")
 
@@ -60,13 +63,13 @@ def settings() -> ml_collections.ConfigDict:
         patch_weight=1.0,
         eta=0.05,  # the share that is forgotten
         forgetting="mass",  # mass: for each feature received | plain: at each step
-        beta=(0.1, 0.1),  # annealing of responsibilities, linear during its warm-up
+        beta=(0.3, 0.3),  # annealing of responsibilities, linear during its warm-up
         beta_warmup_epochs=0.0,
         beta_warmup_steps=config_dict.placeholder(int),
         # Variances are given as multiples of 1 / d, that of random unit vectors.
         variance_floor=0.1,
-        start_mass=10.0,  # the number of features that each initial mean counts for
-        start_variance=1.0,
+        start_mass=1.0,  # the number of features that each first mean counts for
+        start_variance=0.01,
     )
     return ml_collections.ConfigDict(carp.settings().to_dict() | own)
 
@@ -74,7 +77,7 @@ def settings() -> ml_collections.ConfigDict:
 def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source:
     """Returns prototypes of [CLS] that are the means of a mixture of the teacher's embeddings.
 
-    Means start at random unit vectors. Prototypes of patches, if any, learn by gradient.
+    Means start at the features of the first step. Prototypes of patches, if any, learn by gradient.
 
     Args:
         config: the config of the run.
@@ -87,10 +90,13 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
     patches = learnt(config, dim, length, counts)
 
     def init(key: Key[Array, ""]) -> tuple[Params, Mixture]:
-        of_means, of_patches = jax.random.split(key)
-        means = unit(jax.random.normal(of_means, (section.prototypes, dim)))
-        params = patches.init(of_patches)[0] if counts else {}
-        return params, init_mixture(means, section.start_mass, section.start_variance / dim)
+        params = patches.init(key)[0] if counts else {}
+        return params, init_mixture(jnp.zeros((section.prototypes, dim)), 0.0, 0.0)
+
+    def start(features: Float[Array, "n d"]) -> Mixture:
+        key = jax.random.fold_in(jax.random.key(config.seed), START)
+        variance = jnp.float32(section.start_variance / dim)
+        return start_at(features, key, section.prototypes, section.start_mass, variance)
 
     def teach(
         student_params: Params,
@@ -101,8 +107,10 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
     ) -> tuple[Levels, Mixture]:
         del student_params
         features = unit(teacher.cls).reshape(-1, dim)
+        has_begun = carried.mass.sum() > 0
+        begun = jax.lax.cond(has_begun, lambda h: carried, start, features)
         mixture = update(
-            *(carried, features, now["beta"], section.eta, section.variance_floor / dim),
+            *(begun, features, now["beta"], section.eta, section.variance_floor / dim),
             section.forgetting,
         )
         of_cls = {"direction": prototypes(mixture)}

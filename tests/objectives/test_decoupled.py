@@ -10,6 +10,7 @@ import pytest
 from small import small_config
 
 from sop_jax.models.head import unit
+from sop_jax.objectives import decoupled
 from sop_jax.objectives.methods import METHODS
 from sop_jax.objectives.objective import Objective, Outputs
 from sop_jax.objectives.prototypical import mixture
@@ -115,18 +116,26 @@ def test_the_prototypes_of_cls_learn_by_no_gradient(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_mixture_is_updated_before_its_means_are_used(loss: str) -> None:
+def test_the_mixture_begins_at_features_and_is_updated_before_use(loss: str) -> None:
     """It takes both global views of all images."""
     step, section = Step("decoupled", loss), make_config("decoupled", loss).decoupled
     h = step.teacher.cls.reshape(-1, DIM)
     floor = section.variance_floor / DIM
-    before = step.carried["source"]
+    assert step.carried["source"].mass.sum() == 0
+    key = jax.random.fold_in(jax.random.key(0), decoupled.START)
+    variance = jnp.float32(section.start_variance / DIM)
+    before = mixture.start_at(h, key, COUNT, section.start_mass, variance)
     expected = mixture.update(before, h, section.beta[0], section.eta, floor, section.forgetting)
     found = step.after["source"]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
+    for name, array in expected._asdict().items():
+        np.testing.assert_allclose(getattr(found, name), array, rtol=1e-5, atol=1e-6)
     means = step.shared["prototypes"]["cls"]["direction"]
     np.testing.assert_allclose(means, mixture.prototypes(expected), atol=1e-6)
     assert np.abs(means - mixture.prototypes(before)).max() > 1e-3
+    given = step.after, step.teacher, step.masked, jnp.arange(BATCH), step.now, jax.random.key(5)
+    *_, later = step.objective.teach(step.params, step.params, *given)
+    expected = mixture.update(found, h, section.beta[0], section.eta, floor, section.forgetting)
+    np.testing.assert_allclose(later["source"].mass, expected.mass, rtol=1e-5)
 
 
 def test_the_entropy_of_the_mixture_is_a_sign() -> None:

@@ -85,6 +85,17 @@ def test_it_finds_the_clusters_of_its_features() -> None:
     assert sorted(cosine.argmax(0).tolist()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_it_starts_at_features(rows: int) -> None:
+    """If there are fewer features than components, several start near the same one."""
+    h = features(6, rows)
+    found = mixture.start_at(h, jax.random.key(0), 8, 2.0, jnp.float32(1e-6))
+    parts = mixture.components(found, 0.0)
+    np.testing.assert_allclose(parts.means, h[np.arange(8) % rows], atol=0.01)
+    assert np.abs(np.diff(parts.means[::3], axis=0)).max() > 1e-4
+    np.testing.assert_allclose(found.mass, 2.0)
+
+
 def test_a_smaller_beta_assigns_more_softly() -> None:
     parts = mixture.components(first(), 0.01)
     h = features(2)

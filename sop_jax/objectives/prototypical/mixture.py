@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from sop_jax.models.head import unit
 
@@ -66,6 +66,30 @@ def init_mixture(
         total=mass * means,
         square=mass * (means**2 + variance),
     )
+
+
+def start_at(
+    h: Float[Array, "n d"],
+    key: Key[Array, ""],
+    count: int,
+    mass: float | Array,
+    variance: float | Array,
+) -> Mixture:
+    """Returns a mixture whose means are features, taken in turn, plus noise.
+
+    Means that start elsewhere are rarely reached if all features are near each other, as those of
+    an untrained network are.
+
+    Args:
+        h: the features, in float32.
+        key: draws the noise.
+        count: K; features serve for several components if there are fewer.
+        mass: see `init_mixture`.
+        variance: see `init_mixture`; also that of the noise.
+    """
+    noise = jax.random.normal(key, (count, h.shape[1]))
+    means = h[jnp.arange(count) % len(h)] + jnp.sqrt(variance) * noise
+    return init_mixture(means, mass, variance)
 
 
 def components(mixture: Mixture, floor: float | Array) -> Components:
