@@ -8,8 +8,8 @@ the defaults of CARP's code, which does not say the number of GPUs; the batch of
 With --config.method=carp the prototypes learn by gradient, as in CARP.
 
 The authors of decoupled prototypes publish no settings of the mixture. Those used here were chosen
-on scikit-learn's digits, and not tried on ImageNet. Batch norm normalizes over the whole batch, and
-the prior compares all images of a batch, so `accumulate` has to be 1.
+on projections of scikit-learn's digits, and not tried on ImageNet. Batch norm normalizes over the
+whole batch, and the prior compares all images of a batch, so `accumulate` has to be 1.
 
 Expected after 100 epochs: unknown, because the paper's numbers are not published with the settings
 that gave them. For comparison, CARP then has a k-NN accuracy of 63.5 % and a linear probe of 72.5 %
