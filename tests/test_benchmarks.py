@@ -225,3 +225,33 @@ def test_masks_and_pixels_are_as_training_has_them(
     }
     most = most_masked(batch["mask"].shape[2:], config.mask)
     assert 0 < batch["mask"].sum((2, 3)).max() <= most
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("family")
+
+
+def test_the_methods_are_tabulated_from_rows_of_their_present_settings(family: ModuleType):
+    digest = family.settings_digest(family.recipe("dino"))
+    key = {"method": "dino", "settings": digest, "wall_s": 90.0}
+    rows = [
+        *(key | {"seed": seed, "knn_top1": 0.9 + 0.01 * seed} for seed in range(3)),
+        key | {"seed": 0, "settings": "others", "knn_top1": 0.1},
+    ]
+    assert family.current(rows) == rows[:3]
+    assert "| dino | 90.0, 91.0, 92.0 | **91.0** | 0.6 | 1.5 |" in family.table(rows[:3])
+    changed = family.recipe("dino")
+    changed.seed = 5
+    changed.swav.prototypes = 7  # of another method
+    assert family.settings_digest(changed) == digest
+    changed.dino.prototypes += 1
+    assert family.settings_digest(changed) != digest
+
+
+@pytest.mark.slow
+def test_the_steps_of_methods_are_compared_with_that_of_sop(family: ModuleType):
+    lines = family.compare(["massl"], rounds=1, repeats=1).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| sop", "| massl"]
+    assert "| 1.00 |" in lines[2]

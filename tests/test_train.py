@@ -390,7 +390,10 @@ def test_a_run_by_the_mean_of_patches_is_evaluated_extracted_and_converted_by_it
 
 
 def command(workdir: pathlib.Path, **changes: Any) -> list[str]:
-    flags = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+    settings = SMALL | changes
+    if "method" in changes:  # which refuses the settings of SOP
+        settings = {name: settings[name] for name in settings if not name.startswith("sop.")}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
     return [
         *(sys.executable, "-m", "sop_jax.train"),
         *(f"--config={CONFIG}", f"--workdir={workdir}", *flags),
@@ -416,9 +419,25 @@ def wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: i
         time.sleep(0.01)
 
 
+# A method whose state has parameters, centers and an optimizer that waits.
+WITH_PROTOTYPES = {
+    "method": "ibot",
+    "ibot.prototypes": 64,
+    "ibot.patch_prototypes": 32,
+    "ibot.freeze_steps": 5,
+    "ibot.koleo_prototypes": 0.1,
+    "ibot.layer": "vmf",
+    "ibot.marginal": "probability_centering",
+}
+
+
 @pytest.mark.slow
-def test_after_a_kill_the_same_command_ends_with_the_same_bits(tmp_path: pathlib.Path) -> None:
-    slowly = {"eval_every": 1}  # the k-NN accuracy of each step takes longer than the step
+@pytest.mark.parametrize("method", [{}, WITH_PROTOTYPES], ids=["sop", "ibot"])
+def test_after_a_kill_the_same_command_ends_with_the_same_bits(
+    method: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    # The k-NN accuracy of each step takes longer than the step.
+    slowly = {"eval_every": 1, **method}
     train.train(small_config(**slowly), tmp_path / "whole")
 
     killed = tmp_path / "killed"
