@@ -61,7 +61,8 @@ def by_epoch(schedule: Schedule, epoch: float) -> Schedule:
         schedule: maps an epoch, counted from 0, to a value.
         epoch: the number of steps per epoch.
     """
-    return lambda step: schedule(jnp.floor(jnp.float32(step) / epoch))
+    # Half a step later, so that a quotient which is rounded down does not stay in the epoch before.
+    return lambda step: schedule(jnp.floor((jnp.float32(step) + 0.5) / epoch))
 
 
 def later(schedule: Schedule, late: int) -> Schedule:

@@ -245,7 +245,7 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
 
 # Other settings that a choice requires.
 RESNET = {"model.family": "resnet", "model.size": "50"} | cls_only_settings(paper())
-WITH = {"resnet": RESNET}
+WITH = {"resnet": RESNET, "swav": {"optim.momentum": (0.0, 0.0)}}
 
 
 @pytest.mark.parametrize("key", CHOICES)

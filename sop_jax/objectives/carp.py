@@ -139,7 +139,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: they do not fit each other or those of the run.
     """
-    shared_settings.check(config)
+    shared_settings.check(config, unit=False)
     check_blocks(config)
 
 

@@ -162,7 +162,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: they do not fit each other or those of the run.
     """
-    shared.check(config)
+    shared.check(config, unit=False)
     section = config.decoupled
     if section.loss == "carp":
         carp.check_blocks(config)

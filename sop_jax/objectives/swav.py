@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from sop_jax.errors import UserError
-from sop_jax.models.head import check_unit
 from sop_jax.objectives.objective import Method, Objective
 from sop_jax.objectives.prototypical import settings as shared
 from sop_jax.objectives.prototypical.marginals import SINKHORN, Marginal, sinkhorn_offset
@@ -102,8 +101,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: embeddings are not of unit norm, or batches do not fill the queue.
     """
-    check_unit(config)
     shared.check(config)
+    if tuple(config.optim.momentum) != (0.0, 0.0):
+        raise UserError(
+            f"optim.momentum is {tuple(config.optim.momentum)}, but the codes of swav are from the "
+            "student itself, a teacher of momentum 0; set --config.optim.momentum=0.,0."
+        )
     queue, batch = config.swav.queue, config.batch_size
     if queue % batch:
         more = batch * (queue // batch + 1)

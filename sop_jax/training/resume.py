@@ -14,7 +14,7 @@ from sop_jax import schedules
 from sop_jax.data.sources import Identity, identity, open_source
 from sop_jax.errors import UserError
 from sop_jax.models import has_batch_norm
-from sop_jax.objectives.methods import method_of
+from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.paths import write_whole
 from sop_jax.training import checkpoint
 
@@ -136,16 +136,24 @@ def changes(
 ) -> list[str]:
     """Returns the settings that differ between two configs although they must not, one per line.
 
+    With another method all else may differ, so that only the method is named. The settings of
+    methods that are not chosen are not compared.
+
     Args:
         old: the config of the run.
         new: the requested config.
         but: the names of settings that are not compared.
     """
     before, after = config_lib.flatten(old), config_lib.flatten(new)
+    if before.get("method") != after.get("method"):
+        before, after = {"method": before.get("method")}, {"method": after.get("method")}
+    unused = tuple(f"{name}." for name in METHODS if name != new.get("method"))
     return [
         f"{key}: the run has {before.get(key)!r}, but {after.get(key)!r} was requested"
         for key in sorted(before.keys() | after.keys())
-        if key not in (*resumable(new), *but) and before.get(key) != after.get(key)
+        if key not in (*resumable(new), *but)
+        and not key.startswith(unused)
+        and before.get(key) != after.get(key)
     ]
 
 

@@ -55,7 +55,7 @@ def test_power_laws_sum_to_one() -> None:
         shares = power_law(8142, exponent)
         np.testing.assert_allclose(shares.sum(), 1)
         np.testing.assert_allclose(shares[0] / shares[99], 100**exponent)
-        check_prior(shares.tolist(), 8142, "pmsn.prior")
+        check_prior(shares, 8142, "pmsn.prior")
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_power_laws_sum_to_one() -> None:
 )
 def test_what_is_no_distribution_is_an_error(prior: list[float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_prior(prior, 3, "pmsn.prior")
+        check_prior(np.array(prior), 3, "pmsn.prior")

@@ -36,6 +36,7 @@ def make_config(**changes: Any) -> ml_collections.ConfigDict:
     config.augment.local_crops = VIEWS - 2
     config.swav.update(dict(prototypes=COUNT, queue=QUEUE, queue_start_epochs=0.0) | changes)
     config.swav.freeze_steps = FROZEN
+    config.optim.momentum = (0.0, 0.0)
     return config
 
 
@@ -56,7 +57,7 @@ class Step:
     def __init__(self, config: ml_collections.ConfigDict):
         self.objective: Objective = SWAV.build(config, DIM, make_mesh(1), Length(100, 1.0), (2, 2))
 
-        def network(late: int = 0) -> optax.GradientTransformation:
+        def network(late: int = 0, plain: bool = False) -> optax.GradientTransformation:
             return optax.sgd(RATE)
 
         self.tx = self.objective.optimizers["prototypes"](network)

@@ -235,15 +235,18 @@ def check_memory(config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> Non
     """
     name, section = config.method, config[config.method]
     limit = bytes_limit(list(mesh.devices.flat))
-    state = COPIES * section.prototypes * (dim + 1) * 4 / mesh.shape["fsdp"]
+    of_patches = section.get("patch_prototypes", 0) if section.get("patch_weight") else 0
+    state = COPIES * (section.prototypes + of_patches) * (dim + 1) * 4 / mesh.shape["fsdp"]
     views = config.batch_size * config.augment.global_crops / mesh.devices.size
-    wanted = state + views * section.prototypes * 4
+    wanted = state + views * (section.prototypes + of_patches) * 4
     if limit is not None and wanted > limit:
         raise UserError(
-            f"{name}.prototypes is {section.prototypes}: their copies of {dim} numbers in student, "
-            f"teacher and optimizer, and the teacher's logits of {views:g} views per device, take "
-            f"{in_gib(wanted)} of the {in_gib(limit)} per device; expected less; use fewer "
-            f"prototypes with --config.{name}.prototypes, or more devices with --config.mesh.fsdp"
+            f"{name}.prototypes is {section.prototypes}"
+            + f" and {name}.patch_prototypes {of_patches}" * bool(of_patches)
+            + f": their copies of {dim} numbers in student, teacher and optimizer, and the "
+            + f"teacher's logits of {views:g} views per device, take {in_gib(wanted)} of the "
+            + f"{in_gib(limit)} per device; expected less; use fewer prototypes with "
+            + f"--config.{name}.prototypes, or more devices with --config.mesh.fsdp"
         )
 
 

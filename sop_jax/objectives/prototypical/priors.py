@@ -3,8 +3,6 @@
 MSN prefers the uniform prior (ME-MAX, Assran et al., 2022), PMSN a power law (Assran et al., 2023).
 """
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -58,7 +56,7 @@ def power_law(count: int, exponent: float) -> Float[np.ndarray, "{count}"]:
     return shares / shares.sum()
 
 
-def check_prior(prior: Sequence[float], prototypes: int, setting: str) -> None:
+def check_prior(prior: np.ndarray, prototypes: int, setting: str) -> None:
     """Checks that a prior is a distribution over all prototypes.
 
     Args:
@@ -67,20 +65,26 @@ def check_prior(prior: Sequence[float], prototypes: int, setting: str) -> None:
         setting: the name of the setting that has the prior, for messages.
 
     Raises:
-        UserError: the number of shares is not K, one is not positive, or their sum is not 1.
+        UserError: the shares are not K numbers, one is not positive in float32, or their sum is
+            not 1.
     """
+    if prior.dtype.kind not in "fiu" or prior.ndim != 1:
+        raise UserError(
+            f"{setting} is an array of {prior.dtype} with shape {prior.shape}; expected "
+            f"{prototypes} real numbers in one dimension, the share of each prototype"
+        )
     if len(prior) != prototypes:
         raise UserError(
             f"{setting} has {len(prior)} entries; expected one for each of the {prototypes} "
             "prototypes; change one of the two"
         )
-    shares = np.asarray(prior, np.float64)
-    wrong = np.flatnonzero(~(shares > 0))
+    shares = prior.astype(np.float64)
+    wrong = np.flatnonzero(~(shares.astype(np.float32) >= TINY))
     if len(wrong):
         raise UserError(
             f"entry {wrong[0]} of {setting} is {shares[wrong[0]]:g}; expected a share greater than "
-            "0, because the divergence from a prior with zeros is infinite; give rare prototypes a "
-            "small share"
+            "0 in float32, because the divergence from a prior with zeros is infinite; give rare "
+            "prototypes a small share"
         )
     if not abs(shares.sum() - 1) <= 1e-5:
         raise UserError(

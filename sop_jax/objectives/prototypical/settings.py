@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import config_dict
 
 from sop_jax.errors import UserError
+from sop_jax.models.head import check_unit
 from sop_jax.objectives.prototypical import layers, marginals
 from sop_jax.objectives.prototypical.koleo import REDUCTIONS
 from sop_jax.objectives.prototypical.priors import check_prior, power_law
@@ -96,8 +97,12 @@ def rules(name: str, **own: Rule) -> dict[str, Rule]:
     return {f"{name}.{key}": rule for key, rule in {**RULES, **own}.items()}
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, unit: bool = True) -> None:
     """Checks that the settings of a method with prototypes fit each other and those of the run.
+
+    Args:
+        config: the config of the run.
+        unit: whether the method needs embeddings of unit norm.
 
     Raises:
         UserError: there is only one prototype, or too few images, views or microbatches for what
@@ -110,13 +115,31 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"one prototype are all the same; for example, set --config.{name}.prototypes=1024"
         )
     check_views(config)
+    if unit or section.layer == "vmf":
+        check_unit(config)
+    if section.layer == "vmf" and config.head.dim < 3:
+        raise UserError(
+            f"{name}.layer is vmf, but head.dim is {config.head.dim}; expected 3 or more, because "
+            "the densities are on a sphere; for example, set --config.head.dim=64, or "
+            f"--config.{name}.layer=unit"
+        )
+    if section.get("patch_weight") and section.patch_prototypes == 1:
+        raise UserError(
+            f"{name}.patch_prototypes is 1; expected 2 or more, or 0 for those of [CLS], because "
+            f"targets over one prototype are all the same; set --config.{name}.patch_prototypes=0"
+        )
+    if section.koleo_prototypes and section.koleo_partition < 2:
+        raise UserError(
+            f"{name}.koleo_partition is 1; expected 2 or more, because a prototype needs another "
+            f"one to keep away from; for example, set --config.{name}.koleo_partition=2048"
+        )
     if section.marginal in marginals.SINKHORN and config.batch_size < 2:
         raise UserError(
             f"{name}.marginal is {section.marginal}, but batch_size is {config.batch_size}: "
             "Sinkhorn-Knopp balances the prototypes over the images of a batch, and cannot do so "
             f"with one; use a larger batch, or --config.{name}.marginal=centering"
         )
-    prior_of(config)
+    check_prior_setting(config)
     whole = [key for key in ("prior", "koleo_data") if section[key] not in ("none", 0)]
     check_whole_batch(config, [f"{name}.{key} is {section[key]}" for key in whole])
 
@@ -150,6 +173,26 @@ def check_whole_batch(config: ml_collections.ConfigDict, reasons: list[str]) -> 
         )
 
 
+def check_prior_setting(config: ml_collections.ConfigDict) -> None:
+    """Checks that a prior is one that exists, without memory for all prototypes unless in a file.
+
+    Raises:
+        UserError: it is neither a name in PRIORS nor a file with such a prior.
+    """
+    section, where = config[config.method], f"{config.method}.prior"
+    if section.prior not in PRIORS:
+        prior_of(config)
+    elif section.prior == "power":
+        # In logarithms: the last share, relative to a sum between 1 and K.
+        least = -(section.prior_exponent + 1) * np.log(section.prototypes)
+        if least < np.log(np.finfo(np.float32).tiny):
+            raise UserError(
+                f"{where}_exponent is {section.prior_exponent:g}, so that the last of "
+                f"{section.prototypes} prototypes has a share of nearly 0; expected a smaller one; "
+                f"for example, set --config.{where}_exponent=0.25"
+            )
+
+
 def prior_of(config: ml_collections.ConfigDict) -> np.ndarray | None:
     """Returns the prior of the mean assignment [K], which sums to one; None if there is none.
 
@@ -170,10 +213,17 @@ def prior_of(config: ml_collections.ConfigDict) -> np.ndarray | None:
             f"with the share of each prototype; for example, set --config.{where}=uniform"
         )
     try:
-        with epath.Path(section.prior).open("rb") as file:
+        with epath.Path(section.prior).expanduser().open("rb") as file:
             prior = np.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {section.prior} cannot be read ({error})") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{where}: {section.prior} cannot be read ({error}); write the shares of the "
+            "prototypes with numpy.save"
+        ) from error
+    if not isinstance(prior, np.ndarray):
+        raise UserError(
+            f"{where}: {section.prior} has several arrays; expected one, as numpy.save writes it"
+        )
     check_prior(prior, section.prototypes, where)
     return prior
 
