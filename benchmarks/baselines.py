@@ -32,7 +32,7 @@ from sop_jax.evaluation.tables import standard_error  # noqa: E402
 from sop_jax.evaluation.task import Subject, View  # noqa: E402
 from sop_jax.evaluation.tasks import TASKS  # noqa: E402
 from sop_jax.evaluation.tools import Toolbox  # noqa: E402
-from sop_jax.evaluation.views import view_of  # noqa: E402
+from sop_jax.evaluation.views import VIEW_RULES, view_of  # noqa: E402
 from sop_jax.models import Model, Params, build  # noqa: E402
 from sop_jax.parallel.interruption import Interruption  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated  # noqa: E402
@@ -92,7 +92,9 @@ def measure(args: argparse.Namespace, network: str, name: str, changes: dict[str
     else:
         train = task.sources(inputs)["train"]
         assert train is not None
-        model, params = pixels(config, mean_image(train, view_of(config)))
+        has_view = VIEW_RULES.keys() <= settings.keys()
+        view = view_of(config, settings if has_view else None)
+        model, params = pixels(config, mean_image(train, view))
     mesh = make_mesh()
     params = jax.tree.map(lambda leaf: put(np.asarray(leaf), replicated(mesh)), params)
     place = epath.Path(args.workdir) / "evaluations" / "baselines"

@@ -16,6 +16,7 @@ from sop_jax.config import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "capi"
+    config.augment.local_crops = 0  # it does not see them
     config.mask.kind = "random"
     config.mask.ratio = (0.65, 0.65)
     c = config.capi

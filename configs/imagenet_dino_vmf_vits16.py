@@ -3,7 +3,7 @@
     python -m sop_jax.train --config=configs/imagenet_dino_vmf_vits16.py \
         --workdir=runs/dino_vmf_vits16 --config.data.path=DATA_DIR
 
-The data is prepared as for configs/imagenet_vits16.py. 
+The data is prepared as for configs/imagenet_vits16.py.
 Append :kd or :kp to the config file for KoLeo on data or on prototypes, of weight 0.1.
 
 Expected after 800 epochs: its accuracy is not among the numbers of our sources; that of DINO is

@@ -3,7 +3,7 @@
     python -m sop_jax.train --config=configs/imagenet_ibot_vitb16.py --workdir=runs/ibot_vitb16 \
         --config.data.path=DATA_DIR
 
-The data is prepared as for configs/imagenet_vits16.py. 
+The data is prepared as for configs/imagenet_vits16.py.
 Expected after 400 epochs (table 1 of SOP's paper): k-NN 77.1 %, linear probe 79.5 %. "On Partial
 Prototype Collapse" counts 875 unique prototypes of 8192 (its table 1).
 Cost, estimated from operation counts and not measured: about 2.4e20 floating-point operations,

@@ -3,7 +3,7 @@
     python -m sop_jax.train --config=configs/imagenet_ibot_vmf_vitb16.py \
         --workdir=runs/ibot_vmf_vitb16 --config.data.path=DATA_DIR
 
-The data is prepared as for configs/imagenet_vits16.py. 
+The data is prepared as for configs/imagenet_vits16.py.
 Append :kd or :kp to the config file for KoLeo on data or on prototypes, of weight 0.1.
 
 Expected after 400 epochs (table 2 of "On Partial Prototype Collapse"): k-NN 78.7 % and linear probe

@@ -208,7 +208,8 @@ OF_METHODS: dict[str, tuple[Any, ...]] = {
 }
 WRONG |= {
     f"{name}.{key}": OF_METHODS[key]
-    for name in METHODS.keys() - {"sop"}
+    for name in METHODS
+    if name != "sop"
     for key in flatten(METHODS[name].settings())
 }
 

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Key
 from ml_collections import config_dict
 
 from sop_jax.data.masks import most_masked
+from sop_jax.errors import UserError
+from sop_jax.models import FAMILIES
 from sop_jax.models.head import unit
 from sop_jax.objectives import carp, ibot
 from sop_jax.objectives.health import entropy
@@ -75,6 +77,11 @@ def settings() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(carp.settings().to_dict() | own)
 
 
+def has_own_patches(section: ml_collections.ConfigDict) -> bool:
+    """Whether patches have prototypes of their own, which learn by gradient."""
+    return bool(section.loss == "ibot" and section.patch_weight and section.patch_prototypes)
+
+
 def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source:
     """Returns prototypes of [CLS] that are the means of a mixture of the teacher's embeddings.
 
@@ -86,8 +93,7 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
         length: the length of the run.
     """
     section = config.decoupled
-    own_patches = section.loss == "ibot" and section.patch_prototypes
-    counts = {"patch": section.patch_prototypes} if own_patches else {}
+    counts = {"patch": section.patch_prototypes} if has_own_patches(section) else {}
     patches = learnt(config, dim, length, counts)
 
     def init(key: Key[Array, ""]) -> tuple[Params, Mixture]:
@@ -166,18 +172,31 @@ def check(config: ml_collections.ConfigDict) -> None:
     section = config.decoupled
     if section.loss == "carp":
         carp.check_blocks(config)
+    no_patches = not FAMILIES[config.model.family].patches
+    if section.loss == "ibot" and section.patch_weight and no_patches:
+        raise UserError(
+            f"decoupled.loss is ibot, but model.family={config.model.family} has no patches; set "
+            "--config.decoupled.patch_weight=0 or --config.decoupled.loss=dino"
+        )
 
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the settings that have no effect because of others, and the reason for each."""
     section, reasons = config.decoupled, shared.without_use(config)
+    because = f"decoupled.loss is {section.loss}"
     unused = [] if section.loss == "carp" else ["block"]
     if section.loss != "ibot":
         unused += list(ibot.PATCH_RULES)
+        reasons |= shared.no_masks(config)
+    elif not section.patch_weight:
+        because += " and decoupled.patch_weight is 0"
+        unused += [name for name in ibot.PATCH_RULES if name != "patch_weight"]
+    elif not section.patch_prototypes:
+        because += " and decoupled.patch_prototypes is 0"
+    if not has_own_patches(section):
         # The prototypes of [CLS] are unit vectors that learn by no gradient.
         unused += ["layer", "freeze_epochs", "freeze_steps", "koleo_prototypes"]
-        reasons |= shared.no_masks(config)
-    return reasons | {f"decoupled.{name}": f"decoupled.loss is {section.loss}" for name in unused}
+    return reasons | {f"decoupled.{name}": because for name in unused}
 
 
 DECOUPLED = Method(
@@ -188,7 +207,7 @@ DECOUPLED = Method(
     without_use=without_use,
     batch_limit=lambda config: None,
     any_batch={},
-    cls_only={"decoupled.loss": "carp"},
+    cls_only={},
     warmups={
         **shared.warmups("decoupled"),
         "decoupled.beta_warmup": "the responsibilities are fully annealed",

@@ -29,7 +29,7 @@ from sop_jax.objectives.objective import (
 from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.prototypical import health
 from sop_jax.objectives.prototypical.blocks import block_log_softmax, check_block, random_blocks
-from sop_jax.objectives.prototypical.objective import temperatures
+from sop_jax.objectives.prototypical.objective import check_memory, temperatures
 from sop_jax.objectives.prototypical.settings import check_views, no_masks
 from sop_jax.parallel.search import take
 from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, STEPS, TRUTH, each, unset_or
@@ -56,7 +56,7 @@ def settings() -> ml_collections.ConfigDict:
             teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
             temperature_warmup_epochs=30.0,
             temperature_warmup_steps=config_dict.placeholder(int),
-            temperature_by_epoch=False,  # the teacher's temperature changes only between epochs
+            temperature_by_epoch=False,  # whether it changes only between epochs
         )
     )
 
@@ -94,8 +94,12 @@ def massl(config: ml_collections.ConfigDict, dim: int, mesh: Mesh, length: Lengt
         dim: d, the numbers in an embedding.
         mesh: the devices.
         length: the length of the run.
+
+    Raises:
+        UserError: the memory does not fit the devices.
     """
     section, size = config.massl, config.massl.block
+    check_memory(config, {"massl.memory": section.memory}, dim, mesh)
     globals_, locals_ = config.augment.global_crops, config.augment.local_crops
     student_views, teacher_views = tuple(range(globals_ + locals_)), tuple(range(globals_))
     pairs = different_views(student_views, teacher_views)

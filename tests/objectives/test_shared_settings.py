@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from sop_jax.check import check_config
+from sop_jax.check import check_config, without_use
 from sop_jax.config import digits
 from sop_jax.errors import UserError
 from sop_jax.objectives.prototypical.objective import temperatures
@@ -145,3 +145,51 @@ def test_the_teachers_temperature_changes_between_epochs_only() -> None:
     found = [float(sharp(step)) for step in range(60)]
     np.testing.assert_allclose(found[::10], [0.04, 0.05, 0.06, 0.07, 0.07, 0.07], rtol=1e-6)
     assert all(len(set(found[i : i + 10])) == 1 for i in range(0, 60, 10))
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "local views": ("capi", {}, r"augment\.local_crops is 4, but capi does not see local views"),
+    "nothing hidden": (
+        *("capi", {"augment.local_crops": 0, "mask.ratio": (0.0, 0.0)}),
+        r"so that nothing is hidden; .* --config\.mask\.ratio=0\.65,0\.65",
+    ),
+    "hidden late": (
+        *("capi", {"augment.local_crops": 0, "mask.start_steps": 10}),
+        r"masks start after the first step",
+    ),
+    "one image": (
+        *("capi", {"augment.local_crops": 0, "batch_size": 1}),
+        r"batch_size is 1, but Sinkhorn-Knopp balances each position",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_capi_cannot_use_is_refused(case: str) -> None:
+    method, changes, message = OTHERS[case]
+    with pytest.raises(UserError, match=message):
+        check_config(changed(method, **changes))
+
+
+def test_a_memory_that_cannot_fit_is_named_before_compilation() -> None:
+    config = changed("massl", **{"massl.memory": 10**12, "massl.block": 1024})
+    check_config(config)
+    with pytest.raises(UserError, match=r"massl\.memory is 1000000000000: .* GiB .* use fewer"):
+        assemble(config, make_mesh(1), 1000)
+
+
+def test_decoupled_prototypes_need_patches_only_for_their_loss() -> None:
+    resnet = {"model.family": "resnet", "model.size": "50", "augment.global_size": 32}
+    resnet |= {"eval.resize": 32, "eval.crop": 32, "augment.local_size": 32}
+    check_config(changed("decoupled", **resnet, **{"decoupled.loss": "dino"}))
+    with pytest.raises(UserError, match=r"decoupled\.loss is ibot, but .*resnet has no patches"):
+        check_config(changed("decoupled", **resnet, **{"decoupled.loss": "ibot"}))
+
+
+def test_decoupled_settings_that_only_learnt_prototypes_use_are_refused() -> None:
+    own = {"decoupled.loss": "ibot", "decoupled.patch_weight": 0.0}
+    reasons = without_use(changed("decoupled", **own))
+    for key in ("patch_prototypes", "layer", "freeze_epochs", "koleo_prototypes"):
+        assert "patch_weight is 0" in reasons[f"decoupled.{key}"]
+    reasons = without_use(changed("decoupled", **{"decoupled.loss": "ibot"}))
+    assert "decoupled.layer" not in reasons

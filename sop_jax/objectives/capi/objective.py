@@ -93,7 +93,7 @@ def capi(
     """
     config, model = run_config.capi, run_config.model
     size, places = size_of(model), patch_places(grid)
-    check_memory(run_config, size.width, mesh)
+    check_memory(run_config, {"capi.prototypes": config.prototypes}, size.width, mesh)
     gather = gatherer(mesh)
     network = predictor(
         size.width,

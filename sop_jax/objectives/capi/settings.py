@@ -61,10 +61,21 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"method is capi, but model.family is {config.model.family}: only a ViT can leave the "
             "hidden patches out of its encoder; choose model.family=vit, or another method"
         )
-    if config.mask.none == 1:
+    if config.augment.local_crops:
         raise UserError(
-            "mask.none is 1, so that nothing is hidden; expected less, because capi learns from "
-            "hidden patches only; for example, set --config.mask.none=0"
+            f"augment.local_crops is {config.augment.local_crops}, but capi does not see local "
+            "views; set --config.augment.local_crops=0"
+        )
+    if config.mask.none == 1 or config.mask.ratio[1] == 0:
+        raise UserError(
+            f"mask.none is {config.mask.none:g} and mask.ratio {tuple(config.mask.ratio)}, so that "
+            "nothing is hidden; capi learns from hidden patches only; for example, set "
+            "--config.mask.none=0 --config.mask.ratio=0.65,0.65"
+        )
+    if config.mask.start_steps or (config.mask.start_steps is None and config.mask.start_epochs):
+        raise UserError(
+            "masks start after the first step, and until then the encoder of capi would not learn, "
+            "because it learns from hidden patches only; set --config.mask.start_steps=0"
         )
     side = config.augment.global_size // token_side(config.model)
     patches, hidden = side * side, most_masked((side, side), config.mask)
@@ -79,20 +90,16 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"capi.prototypes is {config.capi.prototypes}; expected 2 or more, because targets "
             "over one cluster are all the same; for example, set --config.capi.prototypes=1024"
         )
-    if config.batch_size * config.augment.global_crops < 2:
+    if config.batch_size < 2:
         raise UserError(
-            "batch_size is 1, but Sinkhorn-Knopp balances each position over the views of a "
+            "batch_size is 1, but Sinkhorn-Knopp balances each position over the images of a "
             "batch, and cannot do so with one; use a larger --config.batch_size"
         )
 
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the settings that have no effect with CAPI, and the reason for each."""
-    local = ("augment.local_size", "augment.local_scale")
-    return {
-        **{f"head.{name}": "method is capi, which has no head" for name in config.head},
-        **{key: "method is capi, which does not see local views" for key in local},
-    }
+    return {f"head.{name}": "method is capi, which does not use the head" for name in config.head}
 
 
 CAPI = Method(

@@ -2,8 +2,8 @@
 
 The teacher assigns each view to K prototypes, and the student learns to predict the assignments of
 the other views. The targets are softmax(u W / τ + a), where u are the teacher's embeddings, W the
-prototypes and a an offset per prototype that the marginal sets. So the targets of a batch are its
-embeddings, and probabilities exist for a few views at a time only.
+prototypes and a an offset per prototype that the marginal sets. So `teach` passes embeddings on as
+targets, and the loss turns those of a microbatch into probabilities.
 """
 
 from collections.abc import Mapping, Sequence
@@ -225,28 +225,33 @@ def temperatures(section: ml_collections.ConfigDict, length: Length) -> dict[str
     return found
 
 
-def check_memory(config: ml_collections.ConfigDict, dim: int, mesh: Mesh) -> None:
-    """Checks that the prototypes fit the memory of a device, by arithmetic.
+def check_memory(
+    config: ml_collections.ConfigDict, counts: Mapping[str, int], dim: int, mesh: Mesh
+) -> None:
+    """Checks that prototypes, or rows that serve as such, fit the memory of a device.
 
-    What counts are the copies of the prototypes in the state, and the teacher's logits.
+    This is arithmetic: what counts are their copies in the state, and the teacher's logits.
+
+    Args:
+        config: the config of the run.
+        counts: the numbers of prototypes, by the settings that they are from.
+        dim: the numbers in a prototype.
+        mesh: the devices.
 
     Raises:
         UserError: they do not fit.
     """
-    name, section = config.method, config[config.method]
-    limit = bytes_limit(list(mesh.devices.flat))
-    of_patches = section.get("patch_prototypes", 0) if section.get("patch_weight") else 0
-    state = COPIES * (section.prototypes + of_patches) * (dim + 1) * 4 / mesh.shape["fsdp"]
+    limit, total = bytes_limit(list(mesh.devices.flat)), sum(counts.values())
     views = config.batch_size * config.augment.global_crops / mesh.devices.size
-    wanted = state + views * (section.prototypes + of_patches) * 4
+    wanted = COPIES * total * (dim + 1) * 4 / mesh.shape["fsdp"] + views * total * 4
     if limit is not None and wanted > limit:
         raise UserError(
-            f"{name}.prototypes is {section.prototypes}"
-            + f" and {name}.patch_prototypes {of_patches}" * bool(of_patches)
-            + f": their copies of {dim} numbers in student, teacher and optimizer, and the "
-            + f"teacher's logits of {views:g} views per device, take {in_gib(wanted)} of the "
-            + f"{in_gib(limit)} per device; expected less; use fewer prototypes with "
-            + f"--config.{name}.prototypes, or more devices with --config.mesh.fsdp"
+            " and ".join(f"{name} is {count}" for name, count in counts.items())
+            + f": with {dim} numbers each, their copies in student, teacher and optimizer and the "
+            f"teacher's logits of {views:g} views per device take {in_gib(wanted)} of the "
+            f"{in_gib(limit)} per device; expected less; use fewer with "
+            f"--config.{max(counts, key=lambda name: counts[name])}, or more devices with "
+            "--config.mesh.fsdp"
         )
 
 
@@ -284,8 +289,11 @@ def prototypical(
     Raises:
         UserError: the prototypes do not fit the devices.
     """
-    check_memory(config, dim, mesh)
     section = config[config.method]
+    counts = {f"{config.method}.prototypes": section.prototypes}
+    if section.get("patch_weight") and section.patch_prototypes:
+        counts[f"{config.method}.patch_prototypes"] = section.patch_prototypes
+    check_memory(config, counts, dim, mesh)
     globals_, locals_ = config.augment.global_crops, config.augment.local_crops
     student_views = tuple(range(globals_ + locals_) if student_views is None else student_views)
     teacher_views = tuple(range(globals_) if teacher_views is None else teacher_views)
