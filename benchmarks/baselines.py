@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, network: str, name: str, changes: dict[str
     else:
         train = task.sources(inputs)["train"]
         assert train is not None
-        has_view = VIEW_RULES.keys() <= settings.keys()
+        has_view = set(VIEW_RULES) <= set(settings)
         view = view_of(config, settings if has_view else None)
         model, params = pixels(config, mean_image(train, view))
     mesh = make_mesh()

@@ -2,7 +2,7 @@
 
     python -m sop_jax.train --config=configs/digits_capi.py --workdir=runs/digits_capi
 
-Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+Expected: docs/results.md has what was measured.
 
 CAPI learns features of patches, and none of an image: what its evaluation here measures, [CLS], is
 a token of the context among others.

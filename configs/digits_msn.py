@@ -2,7 +2,7 @@
 
     python -m sop_jax.train --config=configs/digits_msn.py --workdir=runs/digits_msn
 
-Expected: docs/results.md has the measured accuracy and time on two CPU cores.
+Expected: docs/results.md has what was measured.
 """
 
 import ml_collections

@@ -173,13 +173,15 @@ def named(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
     }
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Asserts that arrays agree to 1e-5 of their scale."""
+def assert_same(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], least: float = 1e-3
+) -> None:
+    """Asserts that arrays agree to 1e-5 of their scale, or of `least` if that is larger."""
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         # A correlation near zero is a difference of large sums, so its scale is that of its range.
-        least = 1.0 if name.endswith("/agreement") else 1e-3
-        scale = max(np.abs(array).max(initial=0), least)
+        smallest = 1.0 if name.endswith("/agreement") else least
+        scale = max(np.abs(array).max(initial=0), smallest)
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * scale, err_msg=name)
 
 

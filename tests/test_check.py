@@ -246,7 +246,11 @@ def test_an_unknown_choice_names_those_that_are_known(key: str) -> None:
 
 # Other settings that a choice requires.
 RESNET = {"model.family": "resnet", "model.size": "50"} | cls_only_settings(paper())
-WITH = {"resnet": RESNET, "swav": {"optim.momentum": (0.0, 0.0)}}
+WITH: dict[str, dict[str, Any]] = {
+    "resnet": RESNET,
+    "swav": {"optim.momentum": (0.0, 0.0)},
+    "capi": {"augment.local_crops": 0},
+}
 
 
 @pytest.mark.parametrize("key", CHOICES)

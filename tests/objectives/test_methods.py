@@ -21,6 +21,8 @@ OTHERS = sorted(METHODS.keys() - {"sop"})
 # Methods whose loss compares all images of a batch, so that they refuse microbatches.
 WHOLE_BATCH = {"carp", "msn", "pmsn"}
 STEPS = 20
+# Smaller gradients and terms are sums of a hundred times larger numbers that nearly cancel.
+LEAST = 1e-2
 
 
 def test_every_method_has_a_small_run():
@@ -43,7 +45,7 @@ def test_it_learns_and_every_device_computes_what_one_does(
     method: str, one_device: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = layouts.trajectory(monkeypatch, data=4, fsdp=2, method=method)
-    layouts.assert_same(found, one_device)
+    layouts.assert_same(found, one_device, LEAST)
     assert len({float(one_device[f"{step}/metrics/loss"]) for step in range(layouts.STEPS)}) == 3
     gradients = [x for name, x in one_device.items() if name.startswith("0/gradients/")]
     assert max(np.abs(x).max() for x in gradients) > 1e-4
@@ -57,7 +59,8 @@ def test_microbatches_compute_the_same_or_are_refused(
         with pytest.raises(UserError, match=r"accumulate is 4, but .* all images of a batch"):
             check_config(layouts.make_config(accumulate=4, method=method))
         return
-    layouts.assert_same(layouts.trajectory(monkeypatch, accumulate=4, method=method), one_device)
+    found = layouts.trajectory(monkeypatch, accumulate=4, method=method)
+    layouts.assert_same(found, one_device, LEAST)
 
 
 @pytest.mark.slow
@@ -71,7 +74,7 @@ def test_two_processes_compute_what_one_device_does(tmp_path: pathlib.Path) -> N
         with pytest.MonkeyPatch.context() as monkeypatch:
             expected = layouts.trajectory(monkeypatch, method=name)
         with np.load(tmp_path / f"{name}.npz") as found:
-            layouts.assert_same(dict(found), expected)
+            layouts.assert_same(dict(found), expected, LEAST)
 
 
 class Taken:

@@ -55,7 +55,7 @@ def koleo_of_unit(x: Float[Array, "n d"], eps: float = 1e-8, nearest: int = 1) -
     return -jnp.log(distances + eps).mean()
 
 
-def partitions(key: Key[Array, ""], count: int, size: int) -> tuple[Int[Array, "T s"], ...]:
+def partitions(key: Key[Array, ""], count: int, size: int) -> tuple[Int[Array, "_ _"], ...]:
     """Returns a random partition of `count` prototypes into as few parts as `size` permits.
 
     Every prototype is in exactly one part. The sizes of the parts differ by at most one, and those
@@ -80,7 +80,7 @@ def partitions(key: Key[Array, ""], count: int, size: int) -> tuple[Int[Array, "
 
 def koleo_of_prototypes(
     weight: Float[Array, "K d"],
-    blocks: Sequence[Int[Array, "T s"]],
+    blocks: Sequence[Int[Array, "_ _"]],
     reduction: str = "sum",
     eps: float = 1e-8,
 ) -> Float[Array, ""]:
