@@ -26,10 +26,10 @@ from sop_jax.objectives.capi.clustering import (
     clustering_optimizer,
     init_clustering,
 )
-from sop_jax.objectives.capi.health import measure as signs
 from sop_jax.objectives.capi.health import verdict
 from sop_jax.objectives.losses import cross_entropy, views_at_once
 from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
+from sop_jax.objectives.prototypical.health import assignment_signs
 from sop_jax.objectives.prototypical.layers import init_prototypes, logits
 from sop_jax.objectives.prototypical.objective import check_memory
 from sop_jax.parallel.mesh import gatherer
@@ -276,7 +276,7 @@ def capi(
     ) -> dict[str, Array]:
         del carried, student_cls, now
         assigned, features = assignments(shared, targets)
-        return signs(
+        return assignment_signs(
             assigned.reshape(-1, config.prototypes), unit(features).reshape(-1, size.width)
         )
 

@@ -46,7 +46,7 @@ def build(
     grid: tuple[int, int],
 ) -> Objective:
     """Returns the objective of a run, see `objective.Build`."""
-    del dim  # there is no head
+    del dim  # the head is not used
     return capi(config, mesh, length, grid)
 
 

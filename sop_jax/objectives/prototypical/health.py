@@ -37,18 +37,31 @@ def measure(
         effective_rank: `effective_rank` of the teacher's embeddings.
         agreement: `agreement` of student and teacher.
     """
-    count = targets.shape[-1]
     student_cls, teacher_cls = unit(student_cls), unit(teacher_cls)
-    rows = teacher_cls.reshape(-1, teacher_cls.shape[-1])
-    winners = jnp.zeros(count).at[targets.argmax(-1).reshape(-1)].set(1)
+    assigned, rows = (x.reshape(-1, x.shape[-1]) for x in (targets, teacher_cls))
+    return assignment_signs(assigned, rows) | {
+        "agreement": agreement(student_cls, teacher_cls, pairs)
+    }
+
+
+def assignment_signs(
+    assigned: Float[Array, "N K"], embeddings: Float[Array, "N d"]
+) -> dict[str, Array]:
+    """Returns the signs of health that need no pairs of views, see `measure`.
+
+    Args:
+        assigned: the assignments of N tokens to K prototypes.
+        embeddings: the teacher's unit embeddings of these tokens.
+    """
+    count = assigned.shape[-1]
+    winners = jnp.zeros(count).at[assigned.argmax(-1)].set(1)
     return {
         "log_k": jnp.log(jnp.float32(count)),
-        "entropy": entropy(targets).mean(),
-        "entropy_of_mean": entropy(targets.mean((0, 1))),
+        "entropy": entropy(assigned).mean(),
+        "entropy_of_mean": entropy(assigned.mean(0)),
         "winning_prototypes": winners.mean(),
-        "embedding_std": embedding_std(rows),
-        "effective_rank": effective_rank(rows),
-        "agreement": agreement(student_cls, teacher_cls, pairs),
+        "embedding_std": embedding_std(embeddings),
+        "effective_rank": effective_rank(embeddings),
     }
 
 

@@ -145,8 +145,7 @@ def sinkhorn_offset(
 
     def iterate(_: Any, scales: tuple[Array, Array]) -> tuple[Array, Array]:
         of_rows = scales[1]
-        sums = jax.nn.logsumexp(logits + of_rows[:, None], axis=0, b=weight[:, None])
-        of_prototypes = -sums
+        of_prototypes = -jax.nn.logsumexp(logits + of_rows[:, None], axis=0, b=weight[:, None])
         return of_prototypes, -jax.nn.logsumexp(logits + of_prototypes, axis=1)
 
     offset, _ = jax.lax.fori_loop(0, iterations, iterate, (jnp.zeros(logits.shape[1]), start))
