@@ -8,6 +8,7 @@ from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
 from sop_jax.objectives.objective import Method, Objective
+from sop_jax.objectives.prototypical.settings import check_views
 from sop_jax.objectives.sop.objective import ANCHORS, sop
 from sop_jax.objectives.sop.prototypes import POOLS, VOTES
 from sop_jax.parallel.search import PRECISIONS
@@ -93,12 +94,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         UserError: one of these does not hold.
     """
     check_unit(config)
-    if config.augment.global_crops < 2:
-        raise UserError(
-            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
-            "each view learns from the other global views; for example, set "
-            "--config.augment.global_crops=2"
-        )
+    check_views(config)
     for name in ("cls", "patch"):
         check_memory(name, config)
 
