@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import sop_jax  # noqa: E402
-from sop_jax.config import flatten  # noqa: E402
 from sop_jax.objectives.methods import METHODS  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, split  # noqa: E402
+from sop_jax.settings import flatten  # noqa: E402
 from sop_jax.train import train  # noqa: E402
 from sop_jax.training.assemble import assemble, traced_step  # noqa: E402
 

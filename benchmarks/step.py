@@ -46,6 +46,7 @@ from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.objectives.objective import Outputs  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
+from sop_jax.settings import flatten  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import Run, assemble  # noqa: E402
 from sop_jax.training.step import embed_views, update  # noqa: E402
@@ -105,7 +106,7 @@ def settings(args: argparse.Namespace, changes: list[str]) -> ml_collections.Con
     config.model.size, config.model.dtype = ARCHS[args.arch], args.dtype
     config.augment.local_crops = args.local_crops
     given = dict(parsed(change) for change in changes)
-    for key in given.keys() - config_lib.flatten(config).keys():
+    for key in given.keys() - flatten(config).keys():
         raise SystemExit(f"error: unknown argument --config.{key}")
     try:
         config.update_from_flattened_dict(METHODS[args.method] | given)

@@ -10,7 +10,7 @@ low teacher temperature, mild crops, and an initialization that distinguishes im
 
 import ml_collections
 
-from sop_jax.config import digits
+from sop_jax.recipes import digits
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ a token of the context among others.
 
 import ml_collections
 
-from sop_jax.config import digits
+from sop_jax.recipes import digits
 
 
 def get_config() -> ml_collections.ConfigDict:

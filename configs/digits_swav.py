@@ -7,7 +7,7 @@ Expected: docs/results.md has what was measured.
 
 import ml_collections
 
-from sop_jax.config import digits
+from sop_jax.recipes import digits
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ specify.
 
 import ml_collections
 
-from sop_jax.config import imagenet_prototypes
+from sop_jax.recipes import imagenet_prototypes
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -22,7 +22,7 @@ counted, so a run takes longer.
 
 import ml_collections
 
-from sop_jax.config import imagenet, with_vmf
+from sop_jax.recipes import imagenet, with_vmf
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:

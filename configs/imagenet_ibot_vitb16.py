@@ -12,7 +12,7 @@ which is 170 hours on an H200 at 400 TFLOP/s.
 
 import ml_collections
 
-from sop_jax.config import imagenet_prototypes
+from sop_jax.recipes import imagenet_prototypes
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -13,7 +13,7 @@ not specify.
 
 import ml_collections
 
-from sop_jax.config import imagenet_prototypes
+from sop_jax.recipes import imagenet_prototypes
 
 
 def get_config() -> ml_collections.ConfigDict:

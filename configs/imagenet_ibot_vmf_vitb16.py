@@ -15,7 +15,7 @@ which is 170 hours on an H200 at 400 TFLOP/s.
 
 import ml_collections
 
-from sop_jax.config import imagenet_prototypes, with_vmf
+from sop_jax.recipes import imagenet_prototypes, with_vmf
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:

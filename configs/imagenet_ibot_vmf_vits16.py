@@ -14,7 +14,7 @@ hardware that it does not specify.
 
 import ml_collections
 
-from sop_jax.config import imagenet_prototypes, with_vmf
+from sop_jax.recipes import imagenet_prototypes, with_vmf
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:

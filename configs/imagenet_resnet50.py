@@ -19,7 +19,7 @@ counted, so a run takes longer.
 
 import ml_collections
 
-from sop_jax.config import imagenet
+from sop_jax.recipes import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:

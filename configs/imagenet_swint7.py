@@ -15,7 +15,7 @@ which is 39 hours on an H200 at 400 TFLOP/s; small matrix products reach less.
 
 import ml_collections
 
-from sop_jax.config import imagenet
+from sop_jax.recipes import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:

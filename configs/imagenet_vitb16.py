@@ -13,7 +13,7 @@ which is 170 hours on an H200 at 400 TFLOP/s.
 
 import ml_collections
 
-from sop_jax.config import imagenet
+from sop_jax.recipes import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ The state takes 10 GiB; --config.mesh.fsdp=N shards it over groups of N devices.
 
 import ml_collections
 
-from sop_jax.config import imagenet
+from sop_jax.recipes import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:

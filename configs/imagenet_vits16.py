@@ -19,7 +19,7 @@ does not specify.
 
 import ml_collections
 
-from sop_jax.config import imagenet
+from sop_jax.recipes import imagenet
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -14,7 +14,7 @@ which is 8 hours on an H200 at 400 TFLOP/s.
 
 import ml_collections
 
-from sop_jax.config import inat18
+from sop_jax.recipes import inat18
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from sop_jax.config import flatten, misnamed, paper
+from sop_jax.config import misnamed, paper
 from sop_jax.data import masks, named
 from sop_jax.errors import UserError
 from sop_jax.evaluation.tasks import TASKS
@@ -34,6 +34,7 @@ from sop_jax.rules import (
     unset_or,
     whole,
 )
+from sop_jax.settings import flatten
 from sop_jax.training import optim
 from sop_jax.training.optim import CLIPS, KINDS
 

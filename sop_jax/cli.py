@@ -28,9 +28,9 @@ from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import config_path
 
 from sop_jax import paths
-from sop_jax.config import MAY_BE_EMPTY, PATHS, flatten
 from sop_jax.data.named import LOOKED_AT
 from sop_jax.errors import LOST, Interrupted, Lost, UserError, nearest
+from sop_jax.settings import MAY_BE_EMPTY, PATHS, flatten
 
 FLAGS = flags.FLAGS
 

@@ -33,7 +33,6 @@ from etils import epath
 
 from sop_jax import cli, paths
 from sop_jax.check import check_rules
-from sop_jax.config import flatten
 from sop_jax.data.named import LOOKED_AT
 from sop_jax.data.sources import identity, stamp
 from sop_jax.errors import UserError, nearest
@@ -49,6 +48,7 @@ from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import make_mesh, put, replicated
 from sop_jax.paths import write_whole
 from sop_jax.pretrained import load_network, network_of_file, origin, settings_of
+from sop_jax.settings import flatten
 from sop_jax.training import resume
 from sop_jax.training.checkpoint import named_leaves
 from sop_jax.training.owner import owned

@@ -29,7 +29,6 @@ from jax.sharding import Mesh
 from sop_jax import cli, pretrained
 from sop_jax import config as config_lib
 from sop_jax.check import check_config, check_trace, check_used
-from sop_jax.config import PATHS, flatten
 from sop_jax.data import sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.pipeline import Batches, check_shared_memory, train_batches
@@ -49,6 +48,7 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devices
 from sop_jax.paths import check_writable, expand, write_whole
+from sop_jax.settings import PATHS, flatten
 from sop_jax.training import checkpoint, optim, resume
 from sop_jax.training.assemble import Run, assemble, compiled_step
 from sop_jax.training.owner import Owner, owned

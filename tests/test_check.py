@@ -14,10 +14,11 @@ from sop_jax.check import (
     cls_only_settings,
     without_use,
 )
-from sop_jax.config import flatten, paper
+from sop_jax.config import paper
 from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
 from sop_jax.objectives.methods import METHODS
+from sop_jax.settings import flatten
 
 
 def changed(settings: dict[str, Any]) -> ml_collections.ConfigDict:

@@ -13,6 +13,7 @@ import sop_jax
 from sop_jax import config as config_lib
 from sop_jax.check import check_config
 from sop_jax.errors import UserError
+from sop_jax.settings import flatten
 from sop_jax.training.resume import changes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -65,8 +66,8 @@ def test_the_package_has_one_version(monkeypatch) -> None:
 def test_a_run_of_the_first_version_keeps_its_settings_and_behaviour(tmp_path) -> None:
     text = FIRST.read_text()
     (tmp_path / "config.json").write_text(text)
-    loaded = config_lib.flatten(config_lib.read_config(tmp_path))
-    saved = config_lib.flatten(json.loads(text))
+    loaded = flatten(config_lib.read_config(tmp_path))
+    saved = flatten(json.loads(text))
     assert {key: loaded[key] for key in saved} == saved
     later = config_lib.later_settings("0.1.0") | config_lib.other_methods("sop")
     assert loaded.keys() - saved.keys() == later.keys(), "a new setting needs a row in BEFORE"
@@ -156,7 +157,7 @@ def test_what_a_resumed_run_may_change_is_no_difference(key: str) -> None:
     others = {"model.remat": "full", "model.attention": "xla", "profile_steps": (3, 5)}
     others |= {"init_from": "weights.npz", "data.path": "elsewhere"}
     other = others.get(key, 3)
-    assert config_lib.flatten(new)[key] != other
+    assert flatten(new)[key] != other
     new.update_from_flattened_dict({key: other})
     assert changes(config_lib.paper(), new) == []
 
@@ -168,7 +169,7 @@ def test_each_config_is_its_own() -> None:
 
 
 def test_flatten_names_settings_by_their_path() -> None:
-    flat = config_lib.flatten(config_lib.paper())
+    flat = flatten(config_lib.paper())
     assert flat["sop.patch.anchors"] == 512
     assert flat["augment.global_scale"] == [0.25, 1.0]
     assert not any(hasattr(value, "items") for value in flat.values())

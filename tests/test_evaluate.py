@@ -30,6 +30,7 @@ from sop_jax.evaluation.views import VIEW_RULES
 from sop_jax.objectives.sop.objective import sop
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.pretrained import load_network
+from sop_jax.settings import flatten
 from sop_jax.training import resume
 from sop_jax.training.optim import optimizer, schedules
 from sop_jax.training.state import init_state
@@ -217,7 +218,7 @@ def test_a_result_without_its_files_is_not_finished(tmp_path: pathlib.Path, caps
 @pytest.mark.parametrize("name", TASKS)
 def test_each_setting_of_a_task_has_a_rule_that_its_default_follows(name: str) -> None:
     task = TASKS[name]
-    settings = config_lib.flatten(task.settings())
+    settings = flatten(task.settings())
     assert settings.keys() == task.rules.keys()
     check_rules(settings, task.rules, settings, "--eval.")
     assert {*task.paths, *task.free} <= settings.keys()

@@ -43,6 +43,7 @@ from sop_jax.monitor import metrics
 from sop_jax.monitor.pace import Pace, PaceKeeper
 from sop_jax.objectives.sop.health import PATIENCE
 from sop_jax.parallel.mesh import make_mesh
+from sop_jax.settings import flatten
 from sop_jax.training import assemble as assembly
 from sop_jax.training import checkpoint, owner
 from sop_jax.training.assemble import assemble
@@ -680,7 +681,7 @@ def test_another_setting_is_named_and_changes_nothing(
 ) -> None:
     workdir = request.getfixturevalue(state)
     before = snapshot(workdir)
-    old = config_lib.flatten(small_config())[key] if old is None else old
+    old = flatten(small_config())[key] if old is None else old
     with pytest.raises(UserError) as caught:
         train.train(small_config(**{key: new}), workdir)
     message = str(caught.value)

@@ -16,6 +16,7 @@ from sop_jax.errors import UserError
 from sop_jax.models import has_batch_norm
 from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.paths import write_whole
+from sop_jax.settings import flatten
 from sop_jax.training import checkpoint
 
 SPLITS = ("train", "test")
@@ -105,8 +106,8 @@ def follow(
     Returns:
         The config, and a note if it differs from `config`.
     """
-    asked, began = config_lib.flatten(config), config_lib.flatten(old)
-    default = config_lib.flatten(config_lib.paper())
+    asked, began = flatten(config), flatten(old)
+    default = flatten(config_lib.paper())
     kept = {
         key: began[key]
         for key in config_lib.later_settings(version)
@@ -144,7 +145,7 @@ def changes(
         new: the requested config.
         but: the names of settings that are not compared.
     """
-    before, after = config_lib.flatten(old), config_lib.flatten(new)
+    before, after = flatten(old), flatten(new)
     if before.get("method") != after.get("method"):
         before, after = {"method": before.get("method")}, {"method": after.get("method")}
     unused = tuple(f"{name}." for name in METHODS if name != new.get("method"))
@@ -172,7 +173,7 @@ def changed_durations(
     Returns:
         Whether the run has become longer, and the differences, one line each.
     """
-    before, after = config_lib.flatten(old), config_lib.flatten(new)
+    before, after = flatten(old), flatten(new)
     longer, lines = False, []
     for name in durations(old):
         keys = _names([name])

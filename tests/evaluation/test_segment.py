@@ -17,7 +17,6 @@ from runs import make_run
 from small import small_config
 
 from sop_jax.check import check_rules
-from sop_jax.config import flatten
 from sop_jax.data import ade20k
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import areas, fit, segment
@@ -25,6 +24,7 @@ from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.models import build
 from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.settings import flatten
 from sop_jax.training import checkpoint
 from sop_jax.weights import files
 

@@ -278,14 +278,14 @@ def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
 
         def loss(params: Params) -> jax.Array:
             cls, patches = model.embed(params, images(), None, keys(0))
-            return cls[:, 0].sum() + patches[..., 1].sum()
+            return cls[:, 0].mean() + patches[..., 1].mean()
 
         return jax.jit(jax.grad(loss))(params)
 
     plain = gradients("none")
     assert jnp.abs(plain["backbone"]["blocks"]["qkv"]["kernel"]).max() > 1e-4
     for remat in ("products", "dots", "full"):
-        chex.assert_trees_all_close(gradients(remat), plain, atol=2e-5, rtol=0)
+        chex.assert_trees_all_close(gradients(remat), plain, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import processes
 import pytest
 
 from sop_jax.check import check_config, without_use
-from sop_jax.config import flatten, paper
+from sop_jax.config import paper
 from sop_jax.errors import UserError
 from sop_jax.objectives.methods import METHODS
 from sop_jax.parallel.mesh import make_mesh, put, replicated, split
+from sop_jax.settings import flatten
 from sop_jax.training import checkpoint
 from sop_jax.training.assemble import Run, assemble
 

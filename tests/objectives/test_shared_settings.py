@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from sop_jax.check import check_config, without_use
-from sop_jax.config import digits
 from sop_jax.errors import UserError
 from sop_jax.objectives.prototypical.objective import temperatures
 from sop_jax.objectives.prototypical.settings import prior_of
 from sop_jax.parallel.mesh import make_mesh
+from sop_jax.recipes import digits
 from sop_jax.schedules import Length, by_epoch
 from sop_jax.training.assemble import assemble
 

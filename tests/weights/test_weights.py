@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import build
+from sop_jax.settings import flatten
 from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping, pytorch, recognition
 from sop_jax.weights.tables import LAYOUTS
@@ -283,7 +284,7 @@ def test_round_trip_is_bit_exact(network: str, project: str) -> None:
 
     found = mapping.describe(file.layout, file.arrays)
     same = [name for name in found if name in NETWORKS[network] or name == "model.width"]
-    asked = config_lib.flatten(config)
+    asked = flatten(config)
     for name in set(same) - {"model.layer_scale"}:
         value = list(found[name]) if isinstance(found[name], tuple) else found[name]
         assert value == asked[name], name
