@@ -13,6 +13,6 @@ from sop_jax.recipes import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "carp"
-    config.head.unit = False
+    config.head.unit, config.head.batch_norm = False, True
     config.carp.prototypes, config.carp.block = 512, 64
     return config

@@ -13,7 +13,6 @@ from sop_jax.recipes import digits
 def get_config() -> ml_collections.ConfigDict:
     config = digits()
     config.method = "decoupled"
-    d = config.decoupled
-    d.loss, d.prior, d.prototypes = "dino", "none", 512
-    d.student_temperature, d.teacher_temperature = 0.1, (0.015, 0.015)
+    config.head.unit, config.head.batch_norm = False, True
+    config.decoupled.prototypes, config.decoupled.block = 512, 64
     return config
