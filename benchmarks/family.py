@@ -7,7 +7,8 @@ r"""Trains every method on scikit-learn's digits, and compares their accuracy, s
 The first command trains configs/digits.py and every configs/digits_METHOD.py with some seeds, and
 appends a row for each finished run; a run that has a row is not repeated, and an interrupted one
 resumes. A row is known by its method, its seed and its settings. The second prints the rows as a
-table; its minutes are those of the runs with the most processor cores (taskset gives fewer). The third times one step of each method beside one of SOP, in turns, on a batch that stays in
+table; its minutes are those of the runs with the most processor cores (taskset gives a run fewer).
+The third times one step of each method beside one of SOP, in turns, on a batch that stays in
 memory, and prints the ratios of the medians and of the memory that the compiler reports.
 """
 
