@@ -1,0 +1,1 @@
+"""Partial collapse of prototypes: how many differ, how they share the data, and figures of it."""
