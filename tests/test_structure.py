@@ -19,6 +19,7 @@ LAYERS = [
     {"recipes"},
     {"training"},
     {"evaluation"},
+    {"diagnosis"},
     {"check"},
     {"pretrained"},
     {"evaluate", "extract", "convert"},
