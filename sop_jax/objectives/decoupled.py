@@ -105,6 +105,9 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
         variance = jnp.float32(section.start_variance / dim)
         return start_at(features, key, section.prototypes, section.start_mass, variance)
 
+    def levels(params: Params, mixture: Mixture) -> Levels:
+        return {**params.get("prototypes", {}), "cls": {"direction": prototypes(mixture)}}
+
     def teach(
         student_params: Params,
         teacher_params: Params,
@@ -120,13 +123,17 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
             *(begun, features, now["beta"], section.eta, section.variance_floor / dim),
             section.forgetting,
         )
-        of_cls = {"direction": prototypes(mixture)}
-        return {**teacher_params.get("prototypes", {}), "cls": of_cls}, mixture
+        return levels(teacher_params, mixture), mixture
 
     def learn(params: Params, taught: Levels) -> Levels:
         return {**params.get("prototypes", {}), "cls": taught["cls"]}
 
-    return Source(init, teach, learn, patches.optimizers if counts else {})
+    def read(
+        student_params: Params, teacher_params: Params, carried: Mixture, taught: bool
+    ) -> Levels:
+        return levels(teacher_params if taught else student_params, carried)
+
+    return Source(init, teach, learn, read, patches.optimizers if counts else {})
 
 
 def build(

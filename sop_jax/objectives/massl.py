@@ -16,8 +16,9 @@ from ml_collections import config_dict
 from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
 from sop_jax.objectives.losses import cls_loss, different_views, views_at_once
-from sop_jax.objectives.memory import by_age, flat_rows, init_memory, push
+from sop_jax.objectives.memory import by_age, flat_rows, init_memory, newest_first, push
 from sop_jax.objectives.objective import (
+    Bank,
     Method,
     Now,
     Objective,
@@ -165,6 +166,17 @@ def massl(config: ml_collections.ConfigDict, dim: int, mesh: Mesh, length: Lengt
         assigned = jnp.exp(log_assignment(targets, shared, len(shared), sharp))
         return health.measure(student_cls, targets, assigned, pairs)
 
+    def banks(
+        student_params: Params,
+        teacher_params: Params,
+        carried: Any,
+        key: Key[Array, ""],
+        taught: bool,
+    ) -> dict[str, Bank]:
+        """Returns the memory, whose rows are the prototypes of both networks."""
+        del student_params, teacher_params, key, taught
+        return {"memory": Bank(*newest_first(carried, section.memory), "cls")}
+
     return Objective(
         student_views=student_views,
         teacher_views=teacher_views,
@@ -178,6 +190,7 @@ def massl(config: ml_collections.ConfigDict, dim: int, mesh: Mesh, length: Lengt
         measure=measure,
         verdict=health.verdict,
         masks=False,
+        banks=banks,
     )
 
 

@@ -103,3 +103,11 @@ def live(memory: Memory, size: int) -> Bool[Array, " LT"]:
     age = (jnp.arange(slots) - memory.next) % slots  # slots since the oldest
     place = age * lanes + jnp.arange(lanes)[:, None]
     return (place >= lanes * slots - size).reshape(-1)
+
+
+def newest_first(
+    memory: Memory, size: int
+) -> tuple[Float[Array, "{size} d"], Int[Array, " {size}"]]:
+    """Returns the `size` newest rows, beginning with the newest, and the image of each."""
+    order = by_age(memory, size, jnp.arange(size)[::-1])
+    return flat_rows(memory)[order], memory.image.reshape(-1)[order]

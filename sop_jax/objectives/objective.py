@@ -168,6 +168,50 @@ class Measure(Protocol):
         """
 
 
+class Bank(NamedTuple):
+    """Vectors with which embeddings are compared: prototypes, or a memory that stands for them.
+
+    Attributes:
+        rows: the vectors, of any lengths other than 0.
+        images: the index in the data set of the image that each row of a memory is from, -1 for
+            the initial random rows; None for prototypes.
+        compared: what is compared with them, one of COMPARED. `cls` and `patches` are embeddings of
+            views and of patches; `patch_features` are those of patches before the head;
+            `predictions` depend on masks and so are not determined by an image.
+    """
+
+    rows: Float[Array, "K d"]
+    images: Int[Array, " K"] | None
+    compared: str
+
+
+COMPARED = ("cls", "patches", "patch_features", "predictions")
+
+
+@runtime_checkable
+class Banks(Protocol):
+    """Gives the prototypes of a state, for their diagnosis."""
+
+    def __call__(
+        self,
+        student_params: Params,
+        teacher_params: Params,
+        carried: Any,
+        key: Key[Array, ""],
+        taught: bool,
+    ) -> dict[str, Bank]:
+        """Returns prototypes and memories by name, the most important first.
+
+        Args:
+            student_params: the objective's parameters in the student.
+            teacher_params: their moving average in the teacher.
+            carried: what the last step returned.
+            key: draws what is drawn anew in each step.
+            taught: True for the prototypes of the targets, False for those to which the student is
+                assigned, where these differ.
+        """
+
+
 @runtime_checkable
 class Verdict(Protocol):
     """Judges the signs of health."""
@@ -219,6 +263,7 @@ class Objective(NamedTuple):
         measure: see `Measure`.
         verdict: see `Verdict`.
         masks: whether the mask token replaces the masked patches of the student's views.
+        banks: see `Banks`; None if the objective has no prototypes.
     """
 
     student_views: tuple[int, ...]
@@ -233,6 +278,7 @@ class Objective(NamedTuple):
     measure: Measure
     verdict: Verdict
     masks: bool = True
+    banks: Banks | None = None
 
 
 @runtime_checkable

@@ -28,9 +28,18 @@ from sop_jax.objectives.capi.clustering import (
 )
 from sop_jax.objectives.capi.health import verdict
 from sop_jax.objectives.losses import cross_entropy, views_at_once
-from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
+from sop_jax.objectives.objective import (
+    Bank,
+    Now,
+    Objective,
+    Outputs,
+    Params,
+    PatchIndices,
+    Selection,
+)
 from sop_jax.objectives.prototypical.health import assignment_signs
 from sop_jax.objectives.prototypical.layers import init_prototypes, logits
+from sop_jax.objectives.prototypical.layers import rows as rows_of
 from sop_jax.objectives.prototypical.objective import check_memory
 from sop_jax.parallel.mesh import gatherer
 from sop_jax.schedules import Length, Schedule, duration, learning_rate
@@ -280,6 +289,21 @@ def capi(
             assigned.reshape(-1, config.prototypes), unit(features).reshape(-1, size.width)
         )
 
+    def banks(
+        student_params: Params,
+        teacher_params: Params,
+        carried: Any,
+        key: Key[Array, ""],
+        taught: bool,
+    ) -> dict[str, Bank]:
+        """Returns the clusters of the targets, or the prototypes of the student's predictions."""
+        del teacher_params, carried, key
+        if taught:
+            return {
+                "clustering": Bank(student_params["clustering"]["kernel"].T, None, "patch_features")
+            }
+        return {"prototypes": Bank(rows_of(student_params["prototypes"]), None, "predictions")}
+
     return Objective(
         student_views=views,
         teacher_views=views,
@@ -293,4 +317,5 @@ def capi(
         measure=measure,
         verdict=verdict,
         masks=False,  # hidden patches do not enter the encoder
+        banks=banks,
     )

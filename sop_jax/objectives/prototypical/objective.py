@@ -20,6 +20,7 @@ from sop_jax.compiled.device_memory import bytes_limit, in_gib
 from sop_jax.errors import UserError
 from sop_jax.objectives.losses import by_view, cls_loss, different_views, mim_loss, views_at_once
 from sop_jax.objectives.objective import (
+    Bank,
     Network,
     Now,
     Objective,
@@ -95,6 +96,23 @@ class LearnSource(Protocol):
 
 
 @runtime_checkable
+class ReadSource(Protocol):
+    """Gives the prototypes of a state, between two steps."""
+
+    def __call__(
+        self, student_params: Params, teacher_params: Params, carried: Any, taught: bool
+    ) -> Levels:
+        """Returns the prototypes.
+
+        Args:
+            student_params: the objective's parameters in the student.
+            teacher_params: their moving average in the teacher.
+            carried: what the last step returned.
+            taught: whether those of the targets, or those of the student.
+        """
+
+
+@runtime_checkable
 class Views(Protocol):
     """Compares the views of the student with those of the teacher."""
 
@@ -124,12 +142,14 @@ class Source(NamedTuple):
         init: see `InitSource`.
         teach: see `TeachSource`.
         learn: see `LearnSource`.
+        read: see `ReadSource`.
         optimizers: see `Objective.optimizers`.
     """
 
     init: InitSource
     teach: TeachSource
     learn: LearnSource
+    read: ReadSource
     optimizers: dict[str, Optimize]
 
 
@@ -170,10 +190,14 @@ def learnt(
             }
         }, {}
 
+    def read(student_params, teacher_params, carried, taught):
+        del carried
+        params = teacher_params if average and taught else student_params
+        return params["prototypes"]
+
     def teach(student_params, teacher_params, carried, teacher, now):
         del teacher, now
-        params = teacher_params if average else student_params
-        return params["prototypes"], carried
+        return read(student_params, teacher_params, carried, True), carried
 
     def learn(params, taught):
         del taught
@@ -185,7 +209,7 @@ def learnt(
 
     freeze = duration(section, "freeze_", length.epoch)
     own = bool(freeze) or plain or section.layer == "normalized"
-    return Source(init, teach, learn, {"prototypes": optimize} if own else {})
+    return Source(init, teach, learn, read, {"prototypes": optimize} if own else {})
 
 
 def frozen(network: Network, steps: int, plain: bool) -> optax.GradientTransformation:
@@ -471,6 +495,23 @@ def prototypical(
         assigned = jnp.exp(log_targets(shared, "cls", targets["cls"], now))
         return health.measure(student_cls, targets["cls"], assigned, pairs)
 
+    def banks(
+        student_params: Params,
+        teacher_params: Params,
+        carried: dict[str, Any],
+        key: Key[Array, ""],
+        taught: bool,
+    ) -> dict[str, Bank]:
+        """Returns the prototypes of [CLS] and, if they have their own, of patches."""
+        del key
+        found = source.read(student_params, teacher_params, carried["source"], taught)
+        compared = {"cls": "cls", "patch": "patches"}
+        return {
+            name: Bank(rows(found[name]), None, kind)
+            for name, kind in compared.items()
+            if name in found
+        }
+
     terms = ["cls"] + ["mim"] * bool(most_masked) + ["prior"] * (prior is not None)
     terms += [name for name in ("koleo_prototypes", "koleo_data") if section[name]]
     return Objective(
@@ -486,4 +527,5 @@ def prototypical(
         measure=measure,
         verdict=health.verdict,
         masks=most_masked > 0,
+        banks=banks,
     )

@@ -10,8 +10,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.objectives.losses import cls_loss, mim_loss, views_at_once
-from sop_jax.objectives.memory import Memory, by_age, flat_rows, init_memory, live, push
-from sop_jax.objectives.objective import Now, Objective, Outputs, Params, PatchIndices, Selection
+from sop_jax.objectives.memory import (
+    Memory,
+    by_age,
+    flat_rows,
+    init_memory,
+    live,
+    newest_first,
+    push,
+)
+from sop_jax.objectives.objective import (
+    Bank,
+    Now,
+    Objective,
+    Outputs,
+    Params,
+    PatchIndices,
+    Selection,
+)
 from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.sop import health
 from sop_jax.objectives.sop.assignment import log_assignment
@@ -28,6 +44,8 @@ from sop_jax.schedules import Length, Schedule, constant, duration, ramp
 SLOTS = 2**31  # folded into the seed's key to draw fixed slots; nothing else folds in this value
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
+
+COMPARED_WITH = {"cls": "cls", "patch": "patches"}  # what the SOPs of each level are compared with
 
 
 def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
@@ -155,13 +173,17 @@ def sop(
             taken = jnp.concatenate([masked, drawn], axis=-1)
         return Selection(PatchIndices(masked), PatchIndices(taken), is_masked)
 
-    def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
-        """Returns the SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
+    def keys_of_levels(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
+        """Returns the key with which each level draws its anchors."""
         if config.anchors == "fixed_slots":
             # A key that does not depend on the step draws the same slots at every step.
             key = jax.random.fold_in(jax.random.key(run_config.seed), SLOTS)
+        return dict(zip(levels, jax.random.split(key, len(levels)), strict=True))
+
+    def prototypes(memories: dict[str, Any], key: Key[Array, ""]) -> dict[str, SOPs]:
+        """Returns the SOPs of every task, stacked [tasks, ...], drawn anew from both memories."""
         drawn = {}
-        for name, level_key in zip(levels, jax.random.split(key, len(levels)), strict=True):
+        for name, level_key in keys_of_levels(key).items():
             level = levels[name]
             if level.tasks == 0:
                 continue
@@ -248,6 +270,35 @@ def sop(
         assigned = assign_views(shared["cls"], targets["cls"], now["teacher_temperature"])
         return health.measure(student_cls, targets["cls"], assigned, shared["cls"], filled)
 
+    def anchors(memories: dict[str, Any], name: str, key: Key[Array, ""]) -> Bank:
+        """Returns the anchors of the first task of a level."""
+        level, memory, compared = levels[name], memories[name], COMPARED_WITH[name]
+        if config.anchors == "frozen_rows":
+            return Bank(memories["frozen"][name][0], None, compared)
+        drawn = draw_anchors(jax.random.split(key, level.tasks)[0], level.memory, level.anchors)
+        if config.anchors != "fixed_slots":
+            drawn = by_age(memory, level.memory, drawn)
+        return Bank(flat_rows(memory)[drawn], memory.image.reshape(-1)[drawn], compared)
+
+    def banks(
+        student_params: Params,
+        teacher_params: Params,
+        carried: dict[str, Any],
+        key: Key[Array, ""],
+        taught: bool,
+    ) -> dict[str, Bank]:
+        """Returns the anchors of one task, and the memories, which both networks share."""
+        del student_params, teacher_params, taught
+        found = {
+            f"{name}_anchors": anchors(carried, name, level_key)
+            for name, level_key in keys_of_levels(key).items()
+            if levels[name].tasks
+        }
+        for name, level in levels.items():
+            rows, images = newest_first(carried[name], level.memory)
+            found[f"{name}_memory"] = Bank(rows, images, COMPARED_WITH[name])
+        return found
+
     globals_, locals_ = run_config.augment.global_crops, run_config.augment.local_crops
     return Objective(
         student_views=tuple(range(globals_ + locals_)),
@@ -261,4 +312,5 @@ def sop(
         loss=loss,
         measure=measure,
         verdict=health.verdict,
+        banks=banks,
     )
