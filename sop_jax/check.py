@@ -8,7 +8,7 @@ import ml_collections
 from sop_jax.config import misnamed, paper
 from sop_jax.data import masks, named
 from sop_jax.errors import UserError
-from sop_jax.evaluation.tasks import TASKS
+from sop_jax.evaluation.tasks import IN_TRAINING
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.layers import REMATS
@@ -136,7 +136,7 @@ RULES: dict[str, Rule] = {
     "eval.resize": COUNT,
     "eval.crop": COUNT,
     "eval.batch_size": COUNT,
-    "eval.tasks": some(one_of(name for name, task in TASKS.items() if task.during_training)),
+    "eval.tasks": some(one_of(IN_TRAINING)),
     "eval.knn_k": some(COUNT),
     "eval.knn_temperature": POSITIVE,
     "checkpoint.minutes": NOT_NEGATIVE,

@@ -337,6 +337,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if hosts := _hosts():
             hosts.check_flags(*_processes())
         for section, settings in sections.items():
+            _split_words(FLAGS[section].value, flatten(settings))
             _check_tuples(flatten(FLAGS[section].value), flatten(settings), section)
         if rest[1:]:
             raise UserError(
@@ -468,6 +469,15 @@ def _expand_paths(config: config_dict.ConfigDict) -> None:
             except UserError as error:
                 raise UserError(f"--config.{name}={text}: {error}") from error
             config.update_from_flattened_dict({name: path})
+
+
+def _split_words(given: config_dict.ConfigDict, file: Mapping[str, Any]) -> None:
+    """Splits lists of words at commas; absl does so for numbers only."""
+    for name, value in flatten(given).items():
+        of_words = isinstance(file[name], list) and any(isinstance(x, str) for x in file[name])
+        if of_words and len(value) == 1 and isinstance(value[0], str):
+            words = tuple(word.strip() for word in value[0].split(","))
+            given.update_from_flattened_dict({name: words})
 
 
 def _check_tuples(given: Mapping[str, Any], file: Mapping[str, Any], section: str) -> None:

@@ -33,12 +33,12 @@ from sop_jax.data import sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.pipeline import Batches, check_shared_memory, train_batches
 from sop_jax.data.sources import Source, open_source
+from sop_jax.diagnosis import in_training
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation.splits import Splits
 from sop_jax.evaluation.task import Subject
-from sop_jax.evaluation.tasks import measure
+from sop_jax.evaluation.tasks import PROTOTYPES, measure
 from sop_jax.evaluation.tools import Toolbox
-from sop_jax.models import Params
 from sop_jax.monitor.corrupt import CorruptImages, lines_of
 from sop_jax.monitor.journal import Journal
 from sop_jax.monitor.metrics import Progress, Writer, read_metrics
@@ -226,7 +226,9 @@ def restore_or_initialize(parts: Parts, workdir: epath.Path) -> Resumed:
         state, notes = start_from(config, run, run.init(jax.random.key(config.seed)))
     rows = [row for row in read_metrics(workdir) if row["step"] <= step > 0]
     expected = step > 0 and evaluated_at(config, step, run.steps)
-    evaluation_due = bool(hosts.agree(int(expected and lacks_evaluation(rows, step))))
+    evaluation_due = bool(
+        hosts.agree(int(expected and lacks_evaluation(rows, step, config.eval.tasks)))
+    )
     unfinished = rows.pop() if evaluation_due and rows and rows[-1]["step"] == step else {}
     return Resumed(state, step, rows, evaluation_due, unfinished, notes)
 
@@ -300,7 +302,7 @@ class Tools(NamedTuple):
         pace: measures whether devices wait for images.
         trace: traces the steps of `profile_steps`.
         corrupt: counts images that could not be read.
-        evaluate: maps the parameters of a network to the row of an evaluation.
+        evaluate: maps a state to the row of an evaluation of its teacher.
         interruption: reports signals to stop.
     """
 
@@ -310,7 +312,7 @@ class Tools(NamedTuple):
     pace: PaceKeeper
     trace: Trace
     corrupt: CorruptImages
-    evaluate: Callable[[Params], dict[str, Any]]
+    evaluate: Callable[[TrainState], dict[str, Any]]
     interruption: Interruption
 
 
@@ -356,9 +358,17 @@ def open_tools(
         shown=False,
     )
 
-    def evaluate(params: Params) -> dict[str, Any]:
-        subject = Subject("teacher", config, run.model, params, "", None)
-        return measure(subject, splits, toolbox(subject, kept={}))
+    counts = PROTOTYPES in config.eval.tasks and config.eval_every
+    count = in_training.make_counter(config, run) if counts else None
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        subject = Subject("teacher", config, run.model, state.teacher, "", None)
+        row = measure(subject, splits, toolbox(subject, kept={}))
+        if count is not None:
+            row |= count(state)
+            if words := in_training.sentence(row):
+                progress.note(f"step {int(state.step)}: {words}")
+        return row
 
     how = decoding(config.data, parts.train)
     return Tools(
@@ -386,7 +396,7 @@ def take_steps(
     state, steps = resumed.state, run.steps
     measure = {flag: put(np.array(flag), replicated(run.mesh)) for flag in (False, True)}
     if resumed.evaluation_due or (resumed.step == 0 and config.eval_every):
-        journal.record(resumed.step, resumed.unfinished | tools.evaluate(state.teacher))
+        journal.record(resumed.step, resumed.unfinished | tools.evaluate(state))
 
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     clock, timed = time.monotonic(), resumed.step
@@ -431,7 +441,7 @@ def take_steps(
             row["idle_share"] = recent.idle_share
         pace.pause()
         if evaluate and not stop:
-            found = evaluate_unless_stopped(tools, state.teacher)
+            found = evaluate_unless_stopped(tools, state)
             if found is None:
                 stop = save = True
             else:
@@ -471,11 +481,11 @@ def wait_for(pending: list[tuple[int, dict[str, jax.Array]]], first: bool) -> No
         jax.block_until_ready(pending[-1 - ahead][1]["loss"])
 
 
-def evaluate_unless_stopped(tools: Tools, params: Params) -> dict[str, Any] | None:
+def evaluate_unless_stopped(tools: Tools, state: TrainState) -> dict[str, Any] | None:
     """Returns the row of an evaluation, or None if a signal ended it."""
     try:
         with tools.interruption.at_once():
-            return tools.evaluate(params)
+            return tools.evaluate(state)
     except Interrupted:
         return None
     except KeyboardInterrupt:
@@ -569,9 +579,11 @@ def evaluated_at(config: ml_collections.ConfigDict, step: int, steps: int) -> bo
     return config.eval_every > 0 and (step == steps or due(step, config.eval_every))
 
 
-def lacks_evaluation(rows: list[dict[str, Any]], step: int) -> bool:
-    """Returns whether the rows up to `step` lack the evaluation of that step."""
-    return not any(row["step"] == step and "knn_top1" in row for row in rows[-1:])
+def lacks_evaluation(rows: list[dict[str, Any]], step: int, tasks: Sequence[str]) -> bool:
+    """Returns whether the rows up to `step` lack the evaluation of that step, by some tasks."""
+    measured = tuple(f"{task}_" for task in tasks)
+    own = [row for row in rows[-1:] if row["step"] == step]
+    return not any(name.startswith(measured) for row in own for name in row)
 
 
 def due(step: int, every: int) -> bool:

@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "eval.resize": (*WHOLE, 0),
     "eval.crop": (*WHOLE, 0),
     "eval.batch_size": (*WHOLE, 0),
-    "eval.tasks": ((), ("knn", "no"), "knn"),
+    "eval.tasks": ((), ("knn", "no"), "knn", ("tsne",)),
     "eval.knn_k": ((), (0,), (0, -5), (10, 1.5), (True,), 10),
     "eval.knn_temperature": (*REAL, 0.0),
     "checkpoint.minutes": REAL,

@@ -506,3 +506,12 @@ gc.collect()
         assert process.wait(10) == -signal.SIGINT
         assert process.stderr.read() == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_lists_of_words_are_separated_by_commas(tmp_path: pathlib.Path) -> None:
+    flags = ("--config=digits", f"--workdir={tmp_path}", "--config.eval.tasks=knn,prototipes")
+    done = subprocess.run(
+        [sys.executable, "-m", "sop_jax.train", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "eval.tasks is ('knn', 'prototipes'); expected one or more values" in done.stderr

@@ -22,7 +22,8 @@ LAYERS = [
     {"diagnosis"},
     {"check"},
     {"pretrained"},
-    {"evaluate", "extract", "convert"},
+    {"diagnosis"},
+    {"evaluate", "extract", "convert", "diagnose"},
     {"train", "plan"},
 ]
 

@@ -34,6 +34,11 @@ TASKS: dict[str, Task] = {
     "tsne": tsne.TASK,
 }
 
+PROTOTYPES = "prototypes"  # are counted in training, by `diagnosis.in_training`
+
+# What a run can measure on the way, by the names in `config.eval.tasks`.
+IN_TRAINING = (*(name for name, task in TASKS.items() if task.during_training), PROTOTYPES)
+
 
 def settings_in_training(
     name: str, eval_config: ml_collections.ConfigDict
@@ -48,6 +53,8 @@ def settings_in_training(
 def measure(subject: Subject, splits: Splits, tools: Tools) -> dict[str, Any]:
     """Returns the row of an evaluation during training: the results of `config.eval.tasks`.
 
+    The count of prototypes, which needs the whole state, is not among them.
+
     Args:
         subject: the network; its config is that of the run.
         splits: the images of the run.
@@ -58,6 +65,8 @@ def measure(subject: Subject, splits: Splits, tools: Tools) -> dict[str, Any]:
     """
     row: dict[str, Any] = {}
     for name in subject.config.eval.tasks:
+        if name == PROTOTYPES:
+            continue
         settings = settings_in_training(name, subject.config.eval)
         result = TASKS[name].run(subject, splits, settings, tools)
         row |= {f"{name}_{key}": value for key, value in result.items()}

@@ -138,17 +138,17 @@ def _choose(starts: Sequence[str], network: str | None) -> str:
     if network:
         fitting = [start for start in starts if f".{network}." in f".{start}"]
         if not fitting and network in ("teacher", "student"):
-            ranks = sorted({_rank(start) for start in starts})
+            ranks = sorted({rank_of(start) for start in starts})
             rank = ranks[-1] if network == "teacher" else ranks[0]
             if len(ranks) > 1 or rank == (1 if network == "teacher" else -1):
-                fitting = [start for start in starts if _rank(start) == rank]
+                fitting = [start for start in starts if rank_of(start) == rank]
         if not fitting:
             raise UserError(
                 f"it has no network {network!r}; choose one of those that it contains: "
                 f"{_shown(starts)}"
             )
-    highest = max(map(_rank, fitting))
-    taken = [start for start in fitting if _rank(start) == highest]
+    highest = max(map(rank_of, fitting))
+    taken = [start for start in fitting if rank_of(start) == highest]
     if len(taken) > 1:
         raise UserError(
             f"it contains several networks: {_shown(taken)}; choose one with --prefix=... of "
@@ -157,7 +157,7 @@ def _choose(starts: Sequence[str], network: str | None) -> str:
     return taken[0]
 
 
-def _rank(start: str) -> int:
+def rank_of(start: str) -> int:
     """Returns 1 for the prefix of a teacher, -1 for that of a student, and 0 if it is unclear."""
     words = {*re.split(r"[._]", start.lower())}
     return bool(words & _TEACHER) - bool(words & _STUDENT)
@@ -249,7 +249,7 @@ def _words(start: str, starts: Sequence[str], aside: Mapping[str, int]) -> list[
     words = []
     if len(starts) > 1:
         others = [other for other in starts if other != start]
-        as_teacher = ", as the teacher" if all(_rank(start) > _rank(x) for x in others) else ""
+        as_teacher = ", as the teacher" if all(rank_of(start) > rank_of(x) for x in others) else ""
         words.append(
             f"taken: {_shown([start])}{as_teacher}; not taken: {_shown(others)} (to take another, "
             "use --key or --prefix of sop_jax.convert)"
