@@ -127,6 +127,8 @@ def run(asked: Asked) -> epath.Path:
     results, entries, maps = {}, [], {}
     for name, item in names.items():
         found, why = features.of(item)
+        if why is not None and asked.images:
+            note(f"{name}: no shares of images, because {why}")
         note(f"diagnosing {name}: {len(item.subject.rows)} vectors")
         if not hosts.is_first():
             continue
@@ -252,7 +254,6 @@ def open_images(asked: Asked) -> dict[str, Images | None]:
     for place in (*asked.workdirs, *asked.weights):
         if place in asked.workdirs:
             config = settings_of(place)
-            subjects.check_run(place)
         else:
             config = config_lib.paper()
             config.data.source = "folder"  # with which only --data.path is needed
@@ -286,10 +287,11 @@ def read(asked: Asked) -> list[Item]:
         for line in found.words:
             note(f"{path}: {line}")
         items += [Item(path, None, subject, None) for subject in found.subjects]
-    for item in list(items):
-        if (once := subjects.once_per_image(item.subject)) is not None:
-            items.insert(items.index(item) + 1, item._replace(subject=once))
-    return items
+    every = []
+    for item in items:
+        once = subjects.once_per_image(item.subject)
+        every += [item] if once is None else [item, item._replace(subject=once)]
+    return every
 
 
 def names_of(items: Sequence[Item]) -> list[str]:
@@ -331,9 +333,9 @@ class Embedded:
         if not self.asked.images:
             return None, "--images=0"
         if images is None:
-            return None, "a file of weights names no images; give some with --data.path"
+            return None, "a file names no images; give some with --data.path"
         if compared not in embeddings.COMPARED:
-            return None, "what is compared with these prototypes depends on a mask"
+            return None, "what is compared with these prototypes depends on masks"
         if self._of != (item.run, item.step):
             self._of, self._network, self._kept = (item.run, item.step), None, {}
         try:

@@ -48,14 +48,16 @@ def save(
 def apart(state: TrainState) -> TrainState:
     """Returns a state whose teacher is not its student, and whose mixture has begun."""
     teacher = jax.tree.map(
-        lambda x: x + jnp.cos(jnp.arange(x.size).reshape(x.shape)), state.teacher
+        lambda x: x + jnp.cos(jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)), state.teacher
     )
     carried = state.carried
     if isinstance(carried, dict) and "total" in getattr(carried.get("source"), "_fields", ()):
         mixture = carried["source"]
         begun = mixture._replace(
             mass=mixture.mass + 2,
-            total=jnp.sin(jnp.arange(mixture.total.size) + 1.0).reshape(mixture.total.shape),
+            total=jnp.sin(jnp.arange(mixture.total.size, dtype=jnp.float32) + 1).reshape(
+                mixture.total.shape
+            ),
         )
         carried = carried | {"source": begun}
     return state._replace(teacher=teacher, carried=carried)

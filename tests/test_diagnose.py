@@ -49,7 +49,7 @@ def test_planted_duplicates_are_counted(tmp_path: pathlib.Path, capsys: Any) -> 
     for entry in subject["result"]["eps"]:
         assert (entry["unique"], entry["share"], entry["factors"]) == (5, 5 / 12, [1, 8])
     assert subject["result"]["dead"] is None
-    assert "names no images; give some with --data.path" in subject["without_images"]
+    assert "a file names no images; give some with --data.path" in subject["without_images"]
     shown = capsys.readouterr()
     table, papers = shown.out.split("Unique prototypes at eps 0.025 in papers:")
     assert "41.67" in table and "DINO ViT-S/16 1078 of 65536" in papers
@@ -201,7 +201,7 @@ def test_clusters_of_patches_are_compared_with_features(runs: dict[str, Saved]) 
     (taught,) = record(Asked([workdir], images=20))["subjects"]
     assert (taught["layer"], taught["result"]["images"]) == ("clustering", 20)
     (learnt,) = record(Asked([workdir], images=20, network="student"))["subjects"]
-    assert learnt["result"]["images"] is None and "depends on a mask" in learnt["without_images"]
+    assert learnt["result"]["images"] is None and "depends on masks" in learnt["without_images"]
 
 
 @pytest.mark.medium

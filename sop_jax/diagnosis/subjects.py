@@ -1,6 +1,5 @@
 """What is diagnosed: the prototypes of a run or of a file of weights, and the memories of a run."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32, Int, Key
 
 from sop_jax.diagnosis.uniqueness import lengths_of
 from sop_jax.errors import UserError, nearest
@@ -68,6 +67,7 @@ def steps_of(workdir: epath.PathLike, asked: str | None) -> list[int]:
         UserError: these are not steps, or the run has no such checkpoints.
     """
     settings_of(workdir)  # raises if this is not the folder of a run
+    check_run(workdir)
     known = checkpoint.steps(workdir)
     if not known:
         raise UserError(
@@ -113,9 +113,15 @@ def names_of(config: ml_collections.ConfigDict, objective: Objective, taught: bo
             f"method={config.method} has neither prototypes nor a memory; expected a run of a "
             "method that has. Choose another --workdir"
         )
-    params, carried = jax.eval_shape(objective.init, jax.random.key(0))
-    give = functools.partial(objective.banks, taught=taught)
-    return list(jax.eval_shape(give, params, params, carried, jax.random.key(0)))
+    names: list[str] = []
+
+    def give(key: Key[Array, ""]) -> None:
+        assert objective.banks is not None
+        params, carried = objective.init(key)
+        names.extend(objective.banks(params, params, carried, key, taught))
+
+    jax.eval_shape(give, jax.random.key(0))
+    return names
 
 
 def of_run(
@@ -140,7 +146,6 @@ def of_run(
             direction.
     """
     config, mesh = settings_of(workdir), make_mesh()
-    check_run(workdir)
     _, objective = objective_of(config, mesh)
     names = names_of(config, objective, network == "teacher")
     if layer is not None and layer not in names:
