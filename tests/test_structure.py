@@ -19,7 +19,6 @@ LAYERS = [
     {"recipes"},
     {"training"},
     {"evaluation"},
-    {"diagnosis"},
     {"check"},
     {"pretrained"},
     {"diagnosis"},

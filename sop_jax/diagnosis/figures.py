@@ -443,7 +443,7 @@ COLUMNS: dict[str, Callable[[Result], Any]] = {
     "ε": lambda result: f"{_at_paper(result)['eps']:g}",
     "unique": lambda result: _at_paper(result)["unique"],
     "unique, %": lambda result: 100 * _at_paper(result)["share"],
-    "largest redundancy": lambda result: _at_paper(result)["factors"][-1],
+    "largest redundancy": lambda result: max(_at_paper(result)["factors"] or [None]),
     "without images": lambda result: result["dead"],
     "perplexity": lambda result: result["marginal_perplexity"],
     "effective rank": lambda result: result["effective_rank"],
