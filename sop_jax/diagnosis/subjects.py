@@ -214,15 +214,13 @@ def make_reader(
     compiled = jax.jit(arrays, out_shardings=replicated(mesh))
 
     def read(student: Any, teacher: Any, carried: Any) -> list[Subject]:
-        found = compiled(student, teacher, carried)
-        return [
-            subject_of(name, rows, images, compared[name]) for name, (rows, images) in found.items()
-        ]
+        found = compiled(student, teacher, carried)  # by name, in another order
+        return [subject_of(name, *found[name], compared=compared[name]) for name in names]
 
     return read
 
 
-def subject_of(name: str, rows: Array, images: Array | None, compared: str) -> Subject:
+def subject_of(name: str, rows: Array, images: Array | None, *, compared: str) -> Subject:
     """Returns arrays that are on every device as arrays of the host."""
     vectors = np.asarray(rows.addressable_data(0), np.float32)
     if images is None:
