@@ -106,13 +106,13 @@ def test_baselines_are_compared_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_counting_unique_prototypes_is_timed() -> None:
-    rows = run("uniqueness", "--prototypes=3000", "--dim=64")["cases"]
+    rows = run("uniqueness", "--prototypes=3000", "--dim=256")["cases"]
     assert [row["case"] for row in rows] == ["distinct", "close", "collapsed"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] > row["grown_bytes"] for row in rows)
     distinct, close, collapsed = (row["unique"] for row in rows)
     assert set(distinct.values()) == {3000} and collapsed["0.025"] == 3
     assert 0.09 < rows[1]["pairs_within_widest"] < 0.11
-    assert close["0.1"] == 3000 > close["0.5"] > 1
+    assert close["0.001"] == 3000 > close["0.5"] > 1
 
 
 def test_evaluations_are_timed() -> None:

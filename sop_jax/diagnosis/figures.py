@@ -196,15 +196,13 @@ def _unique(results: Mapping[str, Result]) -> Picture:
         axis.plot(x, y, label=label, clip_on=False, **style)
     axis.set(ylim=(0, 100), ylabel="unique prototypes, %", xlabel="distance ε = 1 − cos")
     _log(axis, "x", subs=(1.0, 5.0))
-    distances = {_at_paper(result)["eps"] for result in results.values()}
-    at = f"ε = {distances.pop():g}" if len(distances) == 1 else f"the ε nearest to {PAPER:g}"
     axis.axvline(PAPER, color=INK, linewidth=0.8, linestyle=":")
     _legend(figure, axis)
     caption = (
         "Prototypes that no earlier representative covers at a distance ε. A line that stays at "
         "100 % has no redundant prototypes, and one that falls early has collapsed. The dotted "
         f"line is the partial-collapse paper's ε = {PAPER:g}; the legend has the numbers of unique "
-        f"prototypes at {at}."
+        f"prototypes at {_distances(results)}."
     )
     alt = "Share of unique prototypes against the distance. " + "; ".join(
         f"{name}: " + ", ".join(f"{100 * e['share']:.3g} % at {e['eps']:g}" for e in one["eps"])
@@ -236,7 +234,7 @@ def _shares(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
         "data of a unique prototype that stands for so many prototypes; dotted lines are the share "
         "that each would have if all had equal shares. Points that rise to the right mean that "
         "redundant prototypes serve dense regions of the data. Factors without any data are left "
-        "out. Distances ε: " + _distances(results) + "."
+        f"out. Here {_distances(results)}."
     )
     alt = "Average share of the data by redundancy factor. " + "; ".join(
         _alt_of_shares(name, _at_paper(result)) for name, result in results.items()
@@ -271,7 +269,7 @@ def _classes(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
     _legend(figure, axis)
     caption = (
         "The latent class of an image is its nearest prototype: of all prototypes (solid), and of "
-        "unique ones alone (dashed), at distances ε of " + _distances(results) + ". Where few "
+        f"unique ones alone (dashed), at {_distances(results)}. Where few "
         "prototypes are unique, the dashed line is higher and ends early: classes are coarse."
     )
     alt = "Images of each latent class, sorted. " + "; ".join(
@@ -306,11 +304,14 @@ def _knn(knn: Mapping[str, float], order: Sequence[str]) -> Picture:
 
 def _maps(maps: Mapping[str, Map]) -> Picture:
     """Draws maps of unique prototypes, one below the other, with the same colours."""
-    from matplotlib.colors import LogNorm
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
 
     figure, axes = _panels(len(maps), 0, height=4.2)
     largest = max(2, *(int(one.redundancy.max()) for one in maps.values()))
     norm = LogNorm(1, largest)
+    # Neither the darkest colours nor the brightest, which are hard to see on one of the themes.
+    colours = ListedColormap(colormaps["viridis"](np.linspace(0.2, 0.95, 256)))
     for axis, (name, one) in zip(axes, maps.items(), strict=True):
         order = np.argsort(one.redundancy, kind="stable")  # the redundant ones above the others
         x, y = one.at[order].T
@@ -319,10 +320,10 @@ def _maps(maps: Mapping[str, Map]) -> Picture:
             y,
             c=one.redundancy[order],
             s=float(np.clip(6000 / len(order), 4, 24)),
-            cmap="viridis",
+            cmap=colours,
             norm=norm,
             linewidths=0.3,
-            edgecolors="#808080",  # dark and bright points can be seen on any background
+            edgecolors="#808080",
             rasterized=True,
         )
         axis.set(title=f"{name}: M = {one.unique:,} at ε = {one.eps:g}", xticks=[], yticks=[])
@@ -401,11 +402,11 @@ def _at_paper(result: Result) -> Mapping[str, Any]:
 
 
 def _distances(results: Mapping[str, Result]) -> str:
-    """Returns the distances of figures that show one: a single number if all have the same."""
+    """Returns the distances that figures of a single one show, such as `ε = 0.025`."""
     chosen = {name: f"{_at_paper(result)['eps']:g}" for name, result in results.items()}
     if len(set(chosen.values())) == 1:
-        return next(iter(chosen.values()))
-    return ", ".join(f"{distance} ({name})" for name, distance in chosen.items())
+        return f"ε = {next(iter(chosen.values()))}"
+    return "ε = " + ", ".join(f"{distance} ({name})" for name, distance in chosen.items())
 
 
 # Files

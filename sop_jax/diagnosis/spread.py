@@ -8,7 +8,7 @@ from scipy.special import entr
 
 from sop_jax.diagnosis.uniqueness import lengths_of, unit
 
-MOST = 65536  # rows of which all pairs are compared
+MOST = 16384  # rows of which all pairs are compared, which takes some seconds
 TILE, COLUMNS = 1024, 4096  # pairs at a time
 NOISE = 1e-12  # smaller eigenvalues of unit rows, relative to the sum, are rounding errors
 
