@@ -195,7 +195,7 @@ def paper() -> ml_collections.ConfigDict:
             warmup_steps=config_dict.placeholder(int),
             weight_decay=(0.04, 0.4),
             clip=3.0,  # 0 for no clipping
-            clip_kind="tensor",  # tensor | global
+            clip_kind="tensor",  # tensor | global, without prototypes that have an own optimizer
             momentum=(0.994, 1.0),  # of the teacher
         )
     )

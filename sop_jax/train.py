@@ -181,7 +181,7 @@ def prepare(status: resume.Status, workdir: epath.Path) -> Parts:
     test = open_source(config.data, "test", train)
     data = resume.data_of(train, test)
     devices = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
-    hosts.check_agreement({**resume.facts(data), "devices": devices})
+    hosts.check_agreement({**resume.facts(data), **resume.file_facts(config), "devices": devices})
     notes = [*status.notes, *sources.notes(train, test)]
     notes += resume.check_data(config, data, workdir)
     run = assemble(config, mesh, len(train))

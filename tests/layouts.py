@@ -21,11 +21,13 @@ from sop_jax.training.assemble import Run, assemble
 
 STEPS = 3
 
-# Settings of the methods other than SOP, and what they require of the rest of a run. High
-# temperatures keep rounding errors from growing from step to step.
+# Settings of the methods other than SOP, and what they require of the rest of a run. A word after
+# the name of a method is a variant. High temperatures keep rounding errors from growing from step
+# to step.
 TEMPERATURES = dict(
     student_temperature=0.3, teacher_temperature=(0.2, 0.25), temperature_warmup_steps=2
 )
+DECOUPLED = dict(prototypes=24, prior="none", **TEMPERATURES)
 METHODS: dict[str, dict[str, Any]] = {
     "dino": dict(dino=dict(prototypes=24, koleo_prototypes=0.1, koleo_partition=7, **TEMPERATURES)),
     "ibot": dict(
@@ -54,12 +56,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "decoupled": dict(
         decoupled=dict(
             loss="ibot",
-            prototypes=24,
             patch_prototypes=20,
             patch_teacher_temperature=(0.2, 0.25),
-            prior="none",
-            **TEMPERATURES,
+            **DECOUPLED,
         )
+    ),
+    "decoupled dino": dict(
+        decoupled=dict(loss="dino", marginal="probability_centering", **DECOUPLED)
+    ),
+    "decoupled carp": dict(
+        decoupled=dict(loss="carp", prototypes=26, block=6), head=dict(unit=False)
     ),
     "swav": dict(  # the queue is full, and used, in the third step
         swav=dict(prototypes=24, queue=32, queue_start_steps=0, freeze_steps=1, **TEMPERATURES),
@@ -99,7 +105,7 @@ def make_config(
         ),
         mask=dict(ratio=(0.5, 0.5)),
     )
-    config.method = method
+    config.method = method.split()[0]
     config.update(METHODS.get(method, {}))
     if family == "swin":  # the first of its four stages shifts its windows
         config.augment.update(dict(global_size=64, local_size=32))

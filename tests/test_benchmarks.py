@@ -261,6 +261,22 @@ def test_the_methods_are_tabulated_from_rows_of_their_present_settings(family: M
 
 
 @pytest.mark.slow
+def test_the_finite_steps_of_methods_are_counted(
+    family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = family.recipe("dino")
+    recipe.model.depth = 1
+    monkeypatch.setattr(family, "recipe", lambda _: recipe)
+    assert family.print_finite(["dino"], 3)
+    *_, single, half = capsys.readouterr().out.splitlines()
+    assert single.startswith("| dino | float32 | ") and single.endswith(" | 3 of 3 |")
+    assert half.startswith("| dino | bfloat16 | ") and half.endswith(" | 3 of 3 |")
+    recipe.optim.update(dict(lr=1e30, warmup_steps=0))
+    first, _, count = family.finite(recipe, 3)
+    assert math.isfinite(first) and count < 3
+
+
+@pytest.mark.slow
 def test_the_steps_of_methods_are_compared_with_that_of_sop(family: ModuleType):
     lines = family.compare(["massl"], rounds=1, repeats=1).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| sop", "| massl"]

@@ -16,7 +16,7 @@ from sop_jax.check import check_config
 from sop_jax.config import paper
 from sop_jax.errors import UserError
 from sop_jax.objectives.methods import METHODS
-from sop_jax.objectives.sop.objective import temperatures
+from sop_jax.objectives.temperatures import temperatures
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.schedules import run_length
 from sop_jax.settings import flatten

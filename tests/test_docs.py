@@ -144,6 +144,8 @@ def test_settings_and_defaults_are_those_of_the_method(name: str) -> None:
 
 def test_settings_of_heads_and_optimizers_are_those_of_a_run():
     found, config = rows(sections_of_methods()["Heads and optimizers"]), paper()
-    expected = {key: config.optim[key] for key in ("kind", "sgd_momentum", "trust")}
+    expected = {
+        key: config.optim[key] for key in ("kind", "sgd_momentum", "trust", "clip", "clip_kind")
+    }
     expected |= dict(config.head.items())
     assert found == {key: shown(default) for key, default in expected.items()}

@@ -122,6 +122,20 @@ def test_only_a_method_itself_knows_its_settings() -> None:
             assert not any(name.startswith("objectives.sop") for name in ours(file)), file.name
 
 
+SHARED = ("blocks", "checks", "health", "losses", "memory", "objective", "patches", "temperatures")
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_methods_share_knows_none_of_them(name: str) -> None:
+    others = {other for other in ours(PACKAGE / "objectives" / f"{name}.py") if "objec" in other}
+    assert others <= {f"objectives.{shared}" for shared in SHARED}
+
+
+def test_sop_does_not_know_the_parts_of_methods_that_learn_prototypes() -> None:
+    for file in (PACKAGE / "objectives" / "sop").glob("*.py"):
+        assert not any(name.startswith("objectives.prototypical") for name in ours(file)), file.name
+
+
 def test_configs_import_only_the_settings() -> None:
     for file in (ROOT / "configs").glob("*.py"):
         assert ours(file) <= {"config", "recipes"}, file.name

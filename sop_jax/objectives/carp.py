@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sop_jax.errors import UserError
+from sop_jax.objectives.blocks import block_log_softmax, check_block, random_blocks
 from sop_jax.objectives.losses import by_view, different_views, sum_over_views, views_at_once
 from sop_jax.objectives.objective import Method, Now, Objective
 from sop_jax.objectives.prototypical import settings as shared_settings
-from sop_jax.objectives.prototypical.blocks import block_log_softmax, check_block, random_blocks
 from sop_jax.objectives.prototypical.layers import Prototypes, logits
 from sop_jax.objectives.prototypical.objective import Source, prototypical
 from sop_jax.objectives.prototypical.priors import mean_to_prior, prior_to_mean
@@ -169,4 +169,5 @@ CARP = Method(
     cls_only={},
     warmups=shared_settings.warmups("carp"),
     scopes=(),
+    files=shared_settings.files,
 )

@@ -34,7 +34,13 @@ from sop_jax.objectives.prototypical.mixture import (
     start_at,
     update,
 )
-from sop_jax.objectives.prototypical.objective import Levels, Source, learnt, prototypical
+from sop_jax.objectives.prototypical.objective import (
+    Levels,
+    Source,
+    counts_of,
+    learnt,
+    prototypical,
+)
 from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, STEPS, each, less_than, one_of, unset_or
 from sop_jax.schedules import Length, duration, ramp
 
@@ -77,9 +83,18 @@ def settings() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(carp.settings().to_dict() | own)
 
 
-def has_own_patches(section: ml_collections.ConfigDict) -> bool:
-    """Whether patches have prototypes of their own, which learn by gradient."""
-    return bool(section.loss == "ibot" and section.patch_weight and section.patch_prototypes)
+def takes_patches(section: ml_collections.ConfigDict) -> bool:
+    """Whether there is a loss of masked patches."""
+    return bool(section.loss == "ibot" and section.patch_weight)
+
+
+def learning(section: ml_collections.ConfigDict) -> dict[str, int]:
+    """Returns the number of prototypes of patches, which learn by gradient; {} if there are none.
+
+    Patches may share the prototypes of [CLS], which are the means of the mixture.
+    """
+    counts = counts_of(section, takes_patches(section))
+    return {name: count for name, count in counts.items() if name != "cls"}
 
 
 def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source:
@@ -93,7 +108,7 @@ def mixed(config: ml_collections.ConfigDict, dim: int, length: Length) -> Source
         length: the length of the run.
     """
     section = config.decoupled
-    counts = {"patch": section.patch_prototypes} if has_own_patches(section) else {}
+    counts = learning(section)
     patches = learnt(config, dim, length, counts)
 
     def init(key: Key[Array, ""]) -> tuple[Params, Mixture]:
@@ -148,8 +163,7 @@ def build(
     if section.loss == "carp":
         base = carp.carp(config, dim, mesh, length, source)
     else:
-        takes_patches = section.loss == "ibot" and section.patch_weight
-        most = most_masked(grid, config.mask) if takes_patches else 0
+        most = most_masked(grid, config.mask) if takes_patches(section) else 0
         base = prototypical(config, dim, mesh, length, source=source, most_masked=most)
 
     def measure(
@@ -175,35 +189,39 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
         UserError: they do not fit each other or those of the run.
     """
-    shared.check(config, unit=False)
     section = config.decoupled
-    if section.loss == "carp":
-        carp.check_blocks(config)
     no_patches = not FAMILIES[config.model.family].patches
-    if section.loss == "ibot" and section.patch_weight and no_patches:
+    if takes_patches(section) and no_patches:
         raise UserError(
             f"decoupled.loss is ibot, but model.family={config.model.family} has no patches; set "
             "--config.decoupled.patch_weight=0 or --config.decoupled.loss=dino"
         )
+    shared.check(config, unit=False, patches=takes_patches(section))
+    if section.loss == "carp":
+        carp.check_blocks(config)
 
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the settings that have no effect because of others, and the reason for each."""
-    section, reasons = config.decoupled, shared.without_use(config)
+    section = config.decoupled
+    reasons = shared.without_use(config, takes_patches(section))
     because = f"decoupled.loss is {section.loss}"
     unused = [] if section.loss == "carp" else ["block"]
     if section.loss != "ibot":
         unused += list(ibot.PATCH_RULES)
-        reasons |= shared.no_masks(config)
     elif not section.patch_weight:
         because += " and decoupled.patch_weight is 0"
         unused += [name for name in ibot.PATCH_RULES if name != "patch_weight"]
     elif not section.patch_prototypes:
         because += " and decoupled.patch_prototypes is 0"
-    if not has_own_patches(section):
+    if not learning(section):
         # The prototypes of [CLS] are unit vectors that learn by no gradient.
         unused += ["layer", "freeze_epochs", "freeze_steps", "koleo_prototypes"]
-    return reasons | {f"decoupled.{name}": because for name in unused}
+    reasons |= {f"decoupled.{name}": because for name in unused}
+    if section.beta[0] == section.beta[1]:
+        for name in ("beta_warmup_epochs", "beta_warmup_steps"):
+            reasons[f"decoupled.{name}"] = f"decoupled.beta is {section.beta[1]:g} from the start"
+    return reasons
 
 
 DECOUPLED = Method(
@@ -220,4 +238,5 @@ DECOUPLED = Method(
         "decoupled.beta_warmup": "the responsibilities are fully annealed",
     },
     scopes=(),
+    files=shared.files,
 )

@@ -32,4 +32,5 @@ DINO = Method(
     cls_only={},
     warmups=shared.warmups("dino"),
     scopes=(),
+    files=shared.files,
 )

@@ -41,9 +41,18 @@ def build(
     return prototypical(config, dim, mesh, length, most_masked=most)
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Checks the settings that methods with prototypes share, and that patches are masked.
+
+    Raises:
+        UserError: they do not fit each other or those of the run.
+    """
+    shared.check(config, patches=bool(config.ibot.patch_weight))
+
+
 def without_use(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns iBOT's settings that have no effect because of others, and the reason for each."""
-    reasons = shared.without_use(config)
+    reasons = shared.without_use(config, patches=bool(config.ibot.patch_weight))
     if not config.ibot.patch_weight:
         for name in ("patch_prototypes", "patch_teacher_temperature"):
             reasons[f"ibot.{name}"] = "ibot.patch_weight is 0"
@@ -54,11 +63,12 @@ IBOT = Method(
     settings=settings,
     build=build,
     rules=shared.rules("ibot", **PATCH_RULES),
-    check=shared.check,
+    check=check,
     without_use=without_use,
     batch_limit=lambda config: None,
     any_batch={},
     cls_only={"ibot.patch_weight": 0.0},
     warmups=shared.warmups("ibot"),
     scopes=(),
+    files=shared.files,
 )

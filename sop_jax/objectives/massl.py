@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
-from ml_collections import config_dict
 
 from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
+from sop_jax.objectives import temperatures
+from sop_jax.objectives.blocks import block_log_softmax, check_block, random_blocks
+from sop_jax.objectives.checks import check_memory, check_views, no_masks
 from sop_jax.objectives.losses import cls_loss, different_views, views_at_once
 from sop_jax.objectives.memory import by_age, flat_rows, init_memory, newest_first, push
 from sop_jax.objectives.objective import (
@@ -29,21 +31,15 @@ from sop_jax.objectives.objective import (
 )
 from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.prototypical import health
-from sop_jax.objectives.prototypical.blocks import block_log_softmax, check_block, random_blocks
-from sop_jax.objectives.prototypical.objective import check_memory, temperatures
-from sop_jax.objectives.prototypical.settings import check_views, no_masks
 from sop_jax.parallel.search import take
-from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, STEPS, TRUTH, each, unset_or
+from sop_jax.rules import COUNT
 from sop_jax.schedules import Length
 
 RULES = {
     "massl.memory": COUNT,
     "massl.block": COUNT,
-    "massl.student_temperature": POSITIVE,
-    "massl.teacher_temperature": each(POSITIVE, 2),
-    "massl.temperature_warmup_epochs": NOT_NEGATIVE,
-    "massl.temperature_warmup_steps": unset_or(STEPS),
-    "massl.temperature_by_epoch": TRUTH,
+    **{f"massl.{key}": rule for key, rule in temperatures.RULES.items()},
+    **{f"massl.{key}": rule for key, rule in temperatures.BY_EPOCH.items()},
 }
 
 
@@ -53,11 +49,7 @@ def settings() -> ml_collections.ConfigDict:
         dict(
             memory=131072,  # rows
             block=16384,  # rows in each block
-            student_temperature=0.1,
-            teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
-            temperature_warmup_epochs=30.0,
-            temperature_warmup_steps=config_dict.placeholder(int),
-            temperature_by_epoch=False,  # whether it changes only between epochs
+            **temperatures.settings(temperature_by_epoch=False),
         )
     )
 
@@ -180,7 +172,7 @@ def massl(config: ml_collections.ConfigDict, dim: int, mesh: Mesh, length: Lengt
     return Objective(
         student_views=student_views,
         teacher_views=teacher_views,
-        schedules=temperatures(section, length),
+        schedules=temperatures.temperatures(section, length),
         optimizers={},
         terms=("cls",),
         init=init,
@@ -224,15 +216,20 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_block("massl", config.massl.block, "memory", memory)
 
 
+def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns the settings that have no effect with MaSSL, and the reason for each."""
+    return no_masks(config) | temperatures.without_use(config)
+
+
 MASSL = Method(
     settings=settings,
     build=build,
     rules=RULES,
     check=check,
-    without_use=no_masks,
+    without_use=without_use,
     batch_limit=lambda config: (config.massl.memory, "massl.memory"),
     any_batch={},
     cls_only={},
-    warmups={"massl.temperature_warmup": "the teacher's temperature reaches its final value"},
+    warmups=temperatures.warmups("massl"),
     scopes=(),
 )

@@ -21,7 +21,7 @@ from sop_jax.errors import UserError
 from sop_jax.models import FAMILIES
 from sop_jax.objectives.objective import Method, Objective, PatchIndices, Select, Selection
 from sop_jax.objectives.prototypical import settings as shared
-from sop_jax.objectives.prototypical.objective import learnt, prototypical
+from sop_jax.objectives.prototypical.objective import counts_of, learnt, prototypical
 from sop_jax.rules import less_than
 from sop_jax.schedules import Length
 
@@ -81,9 +81,10 @@ def build(
     """Returns the objective of a run, see `objective.Build`."""
     del grid
     views = config.augment.global_crops + config.augment.local_crops
+    counts = counts_of(config[config.method])
     objective = prototypical(
         *(config, dim, mesh, length),
-        source=learnt(config, dim, length, average=False, plain=True),
+        source=learnt(config, dim, length, counts, average=False, plain=True),
         student_views=range(1, views),
         teacher_views=(0,),
     )
@@ -119,6 +120,7 @@ def method(name: str, settings: Callable[[], ml_collections.ConfigDict]) -> Meth
         cls_only={f"{name}.patch_drop": 0.0},
         warmups=shared.warmups(name),
         scopes=(),
+        files=shared.files,
     )
 
 

@@ -327,6 +327,8 @@ class Method(NamedTuple):
             during each.
         scopes: the names of `jax.named_scope` in the objective's functions, by which operations
             are counted.
+        files: a function of the config that returns a digest of what the run reads from each file
+            that a setting names, by that setting. A run resumes only if they are the same.
     """
 
     settings: Callable[[], ml_collections.ConfigDict]
@@ -339,3 +341,4 @@ class Method(NamedTuple):
     cls_only: Mapping[str, Any]
     warmups: Mapping[str, str]
     scopes: tuple[str, ...]
+    files: Callable[[ml_collections.ConfigDict], dict[str, str]] = lambda config: {}

@@ -138,4 +138,5 @@ SWAV = Method(
     cls_only={},
     warmups=shared.warmups("swav"),
     scopes=(),
+    files=shared.files,
 )

@@ -40,7 +40,7 @@ def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Sc
 
 
 def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
-    """Returns a warning for each setting that reaches beyond the end of the run.
+    """Returns a warning for each setting in use that reaches beyond the end of the run.
 
     Args:
         config: the config of the run.
@@ -49,7 +49,10 @@ def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> l
     """
     found = []
     own = {"optim.warmup": "the learning rate reaches its peak"}
+    unused = method_of(config).without_use(config)
     for key, happens in {**own, **method_of(config).warmups}.items():
+        if f"{key}_steps" in unused:
+            continue
         section, name = key.split(".")
         asked = duration(config[section], f"{name}_", epoch)
         if asked > steps:
@@ -59,7 +62,7 @@ def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> l
                 f"shorter one with --config.{key}_steps=N"
             )
     start = duration(config.mask, "start_", epoch)
-    if start >= steps and config.mask.none < 1:
+    if start >= steps and config.mask.none < 1 and "mask.start_steps" not in unused:
         found.append(
             f"warning: masks start at step {start}, but the run has only {steps} steps: nothing is "
             "ever masked. Start them earlier with --config.mask.start_steps=N"

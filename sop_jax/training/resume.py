@@ -42,7 +42,7 @@ class Status(NamedTuple):
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Status:
-    """Checks that the folder of a run is new, or belongs to a run with this config.
+    """Checks that the folder of a run is new, or belongs to a run with this config and its files.
 
     Args:
         config: the requested config.
@@ -69,6 +69,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Sta
     config, notes = follow(config, old, config_lib.version_of(workdir))
     longer, different = changed_durations(old, config, lambda: _images(config, workdir))
     different = sorted([*changes(old, config, _names(durations(old))), *different])
+    files, unrecorded = changed_files(config, workdir)
+    different += files
+    notes += unrecorded
     if different:
         raise UserError(
             f"{workdir} belongs to a run with other settings:\n  "
@@ -189,6 +192,32 @@ def changed_durations(
     return longer, lines
 
 
+def changed_files(
+    config: ml_collections.ConfigDict, workdir: epath.Path
+) -> tuple[list[str], list[str]]:
+    """Compares what a run reads from the files that its method's settings name, then and now.
+
+    Args:
+        config: the config of the run.
+        workdir: the folder of the run.
+
+    Returns:
+        The differences, one line each, and a note for each file of which there is no record.
+    """
+    began = (_read_data(workdir) or {}).get("files", {})
+    lines, notes = [], []
+    for key, digest in method_of(config).files(config).items():
+        path = flatten(config)[key]
+        if key not in began:
+            notes.append(
+                f"{workdir} has no record of what the run read from {key}={path}. The present "
+                "content is recorded instead."
+            )
+        elif began[key] != digest:
+            lines.append(f"{key}: {path} has other content than when the run began")
+    return lines, notes
+
+
 def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> list[str]:
     """Checks that the data of a run is the data that it began with.
 
@@ -248,9 +277,17 @@ def facts(data: Data) -> dict[str, Any]:
     return known
 
 
+def file_facts(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns what all processes must read from the files that the method's settings name."""
+    files = method_of(config).files(config)
+    return {f"the content of {key}": digest for key, digest in files.items()}
+
+
 def save(config: ml_collections.ConfigDict, data: Data, workdir: epath.Path) -> None:
-    """Writes the data's identity and then the settings of a run to its workdir."""
-    write_whole(workdir / _DATA, json.dumps(data, indent=2) + "\n")
+    """Writes the identity of a run's data and files, and then its settings, to its workdir."""
+    files = method_of(config).files(config)
+    record = {**data, **({"files": files} if files else {})}
+    write_whole(workdir / _DATA, json.dumps(record, indent=2) + "\n")
     config_lib.save(config, workdir)
 
 
@@ -269,16 +306,23 @@ def recorded(workdir: epath.Path) -> Data | None:
     Raises:
         UserError: the record is damaged.
     """
+    saved = _read_data(workdir)
+    return saved and {split: saved[split] for split in SPLITS}
+
+
+def _read_data(workdir: epath.Path) -> dict[str, Any] | None:
+    """Returns the record of the data and files that a run began with; None if there is none."""
     path = workdir / _DATA
     if not path.exists():
         return None
     try:
         saved = json.loads(path.read_text())
-        return {
+        found: dict[str, Any] = {
             split: saved[split]
             and Identity(images=saved[split]["images"], names=saved[split]["names"])
             for split in SPLITS
         }
+        return found | {"files": dict(saved.get("files", {}))}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}, the record of the data of this run, is damaged: expected the number and the "

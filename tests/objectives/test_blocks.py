@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sop_jax.objectives.prototypical.blocks import block_log_softmax, random_blocks
+from sop_jax.objectives.blocks import block_log_softmax, random_blocks
 
 
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (13, 4), (4, 4), (7, 1)])

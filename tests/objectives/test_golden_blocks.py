@@ -11,9 +11,9 @@ from golden_numbers import Found, differences, exact, unnoticed
 from small import small_config
 
 from sop_jax.objectives import memory
+from sop_jax.objectives.blocks import random_blocks
 from sop_jax.objectives.methods import METHODS
 from sop_jax.objectives.objective import Outputs
-from sop_jax.objectives.prototypical.blocks import random_blocks
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.schedules import Length
 

@@ -11,8 +11,8 @@ import pytest
 
 from sop_jax.check import check_config, without_use
 from sop_jax.errors import UserError
-from sop_jax.objectives.prototypical.objective import temperatures
 from sop_jax.objectives.prototypical.settings import prior_of
+from sop_jax.objectives.temperatures import temperatures
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.recipes import digits
 from sop_jax.schedules import Length, by_epoch
@@ -62,6 +62,23 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "partitions of one": (
         *("dino", {"dino.koleo_prototypes": 0.1, "dino.koleo_partition": 1}),
         r"dino\.koleo_partition is 1; expected 2 or more",
+    ),
+    "patches that are never masked": (
+        *("ibot", {"mask.none": 1.0}),
+        r"mask\.none is 1 .* none of the 16 patches .* ibot\.patch_weight is 1, .*"
+        r"--config\.mask\.none=0\.5 .*, or --config\.ibot\.patch_weight=0",
+    ),
+    "masks of less than a patch": (
+        *("ibot", {"mask.ratio": (0.0, 0.06)}),
+        r"mask\.ratio \(0\.0, 0\.06\), so that none of the 16 patches",
+    ),
+    "decoupled patches that are never masked": (
+        *("decoupled", {"decoupled.loss": "ibot", "mask.ratio": (0.0, 0.0)}),
+        r"mask\.ratio \(0\.0, 0\.0\), .* decoupled\.patch_weight is 1",
+    ),
+    "patches of SOP that are never masked": (
+        *("sop", {"mask.none": 1.0}),
+        r"mask\.none is 1 .* sop\.patch\.tasks is 1, .*or --config\.sop\.patch\.tasks=0",
     ),
     "an average of students": (
         *("swav", {"swav.prototypes": 64}),
@@ -130,6 +147,30 @@ def test_prototypes_that_cannot_fit_are_named_before_compilation(name: str) -> N
         assemble(config, make_mesh(1), 1000)
 
 
+def test_a_loss_of_weight_zero_needs_no_masks() -> None:
+    check_config(changed("ibot", **{"mask.none": 1.0, "ibot.patch_weight": 0.0}))
+    check_config(changed("sop", **{"mask.none": 1.0, "sop.patch.tasks": 0}))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_prototypes_of_patches_exist_only_for_a_loss(weight: float) -> None:
+    own = {"ibot.patch_prototypes": 20, "ibot.patch_weight": weight, "ibot.prototypes": 24}
+    run = assemble(changed("ibot", **own), make_mesh(1), 1000)
+    levels = run.abstract.student["objective"]["prototypes"]
+    assert {name: len(level["direction"]) for name, level in levels.items()} == (
+        {"cls": 24, "patch": 20} if weight else {"cls": 24}
+    )
+    assert ("patch_teacher_temperature" in run.objective.schedules) == (weight > 0)
+
+
+@pytest.mark.parametrize("loss", ["carp", "dino"])
+def test_decoupled_prototypes_of_patches_count_only_for_their_loss(loss: str) -> None:
+    own = {"decoupled.patch_prototypes": 10**12, "decoupled.loss": loss}
+    small = {"decoupled.prototypes": 24, "decoupled.block": 6}
+    run = assemble(changed("decoupled", **own, **small), make_mesh(1), 1000)
+    assert "patch_teacher_temperature" not in run.objective.schedules
+
+
 def test_epochs_begin_at_their_first_step() -> None:
     for epoch in range(1, 400):
         value = jax.jit(by_epoch(lambda index: index, float(epoch)))
@@ -151,7 +192,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "local views": ("capi", {}, r"augment\.local_crops is 4, but capi does not see local views"),
     "nothing hidden": (
         *("capi", {"augment.local_crops": 0, "mask.ratio": (0.0, 0.0)}),
-        r"so that nothing is hidden; .* --config\.mask\.ratio=0\.65,0\.65",
+        r"is ever masked, but capi learns from hidden .* --config\.mask\.ratio=0\.65,0\.65",
+    ),
+    "less than a patch hidden": (
+        *("capi", {"augment.local_crops": 0, "mask.ratio": (0.0, 0.06)}),
+        r"none of the 16 patches of a view is ever masked, but capi learns from hidden",
     ),
     "hidden late": (
         *("capi", {"augment.local_crops": 0, "mask.start_steps": 10}),

@@ -27,6 +27,7 @@ from sop_jax.objectives.capi.clustering import (
     init_clustering,
 )
 from sop_jax.objectives.capi.health import verdict
+from sop_jax.objectives.checks import check_memory
 from sop_jax.objectives.losses import cross_entropy, views_at_once
 from sop_jax.objectives.objective import (
     Bank,
@@ -40,7 +41,6 @@ from sop_jax.objectives.objective import (
 from sop_jax.objectives.prototypical.health import assignment_signs
 from sop_jax.objectives.prototypical.layers import init_prototypes, logits
 from sop_jax.objectives.prototypical.layers import rows as rows_of
-from sop_jax.objectives.prototypical.objective import check_memory
 from sop_jax.parallel.mesh import gatherer
 from sop_jax.schedules import Length, Schedule, duration, learning_rate
 

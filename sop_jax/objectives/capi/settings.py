@@ -7,6 +7,7 @@ from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
 from sop_jax.models import token_side
 from sop_jax.objectives.capi.objective import capi
+from sop_jax.objectives.checks import check_masked
 from sop_jax.objectives.objective import Method, Objective
 from sop_jax.rules import COUNT, NOT_NEGATIVE, POSITIVE, positive
 from sop_jax.schedules import Length
@@ -66,12 +67,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"augment.local_crops is {config.augment.local_crops}, but capi does not see local "
             "views; set --config.augment.local_crops=0"
         )
-    if config.mask.none == 1 or config.mask.ratio[1] == 0:
-        raise UserError(
-            f"mask.none is {config.mask.none:g} and mask.ratio {tuple(config.mask.ratio)}, so that "
-            "nothing is hidden; capi learns from hidden patches only; for example, set "
-            "--config.mask.none=0 --config.mask.ratio=0.65,0.65"
-        )
+    check_masked(
+        config,
+        "capi learns from hidden patches only",
+        "--config.mask.none=0 --config.mask.ratio=0.65,0.65",
+    )
     if config.mask.start_steps or (config.mask.start_steps is None and config.mask.start_epochs):
         raise UserError(
             "masks start after the first step, and until then the encoder of capi would not learn, "

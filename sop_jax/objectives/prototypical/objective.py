@@ -16,8 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from sop_jax.compiled.device_memory import bytes_limit, in_gib
-from sop_jax.errors import UserError
+from sop_jax.objectives.checks import check_memory
 from sop_jax.objectives.losses import by_view, cls_loss, different_views, mim_loss, views_at_once
 from sop_jax.objectives.objective import (
     Bank,
@@ -43,10 +42,9 @@ from sop_jax.objectives.prototypical.layers import (
 from sop_jax.objectives.prototypical.marginals import CENTERS, Marginal, marginal
 from sop_jax.objectives.prototypical.priors import mean_to_prior, prior_to_mean
 from sop_jax.objectives.prototypical.settings import prior_of
+from sop_jax.objectives.temperatures import temperatures
 from sop_jax.parallel.mesh import gatherer
-from sop_jax.schedules import Length, Schedule, by_epoch, constant, duration, ramp
-
-COPIES = 5  # of each prototype: student, teacher, gradient, and two moments of AdamW
+from sop_jax.schedules import Length, duration
 
 Levels = dict[str, Prototypes]  # the prototypes of "cls" and, if they have a loss, of "patch"
 
@@ -153,17 +151,22 @@ class Source(NamedTuple):
     optimizers: dict[str, Optimize]
 
 
-def counts_of(section: ml_collections.ConfigDict) -> dict[str, int]:
-    """Returns the number of prototypes of each level; patches may share those of [CLS]."""
-    patches = section.get("patch_prototypes", 0)
-    return {"cls": section.prototypes} | ({"patch": patches} if patches else {})
+def counts_of(section: ml_collections.ConfigDict, patches: bool = False) -> dict[str, int]:
+    """Returns the number of prototypes of each level.
+
+    Args:
+        section: the settings of the method.
+        patches: whether there is a loss of patches, which may share the prototypes of [CLS].
+    """
+    own = section.patch_prototypes if patches else 0
+    return {"cls": section.prototypes} | ({"patch": own} if own else {})
 
 
 def learnt(
     config: ml_collections.ConfigDict,
     dim: int,
     length: Length,
-    counts: Mapping[str, int] | None = None,
+    counts: Mapping[str, int],
     average: bool = True,
     plain: bool = False,
 ) -> Source:
@@ -173,13 +176,12 @@ def learnt(
         config: the config of the run.
         dim: d, the numbers in an embedding.
         length: the length of the run.
-        counts: the number of prototypes of each level that learns; those of `counts_of` by default.
+        counts: the number of prototypes of each level that learns, see `counts_of`.
         average: whether the targets use the moving average of the prototypes, as in DINO, or the
             student's own, as in MSN.
         plain: whether their gradients are neither clipped nor decayed, as in MSN.
     """
     section = config[config.method]
-    counts = counts_of(section) if counts is None else counts
 
     def init(key: Key[Array, ""]) -> tuple[Params, Any]:
         keys = jax.random.split(key, len(counts))
@@ -226,59 +228,6 @@ def frozen(network: Network, steps: int, plain: bool) -> optax.GradientTransform
     return optax.transforms.conditionally_mask(begun, lambda step: step >= steps)
 
 
-def temperatures(section: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
-    """Returns the schedules of the temperatures of student and teacher.
-
-    Args:
-        section: the settings of the method.
-        length: the length of the run.
-    """
-    warmup = min(duration(section, "temperature_warmup_", length.epoch), length.steps)
-
-    def rise(ends: tuple[float, float]) -> Schedule:
-        if section.temperature_by_epoch:
-            return by_epoch(ramp(ends, round(warmup / length.epoch)), length.epoch)
-        return ramp(ends, warmup)
-
-    found = {
-        "teacher_temperature": rise(section.teacher_temperature),
-        "student_temperature": constant(section.student_temperature),
-    }
-    if section.get("patch_weight"):
-        found["patch_teacher_temperature"] = rise(section.patch_teacher_temperature)
-    return found
-
-
-def check_memory(
-    config: ml_collections.ConfigDict, counts: Mapping[str, int], dim: int, mesh: Mesh
-) -> None:
-    """Checks that prototypes, or rows that serve as such, fit the memory of a device.
-
-    This is arithmetic: what counts are their copies in the state, and the teacher's logits.
-
-    Args:
-        config: the config of the run.
-        counts: the numbers of prototypes, by the settings that they are from.
-        dim: the numbers in a prototype.
-        mesh: the devices.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    limit, total = bytes_limit(list(mesh.devices.flat)), sum(counts.values())
-    views = config.batch_size * config.augment.global_crops / mesh.devices.size
-    wanted = COPIES * total * (dim + 1) * 4 / mesh.shape["fsdp"] + views * total * 4
-    if limit is not None and wanted > limit:
-        raise UserError(
-            " and ".join(f"{name} is {count}" for name, count in counts.items())
-            + f": with {dim} numbers each, their copies in student, teacher and optimizer and the "
-            f"teacher's logits of {views:g} views per device take {in_gib(wanted)} of the "
-            f"{in_gib(limit)} per device; expected less; use fewer with "
-            f"--config.{max(counts, key=lambda name: counts[name])}, or more devices with "
-            "--config.mesh.fsdp"
-        )
-
-
 def prototypical(
     config: ml_collections.ConfigDict,
     dim: int,
@@ -314,15 +263,15 @@ def prototypical(
         UserError: the prototypes do not fit the devices.
     """
     section = config[config.method]
-    counts = {f"{config.method}.prototypes": section.prototypes}
-    if section.get("patch_weight") and section.patch_prototypes:
-        counts[f"{config.method}.patch_prototypes"] = section.patch_prototypes
-    check_memory(config, counts, dim, mesh)
+    counts = counts_of(section, patches=most_masked > 0)
+    settings = {"cls": "prototypes", "patch": "patch_prototypes"}
+    by_setting = {f"{config.method}.{settings[name]}": count for name, count in counts.items()}
+    check_memory(config, by_setting, dim, mesh)
     globals_, locals_ = config.augment.global_crops, config.augment.local_crops
     student_views = tuple(range(globals_ + locals_) if student_views is None else student_views)
     teacher_views = tuple(range(globals_) if teacher_views is None else teacher_views)
     pairs = different_views(student_views, teacher_views)
-    source = source or learnt(config, dim, length)
+    source = source or learnt(config, dim, length, counts)
     gather = gatherer(mesh)
     layer, prior = section.layer, prior_of(config)
 
@@ -333,7 +282,7 @@ def prototypical(
 
     marginals = {"cls": of_cls or of(section.prototypes)}
     if most_masked:
-        marginals["patch"] = of(section.patch_prototypes or section.prototypes)
+        marginals["patch"] = of(counts.get("patch", counts["cls"]))
     # A center averages the logits of all patches, as in iBOT; what balances a batch does so over
     # the patches that have a loss, as in DINOv2.
     all_patches = section.marginal in CENTERS
@@ -378,8 +327,8 @@ def prototypical(
         if most_masked:
             patches = jnp.moveaxis(teacher.patches, 0, 2)  # [Q M B d]
             embeddings["patch"] = patches.reshape(-1, *patches.shape[2:])
-            counts = jnp.ones(patches.shape[:3]) if all_patches else jnp.moveaxis(masked, 0, 2)
-            weights["patch"] = counts.reshape(-1, counts.shape[-1]).astype(jnp.float32)
+            counted = jnp.ones(patches.shape[:3]) if all_patches else jnp.moveaxis(masked, 0, 2)
+            weights["patch"] = counted.reshape(-1, counted.shape[-1]).astype(jnp.float32)
         offsets, states = {}, {}
         for name, own in marginals.items():
             sharp, prototypes = now[sharps[name]], of_level(taught, name)
@@ -456,7 +405,7 @@ def prototypical(
             total += section.prior_weight * terms["prior"]
         if most_masked:
             prototypes = of_level(learning, "patch")
-            count = section.patch_prototypes or section.prototypes
+            count = counts.get("patch", counts["cls"])
             terms["mim"] = mim_loss(
                 *(student.patches, targets["patch"], masked),
                 assign=lambda learnt, u: log_predictions(learnt, u, now),
@@ -517,7 +466,7 @@ def prototypical(
     return Objective(
         student_views=student_views,
         teacher_views=teacher_views,
-        schedules=temperatures(section, length),
+        schedules=temperatures(section, length, patches=most_masked > 0),
         optimizers=source.optimizers,
         terms=tuple(terms),
         init=init,

@@ -1,5 +1,6 @@
 """The settings that methods with prototypes share: defaults, valid values and combinations."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,18 @@ from ml_collections import config_dict
 
 from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
+from sop_jax.objectives import temperatures
+from sop_jax.objectives.checks import check_masked, check_views, check_whole_batch, no_masks
 from sop_jax.objectives.prototypical import layers, marginals
 from sop_jax.objectives.prototypical.koleo import REDUCTIONS
 from sop_jax.objectives.prototypical.priors import check_prior, power_law
 from sop_jax.rules import (
     COUNT,
     NOT_NEGATIVE,
-    POSITIVE,
     SHARE,
     STEPS,
     TEXT,
-    TRUTH,
     Rule,
-    each,
     one_of,
     unset_or,
 )
@@ -46,11 +46,7 @@ def settings(**own: Any) -> ml_collections.ConfigDict:
         # sinkhorn_probabilities | none
         center_momentum=0.9,
         sinkhorn_iterations=3,
-        student_temperature=0.1,
-        teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
-        temperature_warmup_epochs=30.0,
-        temperature_warmup_steps=config_dict.placeholder(int),
-        temperature_by_epoch=True,  # the teacher's temperature changes only between epochs
+        **temperatures.settings(temperature_by_epoch=True),
         prior="none",  # none | uniform (ME-MAX) | power | a .npy file: of the mean assignment
         prior_weight=1.0,
         prior_exponent=0.25,
@@ -71,11 +67,8 @@ RULES: dict[str, Rule] = {
     "marginal": one_of(marginals.KINDS),
     "center_momentum": SHARE,
     "sinkhorn_iterations": COUNT,
-    "student_temperature": POSITIVE,
-    "teacher_temperature": each(POSITIVE, 2),
-    "temperature_warmup_epochs": NOT_NEGATIVE,
-    "temperature_warmup_steps": unset_or(STEPS),
-    "temperature_by_epoch": TRUTH,
+    **temperatures.RULES,
+    **temperatures.BY_EPOCH,
     "prior": TEXT,
     "prior_weight": NOT_NEGATIVE,
     "prior_exponent": NOT_NEGATIVE,
@@ -97,12 +90,13 @@ def rules(name: str, **own: Rule) -> dict[str, Rule]:
     return {f"{name}.{key}": rule for key, rule in {**RULES, **own}.items()}
 
 
-def check(config: ml_collections.ConfigDict, unit: bool = True) -> None:
+def check(config: ml_collections.ConfigDict, unit: bool = True, patches: bool = False) -> None:
     """Checks that the settings of a method with prototypes fit each other and those of the run.
 
     Args:
         config: the config of the run.
         unit: whether the method needs embeddings of unit norm.
+        patches: whether it has a loss of masked patches, as set.
 
     Raises:
         UserError: there is only one prototype, or too few images, views or microbatches for what
@@ -123,7 +117,14 @@ def check(config: ml_collections.ConfigDict, unit: bool = True) -> None:
             "the densities are on a sphere; for example, set --config.head.dim=64, or "
             f"--config.{name}.layer=unit"
         )
-    if section.get("patch_weight") and section.patch_prototypes == 1:
+    if patches:
+        weight = f"{name}.patch_weight"
+        check_masked(
+            config,
+            f"{weight} is {section.patch_weight:g}, for a loss of masked patches",
+            f"--config.mask.none=0.5 --config.mask.ratio=0.1,0.5, or --config.{weight}=0",
+        )
+    if patches and section.patch_prototypes == 1:
         raise UserError(
             f"{name}.patch_prototypes is 1; expected 2 or more, or 0 for those of [CLS], because "
             f"targets over one prototype are all the same; set --config.{name}.patch_prototypes=0"
@@ -142,35 +143,6 @@ def check(config: ml_collections.ConfigDict, unit: bool = True) -> None:
     check_prior_setting(config)
     whole = [key for key in ("prior", "koleo_data") if section[key] not in ("none", 0)]
     check_whole_batch(config, [f"{name}.{key} is {section[key]}" for key in whole])
-
-
-def check_views(config: ml_collections.ConfigDict) -> None:
-    """Checks that there are two global views, so that each view has another one to predict.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    if config.augment.global_crops < 2:
-        raise UserError(
-            f"augment.global_crops is {config.augment.global_crops}; expected 2 or more, because "
-            "each view learns from the other global views; for example, set "
-            "--config.augment.global_crops=2"
-        )
-
-
-def check_whole_batch(config: ml_collections.ConfigDict, reasons: list[str]) -> None:
-    """Checks that a batch is not split if the loss needs all of the student's embeddings at once.
-
-    Raises:
-        UserError: it is split, and one of `reasons` needs the whole batch.
-    """
-    if reasons and config.accumulate > 1:
-        raise UserError(
-            f"accumulate is {config.accumulate}, but {' and '.join(reasons)}, which compares all "
-            "images of a batch with each other; microbatches would give another loss. Set "
-            "--config.accumulate=1, and use a smaller --config.batch_size, more devices or "
-            "--config.model.remat=full to save memory"
-        )
 
 
 def check_prior_setting(config: ml_collections.ConfigDict) -> None:
@@ -228,15 +200,33 @@ def prior_of(config: ml_collections.ConfigDict) -> np.ndarray | None:
     return prior
 
 
-def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the shared settings that have no effect because of others, and the reasons."""
+def files(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Returns a digest of the prior if a file has it, see `Method.files`.
+
+    Raises:
+        UserError: there is no such file, or it has no prior.
+    """
+    prior = prior_of(config)
+    if prior is None or config[config.method].prior in PRIORS:
+        return {}
+    shares = np.asarray(prior, "<f4")  # as they are used
+    return {f"{config.method}.prior": hashlib.sha256(shares.tobytes()).hexdigest()[:16]}
+
+
+def without_use(config: ml_collections.ConfigDict, patches: bool = False) -> dict[str, str]:
+    """Returns the shared settings that have no effect because of others, and the reasons.
+
+    Args:
+        config: the config of the run.
+        patches: whether the method has a loss of masked patches, as set.
+    """
     name, section = config.method, config[config.method]
-    reasons: dict[str, str] = {}
+    reasons = temperatures.without_use(config, patches)
 
     def unused(keys: tuple[str, ...], because: str) -> None:
         reasons.update({f"{name}.{key}": f"{name}.{because}" for key in keys})
 
-    if not section.get("patch_weight"):
+    if not patches:
         reasons |= no_masks(config)
     if section.marginal not in marginals.CENTERS:
         unused(("center_momentum",), f"marginal is {section.marginal}")
@@ -251,15 +241,6 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     return reasons
 
 
-def no_masks(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the settings of masks, which have no effect, and the reason for each."""
-    reason = f"method={config.method} has no loss of masked patches, and masks none"
-    return {f"mask.{key}": reason for key in config.mask}
-
-
 def warmups(name: str) -> Mapping[str, str]:
     """Returns the durations among the shared settings, see `Method.warmups`."""
-    return {
-        f"{name}.temperature_warmup": "the teacher's temperature reaches its final value",
-        f"{name}.freeze": "the prototypes begin to learn",
-    }
+    return {**temperatures.warmups(name), f"{name}.freeze": "the prototypes begin to learn"}

@@ -38,28 +38,15 @@ from sop_jax.objectives.sop.prototypes import (
     draw_anchors,
     find_supports,
 )
+from sop_jax.objectives.temperatures import temperatures
 from sop_jax.parallel.search import nearest, take
-from sop_jax.schedules import Length, Schedule, constant, duration, ramp
+from sop_jax.schedules import Length
 
 SLOTS = 2**31  # folded into the seed's key to draw fixed slots; nothing else folds in this value
 
 ANCHORS = ("random", "fixed_slots", "frozen_rows")
 
 COMPARED_WITH = {"cls": "cls", "patch": "patches"}  # what the SOPs of each level are compared with
-
-
-def temperatures(config: ml_collections.ConfigDict, length: Length) -> dict[str, Schedule]:
-    """Returns the schedules of both temperatures of the softmax over SOPs.
-
-    Args:
-        config: `config.sop` of the run.
-        length: the length of the run.
-    """
-    warmup = min(duration(config, "temperature_warmup_", length.epoch), length.steps)
-    return {
-        "teacher_temperature": ramp(config.teacher_temperature, warmup),
-        "student_temperature": constant(config.student_temperature),
-    }
 
 
 def assign_views(

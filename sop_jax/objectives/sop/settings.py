@@ -2,13 +2,13 @@
 
 import ml_collections
 from jax.sharding import Mesh
-from ml_collections import config_dict
 
 from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
+from sop_jax.objectives import temperatures
+from sop_jax.objectives.checks import check_masked, check_views
 from sop_jax.objectives.objective import Method, Objective
-from sop_jax.objectives.prototypical.settings import check_views
 from sop_jax.objectives.sop.objective import ANCHORS, sop
 from sop_jax.objectives.sop.prototypes import POOLS, VOTES
 from sop_jax.parallel.search import PRECISIONS
@@ -16,12 +16,8 @@ from sop_jax.rules import (
     COUNT,
     COUNT_OR_ZERO,
     NOT_NEGATIVE,
-    POSITIVE,
     SHARE,
-    STEPS,
-    each,
     one_of,
-    unset_or,
 )
 from sop_jax.schedules import Length
 
@@ -43,10 +39,7 @@ RULES = {
     "sop.smoothing": SHARE,
     "sop.anchors": one_of(ANCHORS),
     "sop.search_precision": one_of(PRECISIONS),
-    "sop.student_temperature": POSITIVE,
-    "sop.teacher_temperature": each(POSITIVE, 2),
-    "sop.temperature_warmup_epochs": NOT_NEGATIVE,
-    "sop.temperature_warmup_steps": unset_or(STEPS),
+    **{f"sop.{key}": rule for key, rule in temperatures.RULES.items()},
 }
 
 
@@ -64,10 +57,7 @@ def settings() -> ml_collections.ConfigDict:
             smoothing=0.1,
             anchors="random",  # random | fixed_slots | frozen_rows (the last two: table C.7)
             search_precision="float32",  # float32 | high | bfloat16
-            student_temperature=0.1,
-            teacher_temperature=(0.04, 0.07),  # increases linearly during its warm-up
-            temperature_warmup_epochs=30.0,
-            temperature_warmup_steps=config_dict.placeholder(int),
+            **temperatures.settings(),
         )
     )
 
@@ -85,10 +75,11 @@ def build(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Checks the head, the number of global views and the sizes of both memories.
+    """Checks the head, the number of global views, the sizes of both memories, and the masks.
 
     Embeddings must have unit norm. A view predicts the other global views, so there must be two.
-    A memory holds a batch, the anchors of a draw, and their supports.
+    A memory holds a batch, the anchors of a draw, and their supports. A loss of masked patches
+    needs some.
 
     Raises:
         UserError: one of these does not hold.
@@ -97,6 +88,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_views(config)
     for name in ("cls", "patch"):
         check_memory(name, config)
+    if config.sop.patch.tasks and config.sop.patch.weight:
+        check_masked(
+            config,
+            f"sop.patch.tasks is {config.sop.patch.tasks}, for a loss of masked patches",
+            "--config.mask.none=0 --config.mask.ratio=0.3,0.3, or --config.sop.patch.tasks=0",
+        )
 
 
 def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
@@ -143,10 +140,11 @@ def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns SOP's settings that have no effect because of others, and the reason for each."""
-    if config.sop.patch.tasks:
-        return {}
-    names = ("anchors", "supports", "votes", "weight")
-    return {f"sop.patch.{name}": "sop.patch.tasks is 0" for name in names}
+    reasons = temperatures.without_use(config)
+    if not config.sop.patch.tasks:
+        for name in ("anchors", "supports", "votes", "weight"):
+            reasons[f"sop.patch.{name}"] = "sop.patch.tasks is 0"
+    return reasons
 
 
 def batch_limit(config: ml_collections.ConfigDict) -> tuple[int, str]:
@@ -164,6 +162,6 @@ SOP = Method(
     batch_limit=batch_limit,
     any_batch={"sop.anchors": "random"},  # fixed slots need a batch that divides the memory
     cls_only={"sop.patch.tasks": 0, "sop.patch.memory": 0, "mask.none": 1.0},
-    warmups={"sop.temperature_warmup": "the teacher's temperature reaches its final value"},
+    warmups=temperatures.warmups("sop"),
     scopes=("prototypes", "memories"),
 )
