@@ -23,7 +23,7 @@ from sop_jax.models import FAMILIES
 from sop_jax.models.head import unit
 from sop_jax.objectives import carp, ibot
 from sop_jax.objectives.health import entropy
-from sop_jax.objectives.objective import Method, Now, Objective, Outputs, Params
+from sop_jax.objectives.objective import Method, Now, Objective, Outputs, Params, Warmup
 from sop_jax.objectives.prototypical import settings as shared
 from sop_jax.objectives.prototypical.mixture import (
     FORGETTING,
@@ -217,11 +217,7 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     if not learning(section):
         # The prototypes of [CLS] are unit vectors that learn by no gradient.
         unused += ["layer", "freeze_epochs", "freeze_steps", "koleo_prototypes"]
-    reasons |= {f"decoupled.{name}": because for name in unused}
-    if section.beta[0] == section.beta[1]:
-        for name in ("beta_warmup_epochs", "beta_warmup_steps"):
-            reasons[f"decoupled.{name}"] = f"decoupled.beta is {section.beta[1]:g} from the start"
-    return reasons
+    return reasons | {f"decoupled.{name}": because for name in unused}
 
 
 DECOUPLED = Method(
@@ -234,8 +230,10 @@ DECOUPLED = Method(
     any_batch={},
     cls_only={},
     warmups={
-        **shared.warmups("decoupled"),
-        "decoupled.beta_warmup": "the responsibilities are fully annealed",
+        **shared.warmups("decoupled", "patch_teacher_temperature"),
+        "decoupled.beta_warmup": Warmup(
+            "the responsibilities are fully annealed", ("decoupled.beta",)
+        ),
     },
     scopes=(),
     files=shared.files,

@@ -68,7 +68,7 @@ IBOT = Method(
     batch_limit=lambda config: None,
     any_batch={},
     cls_only={"ibot.patch_weight": 0.0},
-    warmups=shared.warmups("ibot"),
+    warmups=shared.warmups("ibot", "patch_teacher_temperature"),
     scopes=(),
     files=shared.files,
 )

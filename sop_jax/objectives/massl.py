@@ -216,17 +216,12 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_block("massl", config.massl.block, "memory", memory)
 
 
-def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
-    """Returns the settings that have no effect with MaSSL, and the reason for each."""
-    return no_masks(config) | temperatures.without_use(config)
-
-
 MASSL = Method(
     settings=settings,
     build=build,
     rules=RULES,
     check=check,
-    without_use=without_use,
+    without_use=no_masks,
     batch_limit=lambda config: (config.massl.memory, "massl.memory"),
     any_batch={},
     cls_only={},

@@ -304,6 +304,18 @@ class Build(Protocol):
         """
 
 
+class Warmup(NamedTuple):
+    """A duration among the settings of a method.
+
+    Attributes:
+        happens: what happens during it, for messages.
+        ends: the settings whose first value becomes their second one; () if it leads elsewhere.
+    """
+
+    happens: str
+    ends: tuple[str, ...] = ()
+
+
 class Method(NamedTuple):
     """A method of training: its objective, and what its settings mean to the rest of a run.
 
@@ -323,8 +335,7 @@ class Method(NamedTuple):
             there is no limit.
         any_batch: overrides of settings that make every batch size up to that limit valid.
         cls_only: the settings with which it learns from [CLS] only, for networks without patches.
-        warmups: the settings that are durations, without `_steps` or `_epochs`, and what happens
-            during each.
+        warmups: the settings that are durations, without `_steps` or `_epochs`, see `Warmup`.
         scopes: the names of `jax.named_scope` in the objective's functions, by which operations
             are counted.
         files: a function of the config that returns a digest of what the run reads from each file
@@ -339,6 +350,6 @@ class Method(NamedTuple):
     batch_limit: Callable[[ml_collections.ConfigDict], tuple[int, str] | None]
     any_batch: Mapping[str, Any]
     cls_only: Mapping[str, Any]
-    warmups: Mapping[str, str]
+    warmups: Mapping[str, Warmup]
     scopes: tuple[str, ...]
     files: Callable[[ml_collections.ConfigDict], dict[str, str]] = lambda config: {}

@@ -5,6 +5,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from sop_jax.objectives.objective import Warmup
 from sop_jax.rules import NOT_NEGATIVE, POSITIVE, STEPS, TRUTH, Rule, each, unset_or
 from sop_jax.schedules import Length, Schedule, by_epoch, constant, duration, ramp
 
@@ -60,21 +61,13 @@ def temperatures(
     return found
 
 
-def without_use(config: ml_collections.ConfigDict, patches: bool = False) -> dict[str, str]:
-    """Returns the settings of a warm-up between equal temperatures, and the reason for each.
+def warmups(name: str, *patches: str) -> dict[str, Warmup]:
+    """Returns the duration among the settings of a method, see `Method.warmups`.
 
     Args:
-        config: the config of the run.
-        patches: whether the teacher has another temperature for patches.
+        name: the name of the method.
+        *patches: the setting of another temperature of the teacher for patches, if there is one.
     """
-    name, section = config.method, config[config.method]
-    used = ["teacher_temperature"] + ["patch_teacher_temperature"] * patches
-    if any(section[key][0] != section[key][1] for key in used):
-        return {}
-    because = " and ".join(f"{name}.{key} is {section[key][1]:g} from the start" for key in used)
-    return {f"{name}.{key}": because for key in section if key.startswith("temperature_")}
-
-
-def warmups(name: str) -> dict[str, str]:
-    """Returns the duration among the settings of a method, see `Method.warmups`."""
-    return {f"{name}.temperature_warmup": "the teacher's temperature reaches its final value"}
+    ends = tuple(f"{name}.{key}" for key in ("teacher_temperature", *patches))
+    happens = "the teacher's temperature reaches its final value"
+    return {f"{name}.temperature_warmup": Warmup(happens, ends)}

@@ -11,8 +11,9 @@ import optax
 from jaxtyping import Array
 
 from sop_jax.objectives.methods import method_of
-from sop_jax.objectives.objective import Optimize
+from sop_jax.objectives.objective import Optimize, Warmup
 from sop_jax.schedules import Length, Schedule, constant, cosine, duration, later, learning_rate
+from sop_jax.settings import flatten
 
 Plan = Mapping[str, Schedule]
 
@@ -40,18 +41,21 @@ def schedules(config: ml_collections.ConfigDict, length: Length) -> dict[str, Sc
 
 
 def beyond_end(config: ml_collections.ConfigDict, steps: int, epoch: float) -> list[str]:
-    """Returns a warning for each setting in use that reaches beyond the end of the run.
+    """Returns a warning for each setting that reaches beyond the end of the run.
+
+    A setting that has no effect, such as a warm-up from a value to the same value, is left out.
 
     Args:
         config: the config of the run.
         steps: the number of steps of the run.
         epoch: the number of steps per epoch.
     """
-    found = []
-    own = {"optim.warmup": "the learning rate reaches its peak"}
+    found, flat = [], flatten(config)
+    own = {"optim.warmup": Warmup("the learning rate reaches its peak")}
     unused = method_of(config).without_use(config)
-    for key, happens in {**own, **method_of(config).warmups}.items():
-        if f"{key}_steps" in unused:
+    for key, (happens, ends) in {**own, **method_of(config).warmups}.items():
+        changing = [flat[end] for end in ends if end not in unused and len(set(flat[end])) > 1]
+        if f"{key}_steps" in unused or (ends and not changing):
             continue
         section, name = key.split(".")
         asked = duration(config[section], f"{name}_", epoch)

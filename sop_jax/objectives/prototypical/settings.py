@@ -13,6 +13,7 @@ from sop_jax.errors import UserError
 from sop_jax.models.head import check_unit
 from sop_jax.objectives import temperatures
 from sop_jax.objectives.checks import check_masked, check_views, check_whole_batch, no_masks
+from sop_jax.objectives.objective import Warmup
 from sop_jax.objectives.prototypical import layers, marginals
 from sop_jax.objectives.prototypical.koleo import REDUCTIONS
 from sop_jax.objectives.prototypical.priors import check_prior, power_law
@@ -221,7 +222,7 @@ def without_use(config: ml_collections.ConfigDict, patches: bool = False) -> dic
         patches: whether the method has a loss of masked patches, as set.
     """
     name, section = config.method, config[config.method]
-    reasons = temperatures.without_use(config, patches)
+    reasons: dict[str, str] = {}
 
     def unused(keys: tuple[str, ...], because: str) -> None:
         reasons.update({f"{name}.{key}": f"{name}.{because}" for key in keys})
@@ -241,6 +242,12 @@ def without_use(config: ml_collections.ConfigDict, patches: bool = False) -> dic
     return reasons
 
 
-def warmups(name: str) -> Mapping[str, str]:
-    """Returns the durations among the shared settings, see `Method.warmups`."""
-    return {**temperatures.warmups(name), f"{name}.freeze": "the prototypes begin to learn"}
+def warmups(name: str, *patches: str) -> Mapping[str, Warmup]:
+    """Returns the durations among the shared settings, see `Method.warmups`.
+
+    Args:
+        name: the name of the method.
+        *patches: the setting of another temperature of the teacher for patches, if there is one.
+    """
+    freeze = Warmup("the prototypes begin to learn")
+    return {**temperatures.warmups(name, *patches), f"{name}.freeze": freeze}

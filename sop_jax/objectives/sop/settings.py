@@ -140,11 +140,10 @@ def check_memory(name: str, config: ml_collections.ConfigDict) -> None:
 
 def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns SOP's settings that have no effect because of others, and the reason for each."""
-    reasons = temperatures.without_use(config)
-    if not config.sop.patch.tasks:
-        for name in ("anchors", "supports", "votes", "weight"):
-            reasons[f"sop.patch.{name}"] = "sop.patch.tasks is 0"
-    return reasons
+    if config.sop.patch.tasks:
+        return {}
+    names = ("anchors", "supports", "votes", "weight")
+    return {f"sop.patch.{name}": "sop.patch.tasks is 0" for name in names}
 
 
 def batch_limit(config: ml_collections.ConfigDict) -> tuple[int, str]:
