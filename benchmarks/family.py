@@ -16,10 +16,7 @@ last loss, and whether every number that a step reports was finite.
 """
 
 import argparse
-import hashlib
-import json
 import os
-import runpy
 import statistics
 import sys
 import time
@@ -33,36 +30,19 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from rows import append, has, read, recipe, settings_digest  # noqa: E402
+from turns import compiled, in_turns  # noqa: E402
+
 import sop_jax  # noqa: E402
-from sop_jax.check import without_use  # noqa: E402
 from sop_jax.data.pipeline import train_batches  # noqa: E402
 from sop_jax.data.sources import open_source  # noqa: E402
 from sop_jax.objectives.methods import METHODS  # noqa: E402
-from sop_jax.parallel.mesh import make_mesh, put, replicated, split, to_devices  # noqa: E402
-from sop_jax.settings import flatten  # noqa: E402
+from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.train import train  # noqa: E402
 from sop_jax.training.assemble import assemble, traced_step  # noqa: E402
 
 GOAL = 89.8  # percent: four points above the untrained network of configs/digits.py
 DIGITS = 1437  # images in the train split
-
-
-def recipe(method: str) -> ml_collections.ConfigDict:
-    """Returns the config of a method for the digits."""
-    file = "digits.py" if method == "sop" else f"digits_{method}.py"
-    return runpy.run_path(str(ROOT / "configs" / file))["get_config"]()
-
-
-def settings_digest(config: ml_collections.ConfigDict) -> str:
-    """Returns a digest of the settings that have an effect on a run, except its seed."""
-    unused = without_use(config)
-    used = {k: v for k, v in flatten(config).items() if k != "seed" and k not in unused}
-    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read(out: Path) -> list[dict[str, Any]]:
-    """Returns the rows that are finished."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,7 +58,7 @@ def run_all(methods: list[str], seeds: int, out: Path, workdirs: Path) -> None:
             config = recipe(method)
             digest = settings_digest(config)
             key = {"method": method, "seed": seed, "settings": digest}
-            if any(key.items() <= row.items() for row in read(out)):
+            if has(read(out), key):
                 continue
             print(f"== {method}, seed {seed}", file=sys.stderr, flush=True)
             config.seed = seed
@@ -88,8 +68,7 @@ def run_all(methods: list[str], seeds: int, out: Path, workdirs: Path) -> None:
             row = key | {name: result[name] for name in names}
             row |= {"command_s": time.monotonic() - began, "version": sop_jax.__version__}
             row["cores"] = len(os.sched_getaffinity(0))
-            with open(out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(out, row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -115,41 +94,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def compiled(method: str) -> tuple[Any, list[Any], int]:
-    """Returns a compiled step, its arguments, and the bytes that it needs beside them."""
-    config = recipe(method)
-    run = assemble(config, make_mesh(1), DIGITS)
-    step = traced_step(run).lower().compile()
-    rng = np.random.default_rng(0)
-    batch = {}
-    for name, shape in run.batch.items():
-        if name == "mask":
-            array = rng.random(shape.shape) < 0.3
-        elif name in ("index", "corrupt"):
-            array = np.arange(len(rng.random(shape.shape)), dtype=np.int32)
-        else:
-            array = rng.integers(0, 256, shape.shape).astype(np.uint8)
-        batch[name] = put(array, split(run.mesh))
-    measure = put(np.array(False), replicated(run.mesh))
-    memory = step.memory_analysis()
-    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    return step, [run.init(jax.random.key(0)), batch, measure], size
-
-
 def compare(methods: list[str], rounds: int, repeats: int = 5) -> str:
     """Times steps of the methods and of SOP in turns, and returns the ratios as a table."""
-    steps = {name: compiled(name) for name in ["sop", *(m for m in methods if m != "sop")]}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, (step, given, _) in steps.items():
-            began = time.perf_counter()
-            for _ in range(repeats):
-                given[0], metrics = step(*given)
-            jax.block_until_ready(metrics)
-            if turn:  # the first turn warms up
-                seconds[name].append((time.perf_counter() - began) / repeats)
+    names = ["sop", *(method for method in methods if method != "sop")]
+    steps = {name: compiled(recipe(name), DIGITS) for name in names}
+    seconds = in_turns(steps, rounds, repeats)
     lines = ["| method | ms per step | of SOP's | memory, MB | of SOP's |", "|---|---|---|---|---|"]
-    base = steps["sop"][2]
+    base = steps["sop"].size
     for name, (_, _, size) in steps.items():
         ratio = statistics.median(
             own / other for own, other in zip(seconds[name], seconds["sop"], strict=True)

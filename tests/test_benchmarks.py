@@ -132,6 +132,24 @@ def test_a_variant_is_trained_and_shown(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_runs_of_a_claim_are_trained_once(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "claims.py"), "--only=table_3", "--steps=2"]
+    command += [f"--out={tmp_path / 'rows'}", f"--workdirs={tmp_path}"]
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        tables.append(done.stdout[done.stdout.index("table_3: ") :])
+    assert tables[0] == tables[1] and "-> 1 seed, not judged" in tables[0]
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [len(row["knn"]) for row in rows] == [3, 3] and rows[0]["prototypes"] == 512
+    for row in rows:
+        assert 0.3 < row["transfer"] <= 1 and 0.1 < row["fewshot"]["1"] < row["fewshot"]["5"]
+        assert row["unique"]["0.025"][0] == [0, 1.0] and row["step_bytes"] > 1e6
+    assert not list(tmp_path.glob("ibot_*"))  # the workdirs of finished runs
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(  # without devices JAX cannot read the cache
     "ignore:Error reading persistent compilation cache entry"
 )
@@ -245,13 +263,13 @@ def family(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_methods_are_tabulated_from_rows_of_their_present_settings(family: ModuleType):
     digest = family.settings_digest(family.recipe("dino"))
-    key = {"method": "dino", "settings": digest, "wall_s": 90.0}
+    key = {"method": "dino", "settings": digest, "wall_s": 90.0, "cores": 2}
     rows = [
         *(key | {"seed": seed, "knn_top1": 0.9 + 0.01 * seed} for seed in range(3)),
         key | {"seed": 0, "settings": "others", "knn_top1": 0.1},
     ]
     assert family.current(rows) == rows[:3]
-    assert "| dino | 90.0, 91.0, 92.0 | **91.0** | 0.6 | 1.5 |" in family.table(rows[:3])
+    assert "| dino | 90.0, 91.0, 92.0 | **91.0** | 0.6 | 1.5 | 2 |" in family.table(rows[:3])
     changed = family.recipe("dino")
     changed.seed = 5
     changed.swav.prototypes = 7  # of another method

@@ -1,0 +1,155 @@
+r"""Puts the papers' claims to the test on scikit-learn's digits.
+
+    python benchmarks/claims.py --quick
+    python benchmarks/claims.py --only=table_1,table_9 --seeds=3
+    python benchmarks/claims.py --report
+
+The claims, with their sources, limits and margins, are in paper_claims/claims.py. The first two
+commands train what the claims need and print each claim as it stands: it holds, does not hold, is
+undecided, or is not judged because there are fewer than three seeds. --quick takes only the two
+ends of every sweep, and leaves some claims out. Each finished run appends a row to --out, and is
+never trained again: a row is known by its settings, its seed and the version of sop_jax. Ctrl-C
+loses nothing, because the current run resumes. The third command writes docs/claims.md and its
+figures from the rows, and trains nothing; --list prints what would be run, and --table the claims.
+--sizes adds rows of what the papers' own runs would take. With --part=1/2 and --part=2/2 two
+processes share the work, on one core each:
+
+    taskset -c 0 python benchmarks/claims.py --quick --part=1/2 &
+    taskset -c 1 python benchmarks/claims.py --quick --part=2/2
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from paper_claims import costs, measure, runs  # noqa: E402
+from paper_claims.claims import CLAIMS, Claim, by_name, subjects  # noqa: E402
+from paper_claims.costs import Cost, Size  # noqa: E402
+from paper_claims.measure import rounded  # noqa: E402
+from paper_claims.report import Measured, write  # noqa: E402
+from paper_claims.report import table as table_of  # noqa: E402
+from paper_claims.runs import Run  # noqa: E402
+from paper_claims.statements import Subject, label  # noqa: E402
+from rows import append, has, read  # noqa: E402
+
+from sop_jax.compiled.cache import keep_compiled  # noqa: E402
+from sop_jax.errors import Interrupted, UserError  # noqa: E402
+
+RUN_MINUTES = 3.0  # as long as no run has been measured
+OTHER_MINUTES: dict[type, float] = {Cost: 6.0, Size: 0.5}
+
+
+def key_of(what: Subject | Size, seed: int, steps: int) -> dict[str, Any]:
+    """Returns the values that identify the row of a measurement."""
+    return measure.key_of(what, seed, steps) if isinstance(what, Run) else costs.key_of(what)
+
+
+def measurements(claims: list[Claim], quick: bool, seeds: int) -> list[tuple[Subject | Size, int]]:
+    """Returns what claims need, with its seed: seed after seed, and then ratios of costs."""
+    wanted = list(dict.fromkeys(one for claim in claims for one in subjects(claim, quick)))
+    runs_of_seeds = [(one, seed) for seed in range(seeds) for one in wanted if isinstance(one, Run)]
+    return [*runs_of_seeds, *((one, 0) for one in wanted if isinstance(one, Cost))]
+
+
+def without_row(
+    wanted: Sequence[tuple[Subject | Size, int]], steps: int, rows: list[dict[str, Any]]
+) -> list[tuple[Subject | Size, int]]:
+    """Returns the measurements that have no row yet."""
+    return [(one, seed) for one, seed in wanted if not has(rows, key_of(one, seed, steps))]
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Returns the numbers of `--part`, such as 1 and 2 of 1/2."""
+    own, _, count = text.partition("/")
+    if not (own.isdigit() and count.isdigit() and 1 <= int(own) <= int(count)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a part; expected 1/2 or 2/2, for example"
+        )
+    return int(own), int(count)
+
+
+def minutes(waiting: list[tuple[Subject | Size, int]], rows: list[dict[str, Any]]) -> float:
+    """Returns the minutes that measurements take: of runs, as those before them on average."""
+    found = [row["command_s"] / 60 for row in rows if row["kind"] == "run"]
+    each = {**OTHER_MINUTES, Run: statistics.mean(found) if found else RUN_MINUTES}
+    return sum(each[type(one)] for one, _ in waiting)
+
+
+def do(what: Subject | Size, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains a run, compares two steps or counts operations, and returns the row."""
+    if isinstance(what, Run):
+        return measure.measure(what, seed, args.steps, args.workdirs, args.keep)
+    row = costs.extent(what) if isinstance(what, Size) else costs.measure(what)
+    return costs.key_of(what) | {"run": what.words} | rounded(row)
+
+
+def name_of(what: Subject | Size, seed: int) -> str:
+    """Returns a readable name of a measurement."""
+    return f"{label(what)}, seed {seed}" if isinstance(what, Run) else what.words
+
+
+def main() -> None:
+    """Runs what is missing and prints the claims, or writes the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="names of claims, separated by commas; all by default")
+    parser.add_argument("--quick", action="store_true", help="only the quick set")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=runs.STEPS)
+    parser.add_argument(
+        "--part", type=part_of, default=(1, 1), help="1/2 and 2/2 for two processes that share work"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "claims.jsonl")
+    parser.add_argument("--workdirs", type=Path, default=ROOT / "runs" / "claims")
+    parser.add_argument("--keep", action="store_true", help="keep the workdirs of finished runs")
+    parser.add_argument(
+        "--sizes", action="store_true", help="estimate what the papers' runs take; run nothing else"
+    )
+    parser.add_argument("--list", action="store_true", help="print what would be run")
+    parser.add_argument("--table", action="store_true", help="print the claims, and run nothing")
+    parser.add_argument("--report", action="store_true", help="write docs/claims.md, run nothing")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the report")
+    args = parser.parse_args()
+    known = by_name()
+    names = args.only.split(",") if args.only else list(known)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown claims {', '.join(unknown)}; expected some of {', '.join(known)}")
+    if args.seeds < 1 or args.steps < 1:
+        parser.error("--seeds and --steps must be 1 or more; for example, --seeds=3")
+    claims = [claim for claim in CLAIMS if claim.name in names]
+    rows = read(args.out)
+    if args.report:
+        write(Measured(rows, args.steps), args.docs)
+        return
+    if args.sizes:
+        sizes = dict.fromkeys(claim.size for claim in claims if claim.size)
+        wanted: list[tuple[Subject | Size, int]] = [(size, 0) for size in sizes]
+    else:
+        wanted = measurements(claims, args.quick, args.seeds)
+    own, count = args.part
+    waiting = without_row(wanted[own - 1 :: count], args.steps, rows)
+    if args.list:
+        for one, seed in waiting:
+            print(name_of(one, seed))
+        print(f"{len(waiting)} measurements, about {minutes(waiting, rows):.0f} minutes")
+        return
+    keep_compiled()
+    for i, (one, seed) in enumerate([] if args.table else waiting):
+        words = f"== {i + 1} of {len(waiting)}: {name_of(one, seed)}"
+        print(words, file=sys.stderr, flush=True)
+        append(args.out, do(one, seed, args))
+    print(table_of(claims, Measured(read(args.out), args.steps)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, Interrupted) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""The papers' claims: as data, the runs that they need, their measurement and the judgement."""

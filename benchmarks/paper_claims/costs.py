@@ -1,0 +1,137 @@
+"""What steps cost: ratios of two steps, and the operations of whole runs.
+
+Nothing is trained. Times are those of this machine. Memory is what the compiler of this machine's
+devices reports, so that a CPU's is in float32 and with other fusions than a GPU's.
+"""
+
+import hashlib
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from rows import recipe_of, settings_digest
+from turns import compiled, in_turns, memory
+
+import sop_jax
+from sop_jax.compiled.flops import flops
+from sop_jax.parallel.mesh import make_mesh
+from sop_jax.plan import IMAGES
+from sop_jax.training.assemble import assemble
+
+ROUNDS = 7  # pairs of turns of five steps, after one that warms up
+QUANTITIES = ("time", "memory", "operations")
+H100 = 0.4 * 989e12  # operations per second: 40 % of the peak in bfloat16
+
+
+class Step(NamedTuple):
+    """A train step.
+
+    Attributes:
+        file: its recipe in configs/.
+        changes: what differs, as pairs of the dotted name of a setting and its value.
+    """
+
+    file: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+class Cost(NamedTuple):
+    """The ratio of two steps.
+
+    Attributes:
+        quantity: one of QUANTITIES.
+        words: describes the ratio.
+        step: the numerator.
+        base: the denominator.
+    """
+
+    quantity: str
+    words: str
+    step: Step
+    base: Step
+
+
+class Size(NamedTuple):
+    """A whole run of the papers, for what it would take to repeat it.
+
+    Attributes:
+        words: describes it.
+        step: its step.
+        epochs: its length.
+    """
+
+    words: str
+    step: Step
+    epochs: float
+
+
+def recipe(step: Step) -> ml_collections.ConfigDict:
+    """Returns the config of a step."""
+    config = recipe_of(step.file)
+    config.update_from_flattened_dict(dict(step.changes))
+    return config
+
+
+def settings(step: Step) -> ml_collections.ConfigDict:
+    """Returns the config of a step; on a CPU it computes in float32, because it has no bfloat16."""
+    config = recipe(step)
+    if jax.default_backend() == "cpu":
+        config.model.dtype = "float32"
+    return config
+
+
+def key_of(measured: Cost | Size) -> dict[str, Any]:
+    """Returns the values that identify the row of a ratio on this machine, or of a whole run."""
+    key = {"version": sop_jax.__version__, "settings": digest(measured)}
+    if isinstance(measured, Size):
+        return {"kind": "size", **key}
+    return {"kind": "cost", **key, "device": jax.devices()[0].device_kind}
+
+
+def digest(measured: Cost | Size) -> str:
+    """Returns a digest of what determines a row, except the machine."""
+    if isinstance(measured, Size):
+        words = [settings_digest(recipe(measured.step)), str(measured.epochs)]
+    else:
+        steps = (measured.step, measured.base)
+        words = [measured.quantity, *(settings_digest(recipe(step)) for step in steps)]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+
+
+def measure(cost: Cost, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Returns a row: the ratio of each round, and the seconds, bytes or operations of both steps.
+
+    Only time has several rounds, because nothing else has a spread.
+    """
+    steps = {"step": settings(cost.step), "base": settings(cost.base)}
+    if cost.quantity == "time":
+        ready = {name: compiled(config, IMAGES) for name, config in steps.items()}
+        seconds = in_turns(ready, rounds, repeats=5)
+        ratios = [a / b for a, b in zip(seconds["step"], seconds["base"], strict=True)]
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        return {"ratios": ratios, "seconds": medians}
+    count = operations if cost.quantity == "operations" else memory
+    counts = {name: count(config, IMAGES) for name, config in steps.items()}
+    return {"ratios": [counts["step"] / counts["base"]], cost.quantity: counts}
+
+
+def operations(config: ml_collections.ConfigDict, images: int) -> float:
+    """Returns the operations of matrix products of a step, which is traced but not compiled.
+
+    Args:
+        config: the config.
+        images: the number of images of the train split.
+    """
+    run = assemble(config, make_mesh(1), images)
+    step: Callable[..., Any] = run.train_step
+    return flops(step, run.abstract, run.batch, jax.ShapeDtypeStruct((), jnp.bool))
+
+
+def extent(size: Size) -> dict[str, Any]:
+    """Returns a row: the operations of a whole run on ImageNet, and its days on one H100."""
+    config = settings(size.step)
+    whole = operations(config, IMAGES) * size.epochs * IMAGES / config.batch_size
+    return {"operations": whole, "h100_days": whole / H100 / 86400}

@@ -1,0 +1,48 @@
+"""Finished measurements as rows of a JSONL file, and the recipes and digests that identify them."""
+
+import hashlib
+import json
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from sop_jax.check import without_use
+from sop_jax.settings import flatten
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def recipe(method: str) -> ml_collections.ConfigDict:
+    """Returns the config of a method for the digits."""
+    return recipe_of("digits.py" if method == "sop" else f"digits_{method}.py")
+
+
+def recipe_of(file: str) -> ml_collections.ConfigDict:
+    """Returns the config of a file in configs/."""
+    return runpy.run_path(str(ROOT / "configs" / file))["get_config"]()
+
+
+def settings_digest(config: ml_collections.ConfigDict) -> str:
+    """Returns a digest of the settings that have an effect on a run, except its seed."""
+    unused = without_use(config)
+    used = {k: v for k, v in flatten(config).items() if k != "seed" and k not in unused}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """Returns the rows that are finished."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def append(out: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row."""
+    with open(out, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def has(rows: list[dict[str, Any]], key: Mapping[str, Any]) -> bool:
+    """Returns whether one of the rows has all values of a key."""
+    return any(key.items() <= row.items() for row in rows)
