@@ -142,6 +142,8 @@ def main() -> None:
         return
     keep_compiled()
     for i, (one, seed) in enumerate([] if args.table else waiting):
+        if not without_row([(one, seed)], args.steps, read(args.out)):
+            continue  # another process has measured it meanwhile
         words = f"== {i + 1} of {len(waiting)}: {name_of(one, seed)}"
         print(words, file=sys.stderr, flush=True)
         append(args.out, do(one, seed, args))

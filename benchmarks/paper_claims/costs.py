@@ -61,11 +61,13 @@ class Size(NamedTuple):
         words: describes it.
         step: its step.
         epochs: its length.
+        images: the images of an epoch; those of ImageNet-1k by default.
     """
 
     words: str
     step: Step
     epochs: float
+    images: int = IMAGES
 
 
 def recipe(step: Step) -> ml_collections.ConfigDict:
@@ -94,7 +96,7 @@ def key_of(measured: Cost | Size) -> dict[str, Any]:
 def digest(measured: Cost | Size) -> str:
     """Returns a digest of what determines a row, except the machine."""
     if isinstance(measured, Size):
-        words = [settings_digest(recipe(measured.step)), str(measured.epochs)]
+        words = [settings_digest(recipe(measured.step)), str(measured.epochs), str(measured.images)]
     else:
         steps = (measured.step, measured.base)
         words = [measured.quantity, *(settings_digest(recipe(step)) for step in steps)]
@@ -131,7 +133,7 @@ def operations(config: ml_collections.ConfigDict, images: int) -> float:
 
 
 def extent(size: Size) -> dict[str, Any]:
-    """Returns a row: the operations of a whole run on ImageNet, and its days on one H100."""
+    """Returns a row: the operations of a whole run, and its days on one H100."""
     config = settings(size.step)
-    whole = operations(config, IMAGES) * size.epochs * IMAGES / config.batch_size
+    whole = operations(config, size.images) * size.epochs * size.images / config.batch_size
     return {"operations": whole, "h100_days": whole / H100 / 86400}
