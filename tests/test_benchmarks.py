@@ -279,6 +279,7 @@ def test_the_methods_are_tabulated_from_rows_of_their_present_settings(family: M
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("promotion")
 def test_the_finite_steps_of_methods_are_counted(
     family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
