@@ -15,6 +15,7 @@ import scipy.stats
 
 SEEDS = 3
 HOLDS, FAILS, UNDECIDED, UNJUDGED = "holds", "does not hold", "undecided", "not judged"
+SHOWN = "only shown"  # a number beside a claim, which is no part of it
 
 Samples = dict[int, float]  # values by seed
 
@@ -88,9 +89,9 @@ def is_not_worse(samples: Samples, margin: float) -> str:
 def all_of(verdicts: Iterable[str]) -> str:
     """Returns the verdict on a claim that consists of several statements.
 
-    It does not hold if one of them does not, and holds if all do.
+    It does not hold if one of them does not, and holds if all do; what is only shown is left out.
     """
-    found = list(verdicts)
+    found = [verdict for verdict in verdicts if verdict != SHOWN]
     if FAILS in found:
         return FAILS
     for verdict in (UNJUDGED, UNDECIDED):

@@ -10,6 +10,7 @@ from paper_claims.costs import Cost
 from paper_claims.judgement import (
     FAILS,
     HOLDS,
+    SHOWN,
     UNJUDGED,
     Samples,
     is_not_worse,
@@ -348,6 +349,15 @@ def cost_within(words: str, cost: Cost, margin: float = COST_MARGIN) -> Statemen
         beyond = {seed: value - 1 for seed, value in ratios.items()}
         verdict = is_within(beyond, margin, exact=cost.quantity != "time")
         return [Test(cost.words, RATIO, ratios, verdict)]
+
+    return Statement(words, (cost,), (), tests, (RATIO,))
+
+
+def cost_shown(words: str, cost: Cost) -> Statement:
+    """Shows a ratio of costs beside a claim, without a judgement."""
+
+    def tests(get: Get) -> list[Test]:
+        return [Test(cost.words, RATIO, get(cost, RATIO), SHOWN)]
 
     return Statement(words, (cost,), (), tests, (RATIO,))
 
