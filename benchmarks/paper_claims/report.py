@@ -119,9 +119,9 @@ def spread(samples: Samples, metric: Metric, signed: bool) -> str:
 def words_of(test: Test) -> str:
     """Returns a verdict, and for those that are not judged the number of seeds."""
     count = len(test.samples)
+    if not count:
+        return "not run"
     if test.verdict == UNJUDGED:
-        if not count:
-            return "not run"
         return f"{count} seed{'s' * (count > 1)}, not judged"
     return test.verdict
 
