@@ -541,7 +541,9 @@ if __name__ == "__main__":
         "images", IMAGES, "The most images to compare with prototypes; 0 for none.", lower_bound=0
     )
     flags.DEFINE_bool("tsne", False, "Draw a map of the unique prototypes.")
-    flags.DEFINE_integer("seed", 0, "Draws images, anchors and the map.", lower_bound=0)
+    flags.DEFINE_integer(
+        "seed", 0, "Draws images, anchors and the map.", lower_bound=0, upper_bound=2**32 - 1
+    )
     cli.define_path("out", "The folder of the results; by default that of the run or file.")
     flags.DEFINE_integer("batch_size", None, "The images per batch.", lower_bound=1)
     cli.define_data(train_split="The split of the images.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import checkpoints
 import numpy as np
+import processes
 import pytest
 from begun import Saved, settings
 from checkpoints import numbers, save_pth
@@ -226,6 +227,25 @@ def test_recorded_counts_are_drawn_without_a_checkpoint(
     assert "knn.png" in found["files"] and "70.00" in capsys.readouterr().out
     with pytest.raises(UserError, match="recorded no counts of prototypes; expected some in"):
         diagnose.run(Asked([str(runs["sop"].workdir)], step="recorded"))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(runs: dict[str, Saved], tmp_path: pathlib.Path) -> None:
+    command = ["-m", "sop_jax.diagnose", f"--workdir={runs['sop'].workdir}", "--images=50"]
+    found = []
+    for flags in (processes.among(2), [[]]):
+        out = tmp_path / f"out{len(flags)}"
+        every = [[*command, f"--out={out}", *own] for own in flags]
+        ended = processes.run(every, tmp_path / f"log{len(flags)}", timeout=300)
+        assert [one.code for one in ended] == [0] * len(flags), ended
+        (path,) = (out / "evaluations").glob("*.json")
+        assert ended[0].out.endswith(f"{path}\n") and not any(one.out for one in ended[1:])
+        found.append(json.loads(path.read_text())["subjects"])
+    for two, one in zip(*found, strict=True):
+        assert two["layer"] == one["layer"] and two["result"]["images"] == 50
+        for name in ("marginal", "images_per_class", "uniformity", "effective_rank"):
+            np.testing.assert_allclose(two["result"][name], one["result"][name], rtol=1e-4)
+        assert two["result"]["eps"][0]["share_total"] == one["result"]["eps"][0]["share_total"]
 
 
 # What is refused

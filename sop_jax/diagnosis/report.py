@@ -63,8 +63,8 @@ def _detail(result: Result, eps: float, knn: float | None) -> dict[str, Any]:
 
 
 def by_factor(of_eps: Mapping[str, Any]) -> list[list[Any]]:
-    """Returns the share of images by ranges of redundancy; nothing without images."""
-    if of_eps["share_total"] is None:
+    """Returns the share of images by ranges of redundancy; nothing without images or redundancy."""
+    if of_eps["share_total"] is None or of_eps["factors"] == [1]:
         return []
     rows: list[list[Any]] = [["redundancy", "prototypes", "images %", "softly assigned %"]]
     for least, most in RANGES:
