@@ -69,6 +69,7 @@ class Asked(NamedTuple):
         out: the folder of the results, see `place_of`.
         batch_size: the number of images that are embedded at a time; by default as in the run.
         data: data other than the run's, see `data.named.name_data`.
+        heads: the number of heads of a ViT in a file whose size has no name.
     """
 
     workdirs: Sequence[str] = ()
@@ -83,6 +84,7 @@ class Asked(NamedTuple):
     out: str | None = None
     batch_size: int | None = None
     data: Mapping[str, Any] = {}
+    heads: int | None = None
 
 
 class Item(NamedTuple):
@@ -189,6 +191,11 @@ def check(asked: Asked) -> None:
         raise UserError(
             f"--data.{min(asked.data)} would have no effect, because --images=0 compares no "
             "images; leave one of them out"
+        )
+    if asked.heads is not None and not (asked.weights and asked.data):
+        raise UserError(
+            f"--heads={asked.heads} would have no effect: it is for embedding images by --weights; "
+            "leave it out, or name images with --data.path"
         )
     if asked.step == RECORDED:
         unused = {
@@ -363,7 +370,7 @@ class Embedded:
         else:
             key = {1: "teacher", -1: "student"}.get(rank_of(item.subject.layer))
             config, params, absent, _ = network_of_file(
-                epath.Path(item.run), key, None, None, None, False
+                epath.Path(item.run), key, None, self.asked.heads, None, False
             )
             if any(path.startswith("head/") for path in absent):
                 raise UserError("its head has other layers than those that can be read")
@@ -494,6 +501,7 @@ def main() -> None:
             args.out,
             args.batch_size,
             cli.given_data(),
+            args.heads,
         )
     )
     if hosts.is_first():
@@ -546,5 +554,8 @@ if __name__ == "__main__":
     )
     cli.define_path("out", "The folder of the results; by default that of the run or file.")
     flags.DEFINE_integer("batch_size", None, "The images per batch.", lower_bound=1)
+    flags.DEFINE_integer(
+        "heads", None, "The heads of a ViT in --weights whose size has no name.", lower_bound=1
+    )
     cli.define_data(train_split="The split of the images.")
     cli.run(main)

@@ -139,19 +139,22 @@ def test_images_are_embedded_by_the_network_of_a_file(tmp_path: pathlib.Path, ca
         (tmp_path / "images" / "one").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(tmp_path / "images" / "one" / f"{i}.png")
     data = {"path": str(tmp_path / "images"), "train_split": ""}
-    path = save_pth(tmp_path / "f.pth", {"teacher": checkpoints.ibot(depth=12)})
-    found = record(Asked(weights=[str(path)], data=data))
-    ((subject,), named) = found["subjects"], found["data"]
-    if subject["without_images"] is None:
-        assert subject["result"]["images"] == 3 and len(named) == 1
-    else:  # a network whose number of heads has no name
-        assert "give --heads" in subject["without_images"]
-    # A head that is not known.
+    path = str(save_pth(tmp_path / "f.pth", {"teacher": checkpoints.ibot()}))
+    found = record(Asked(weights=[path], data=data, heads=2))
+    (subject,) = found["subjects"]
+    assert subject["without_images"] is None and found["data"][path]["images"] == 3
+    assert (subject["result"]["images"], subject["result"]["prototypes"]) == (3, 8)
+    assert sum(subject["result"]["images_per_class"]) == 3
+    (subject,) = record(Asked(weights=[path], data=data))["subjects"]
+    assert "its network cannot be used: " in subject["without_images"]
+    assert "give --heads=N" in subject["without_images"]
+    # Of a head that is not known there are prototypes, but no embeddings.
     other = {f"backbone.{name}": array for name, array in checkpoints.vit().items()}
-    path = save_pth(tmp_path / "g.pth", {"teacher": other | {"prototypes.weight": numbers(5, 16)}})
-    (subject,) = record(Asked(weights=[str(path)], data=data))["subjects"]
+    other["prototypes.weight"] = numbers(5, 16)
+    path = str(save_pth(tmp_path / "g.pth", {"teacher": other}))
+    (subject,) = record(Asked(weights=[path], data=data, heads=2))["subjects"]
     assert subject["result"]["images"] is None
-    assert "its network cannot be used" in subject["without_images"]
+    assert "its head has other layers" in subject["without_images"]
     assert "no shares of images" in capsys.readouterr().err
 
 
@@ -264,6 +267,7 @@ def test_two_processes_find_what_one_does(runs: dict[str, Saved], tmp_path: path
         (Asked(weights=["f.pth"], eps=(0.0,)), r"eps is 0, outside of \(0, 2\)"),
         (Asked(weights=["f.pth"], eps=(-0.1,)), r"eps is -0.1, outside of \(0, 2\)"),
         (Asked(weights=["f.pth"], images=0, data={"path": "x"}), "--data.path would have no eff"),
+        (Asked(weights=["f.pth"], heads=3), "--heads=3 would have no effect"),
         (Asked(["x"], step="recorded", layer="cls"), "--layer would have no effect: --step=rec"),
         (Asked(["x"], step="recorded", tsne=True), "--tsne would have no effect: --step=rec"),
         (Asked(["x"]), "x/config.json does not exist, so x is not the folder of a run"),
