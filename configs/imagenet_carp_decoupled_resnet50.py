@@ -35,6 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.size = "50"
     config.model.drop_path = 0.0
     config.head.batch_norm = True
+    config.head.batch_norm_views = "together"
     config.head.unit = False
     config.optim.kind = "lars"
     config.optim.lr, config.optim.min_lr = 0.45, 0.0048

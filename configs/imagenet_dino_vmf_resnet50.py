@@ -36,6 +36,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.model.size = "50"
     config.model.drop_path = 0.0
     config.head.batch_norm = True
+    config.head.batch_norm_views = "together"
     config.dino.prototypes = 8192
     config.dino.temperature_warmup_epochs = 50.0
     o = config.optim

@@ -120,6 +120,7 @@ RULES: dict[str, Rule] = {
     "head.hidden": COUNT,
     "head.dim": COUNT,
     "head.batch_norm": TRUTH,
+    "head.batch_norm_views": one_of(("apart", "together")),
     "head.unit": TRUTH,
     **{key: rule for method in METHODS.values() for key, rule in method.rules.items()},
     "optim.kind": one_of(KINDS),
@@ -249,8 +250,10 @@ def without_use(config: ml_collections.ConfigDict) -> dict[str, str]:
         for key in flatten(config[name], f"{name}."):
             reasons[key] = f"method is {config.method}"
     if config.head.layers < 2:
-        for name in ("hidden", "batch_norm"):
+        for name in ("hidden", "batch_norm", "batch_norm_views"):
             reasons[f"head.{name}"] = f"head.layers is {config.head.layers}, so that none is hidden"
+    elif not config.head.batch_norm:
+        reasons["head.batch_norm_views"] = "head.batch_norm is false"
     reasons |= optim.without_use(config) | method_of(config).without_use(config)
     if not config.augment.local_crops:
         for name in ("local_size", "local_scale"):

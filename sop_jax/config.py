@@ -41,6 +41,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "method": "sop",
         "head.layers": 3,
         "head.batch_norm": False,
+        "head.batch_norm_views": "apart",
         "head.unit": True,
         "optim.kind": "adamw",
         "optim.sgd_momentum": 0.9,
@@ -179,6 +180,7 @@ def paper() -> ml_collections.ConfigDict:
             hidden=2048,
             dim=256,
             batch_norm=False,  # after each hidden layer
+            batch_norm_views="apart",  # apart | together: global and local views
             unit=True,  # whether embeddings are L2-normalized
         )
     )

@@ -218,6 +218,7 @@ OTHER_METHODS: dict[str, tuple[float, int, float, dict[str, Any]]] = {
             "model.family": "resnet",
             "model.size": "50",
             "head.batch_norm": True,
+            "head.batch_norm_views": "together",
             "augment.local_crops": 6,
             "augment.global_scale": [0.14, 1.0],
             "augment.local_scale": [0.05, 0.14],
@@ -245,6 +246,7 @@ OTHER_METHODS: dict[str, tuple[float, int, float, dict[str, Any]]] = {
             "decoupled.block": 512,
             "optim.kind": "lars",
             "head.unit": False,
+            "head.batch_norm_views": "together",
         },
     ),
     "inat18_msn_vits16": (

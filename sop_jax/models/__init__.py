@@ -115,6 +115,11 @@ class Model(NamedTuple):
             statistics after the pass, nested as the parameters are; {} without batch norm. `kept`
             are the indices [B,T] of the patches that enter the encoder, and `patches` then index
             these.
+        encode_training: the part of `embed_training` before the head. It maps the same arguments
+            to a pair: the tokens [B,1+M,D], [CLS] first, and the running statistics of the
+            backbone.
+        project_training: the head. It maps (params, tokens [...,D]) to a pair: their embeddings
+            [...,d], and the running statistics of the head.
         features: maps (params, uint8 images, mask=None, last=1, norm=True) to a list with the
             tokens [B,1+h*w,D] of each of the last layers. Only a ViT can leave out the final norm
             (`norm=False`).
@@ -122,15 +127,20 @@ class Model(NamedTuple):
             layer, from queries to keys. The backbone describes the T tokens.
         patch: the pixels on each side of the square that a token stands for.
         dim: d, the numbers in an embedding.
+        together: whether the head's batch norm normalizes all views of a step together, so that
+            the head has to see the tokens of all passes of the backbone at once.
     """
 
     init: Callable[[Key[Array, ""]], Params]
     embed: Callable[..., tuple[Array, Array]]
     embed_training: Callable[..., tuple[tuple[Array, Array, Array, Array], Params]]
+    encode_training: Callable[..., tuple[Array, Params]]
+    project_training: Callable[[Params, Array], tuple[Array, Params]]
     features: Callable[..., list[Array]]
     attention: Callable[..., Array]
     patch: int
     dim: int
+    together: bool = False
 
 
 class Network(nnx.Module):
@@ -141,7 +151,7 @@ class Network(nnx.Module):
         self.head = head
         self.drops_patches, self.batch_norm = family.drops_patches, family.batch_norm
 
-    def embed(
+    def encode(
         self,
         images: Float[Array, "B H W 3"],
         mask: Bool[Array, "B h w"] | None,
@@ -149,8 +159,8 @@ class Network(nnx.Module):
         patches: bool | Int[Array, "B M"],
         kept: Int[Array, "B T"] | None,
         training: bool,
-    ) -> tuple[tuple[Array, Array, Array, Array], Params]:
-        """Returns what `Model.embed_training` does.
+    ) -> tuple[Float[Array, "B N D"], Params]:
+        """Returns what `Model.encode_training` does.
 
         Raises:
             UserError: patches are to be dropped, and the backbone is not a ViT.
@@ -169,11 +179,14 @@ class Network(nnx.Module):
             elif patches is not True:
                 some = jnp.take_along_axis(tokens[:, 1:], patches[..., None], axis=1)
                 tokens = jnp.concatenate([tokens[:, :1], some], axis=1)
+        return tokens, statistics
+
+    def project(
+        self, tokens: Float[Array, "*B D"], training: bool
+    ) -> tuple[Float[Array, "*B d"], Params]:
+        """Returns what `Model.project_training` does."""
         embeddings, moved = self.head(tokens, training)
-        if moved:
-            statistics["head"] = moved
-        arrays = (embeddings[:, 0], embeddings[:, 1:], tokens[:, 0], tokens[:, 1:])
-        return arrays, statistics
+        return embeddings, {"head": moved} if moved else {}
 
 
 def size_of(config: ml_collections.ConfigDict) -> Any:
@@ -197,9 +210,12 @@ def size_of(config: ml_collections.ConfigDict) -> Any:
 
 def has_batch_norm(config: ml_collections.ConfigDict) -> bool:
     """Whether the network of a run normalizes by the statistics of its (micro)batches."""
-    return FAMILIES[config.model.family].batch_norm or (
-        config.head.batch_norm and config.head.layers > 1
-    )
+    return FAMILIES[config.model.family].batch_norm or has_head_norm(config)
+
+
+def has_head_norm(config: ml_collections.ConfigDict) -> bool:
+    """Whether the head of a run has batch norm, which follows its hidden layers."""
+    return config.head.batch_norm and config.head.layers > 1
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
@@ -259,12 +275,23 @@ def build(
         return nnx.merge(graph, state)
 
     def embed(params, images, mask=None, keys=None, patches=True):
+        own, pixels = network(params), normalize(images, start.dtype)
+        tokens, _ = own.encode(pixels, mask, keys, patches, None, training=False)
+        embeddings, _ = own.project(tokens, training=False)
+        return embeddings[:, 0], embeddings[:, 1:]
+
+    def encode_training(params, images, mask=None, keys=None, patches=True, kept=None):
         pixels = normalize(images, start.dtype)
-        return network(params).embed(pixels, mask, keys, patches, None, training=False)[0][:2]
+        return network(params).encode(pixels, mask, keys, patches, kept, training=True)
+
+    def project_training(params, tokens):
+        return network(params).project(tokens, training=True)
 
     def embed_training(params, images, mask=None, keys=None, patches=True, kept=None):
-        pixels = normalize(images, start.dtype)
-        return network(params).embed(pixels, mask, keys, patches, kept, training=True)
+        tokens, statistics = encode_training(params, images, mask, keys, patches, kept)
+        embeddings, moved = project_training(params, tokens)
+        arrays = (embeddings[:, 0], embeddings[:, 1:], tokens[:, 0], tokens[:, 1:])
+        return arrays, statistics | moved
 
     def features(params, images, mask=None, last=1, norm=True):
         if not norm and config.model.family != "vit":
@@ -276,7 +303,12 @@ def build(
     def attention(params, images):
         return network(params).backbone.attention(normalize(images, start.dtype))
 
-    return Model(init, embed, embed_training, features, attention, patch, config.head.dim)
+    return Model(
+        *(init, embed, embed_training, encode_training, project_training, features, attention),
+        patch=patch,
+        dim=config.head.dim,
+        together=has_head_norm(config) and config.head.batch_norm_views == "together",
+    )
 
 
 def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Params:

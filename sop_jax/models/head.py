@@ -15,9 +15,9 @@ class Head(nnx.Module):
 
     Its defaults are the head of the authors' code: three layers without norm, with 2048 hidden
     units and 256 outputs. It is that of DINO and iBOT without their prototypes. With `batch_norm`,
-    batch norm follows each hidden layer, over all tokens that a pass gives to the head, so that the
-    global views and the local ones are normalized apart. In DINO's code, one pass of the head has
-    all views.
+    batch norm follows each hidden layer, over all tokens that the head is given at once. These are
+    the views of one size, as in MSN's code, or those of all sizes, as in the codes of DINO and
+    SwAV; see `head.batch_norm_views`.
 
     Args:
         width: the numbers in a token.

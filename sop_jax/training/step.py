@@ -196,25 +196,51 @@ def embed_views(
     of_global = [view for view in views if view < count]
     of_local = [view - count for view in views if view >= count]
     global_keys, local_keys = keys or (None, None)
-    outputs, statistics = embed_pass(
+    tokens, moved = encode_views(
         *(model, params, pick(part["global_views"], of_global), global_keys),
         mask=None if mask is None else pick(mask, of_global),
         patches=pick(indices.patches, of_global),
         kept=None if indices.kept is None else pick(indices.kept, of_global),
     )
+    passes = [tokens]
     if of_local:
-        params = with_statistics(params, statistics)
-        local, statistics = embed_pass(
-            model, params, pick(part["local_views"], of_local), local_keys
-        )
-        outputs = outputs._replace(
-            cls=jnp.concatenate([outputs.cls, local.cls], axis=1),
-            cls_features=jnp.concatenate([outputs.cls_features, local.cls_features], axis=1),
-        )
-    return outputs, statistics
+        params = with_statistics(params, moved)
+        local, moved = encode_views(model, params, pick(part["local_views"], of_local), local_keys)
+        passes.append(local)
+    embedded, moved_head = project_passes(model, params, passes)
+    cls, cls_features = (
+        jnp.concatenate([x[:, :, 0] for x in of_passes], axis=1) for of_passes in (embedded, passes)
+    )
+    outputs = Outputs(cls, embedded[0][:, :, 1:], cls_features, tokens[:, :, 1:])
+    return outputs, moved | moved_head
 
 
-def embed_pass(
+def project_passes(
+    model: Model, params: Params, passes: Sequence[Array]
+) -> tuple[list[Array], Params]:
+    """Returns the embeddings of each pass of the backbone, and the head's running statistics.
+
+    The tokens of a pass are [B V N D], with V and N of its own, and their embeddings [B V N d].
+    The head sees the passes one after the other, or all at once if `model.together`.
+    """
+    if model.together:
+        # Images remain the first axis, to keep their sharding.
+        by_image = [x.reshape(len(x), -1, x.shape[-1]) for x in passes]
+        whole, moved = model.project_training(params, jnp.concatenate(by_image, axis=1))
+        ends = np.cumsum([x.shape[1] for x in by_image])[:-1].tolist()
+        parts = jnp.split(whole, ends, axis=1)
+        shapes = [(*x.shape[:-1], whole.shape[-1]) for x in passes]
+        return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)], moved
+    embedded, moved = [], {}
+    for tokens in passes:
+        batch, count = tokens.shape[:2]
+        flat = tokens.reshape(batch * count, *tokens.shape[2:])
+        found, moved = model.project_training(with_statistics(params, moved), flat)
+        embedded.append(found.reshape(batch, count, *found.shape[1:]))
+    return embedded, moved
+
+
+def encode_views(
     model: Model,
     params: Params,
     views: UInt8[Array, "B V H W 3"],
@@ -222,21 +248,25 @@ def embed_pass(
     mask: Bool[Array, "B V h w"] | None = None,
     patches: Int[Array, "B V M"] | None = None,
     kept: Int[Array, "B V T"] | None = None,
-) -> tuple[Outputs, Params]:
-    """Embeds views of the same size in one forward pass of training; see `embed_views`."""
+) -> tuple[Float[Array, "B V N D"], Params]:
+    """Returns the tokens of views of the same size, from one pass of the backbone in training.
+
+    [CLS] is the first token, and the patches to embed follow; the second result is the running
+    statistics of the backbone after the pass. See `embed_views`.
+    """
     batch, count = views.shape[:2]
 
     def flat(x: Array | None) -> Array | None:
         return None if x is None else x.reshape(batch * count, *x.shape[2:])
 
-    outputs, statistics = model.embed_training(
+    tokens, statistics = model.encode_training(
         *(params, flat(views), flat(mask)),
         keys=None if keys is None else split_each(keys, count).reshape(-1),
         patches=False if patches is None else flat(patches),
         kept=flat(kept),
     )
     # Inside the network, images remain the leading part of the first axis, to keep their sharding.
-    return Outputs(*(x.reshape(batch, count, *x.shape[1:]) for x in outputs)), statistics
+    return tokens.reshape(batch, count, *tokens.shape[1:]), statistics
 
 
 def pick(x: Shaped[Array, "B V ..."], views: Sequence[int]) -> Shaped[Array, "B v ..."]:

@@ -45,12 +45,10 @@ GOLDEN = {
 }
 
 
-def lookup(params: Any, images: jax.Array, *_: Any, **__: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    """Returns the rows of the table whose numbers the pixels hold, and no patches."""
+def lookup(params: Any, images: jax.Array, *_: Any, **__: Any) -> tuple[jax.Array, Any]:
+    """Returns the rows of the table whose numbers the pixels hold as [CLS], and no patches."""
     pixels = images[:, 0, 0].astype(jnp.int32)
-    found = params["table"][pixels[:, 0] + 256 * pixels[:, 1]]
-    none = jnp.zeros((len(images), 0, COUNT))
-    return (found, none, found, none), {}
+    return params["table"][pixels[:, 0] + 256 * pixels[:, 1]][:, None], {}
 
 
 def showing_targets(objective: Objective) -> Objective:
@@ -78,7 +76,14 @@ def steps(kind: str, accumulate: int = 1, devices: int = 1) -> dict[str, np.ndar
     config.dino.update(own | dict(center_momentum=momentum))
     given = config, COUNT, mesh, Length(10, 1.0)
     objective = showing_targets(prototypical(*given, teacher_views=(0,)))
-    model = Model(*(lookup,) * 5, patch=1, dim=COUNT)
+    functions = dict.fromkeys(("init", "embed", "embed_training", "features", "attention"), lookup)
+    model = Model(
+        **functions,
+        encode_training=lookup,
+        project_training=lambda params, tokens: (tokens, {}),
+        patch=1,
+        dim=COUNT,
+    )
     plan = {"momentum": lambda step: jnp.ones(())}
     step = make_train_step(model, objective, optax.set_to_zero(), plan, accumulate)
     table = jnp.asarray(LOGITS.reshape(-1, COUNT), jnp.float32)

@@ -16,14 +16,14 @@ from small import small_config
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.models import build
-from sop_jax.objectives.objective import Objective
+from sop_jax.objectives.objective import Objective, PatchIndices
 from sop_jax.objectives.sop.objective import sop
-from sop_jax.parallel.mesh import make_mesh, replicated
+from sop_jax.parallel.mesh import make_mesh, put, replicated, split
 from sop_jax.schedules import Length
 from sop_jax.training import optim
 from sop_jax.training.assemble import assemble
 from sop_jax.training.state import TrainState, init_state
-from sop_jax.training.step import make_train_step
+from sop_jax.training.step import embed_views, encode_views, make_train_step, with_statistics
 
 # One process has the fixture.
 pytestmark = pytest.mark.xdist_group("step")
@@ -301,3 +301,52 @@ def test_a_run_of_more_steps_than_a_state_can_count_is_refused() -> None:
     config.steps, config.epochs = None, 1e30
     with pytest.raises(UserError, match=r"expected at most 2147483647.*--config\.epochs"):
         assemble(config, make_mesh(1), 1000)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("views", ["apart", "together"])
+def test_the_head_normalizes_views_of_all_sizes_as_set(views: str, devices: int) -> None:
+    """Both [CLS] and the selected patches of all views count, and running statistics follow."""
+    config = make_config()
+    config.head.update(dict(layers=2, batch_norm=True, batch_norm_views=views))
+    model, mesh = build(config, 8), make_mesh(devices)
+    batch = {name: put(array, split(mesh)) for name, array in make_batch().items()}
+    params = jax.device_put(model.init(jax.random.key(0)), replicated(mesh))
+    patches = put(np.tile(np.array([0, 3]), (BATCH, 2, 1)), split(mesh))
+
+    @jax.jit
+    def found(params: Any, batch: Any) -> Any:
+        return embed_views(model, params, (0, 1, 2, 3), batch, PatchIndices(patches))
+
+    @jax.jit
+    def expected(params: Any, batch: Any) -> Any:
+        """Returns the embeddings [.., d] of all tokens of both sizes, and running statistics."""
+        sizes = [
+            encode_views(model, params, batch[f"{size}_views"], None, patches=given)[0]
+            for size, given in (("global", patches), ("local", None))
+        ]
+        rows = [x.reshape(-1, x.shape[-1]) for x in sizes]
+        if views == "together":
+            embedded, moved = model.project_training(params, jnp.concatenate(rows))
+            embedded = jnp.split(embedded, [len(rows[0])])
+        else:
+            first, moved = model.project_training(params, rows[0])
+            last, moved = model.project_training(with_statistics(params, moved), rows[1])
+            embedded = [first, last]
+        return [x.reshape(*of.shape[:-1], -1) for x, of in zip(embedded, sizes, strict=True)], moved
+
+    outputs, statistics = found(params, batch)
+    (of_global, of_local), moved = expected(params, batch)
+    cls = np.concatenate([of_global[:, :, 0], of_local[:, :, 0]], axis=1)
+    np.testing.assert_allclose(outputs.cls, cls, atol=1e-5)
+    np.testing.assert_allclose(outputs.patches, of_global[:, :, 1:], atol=1e-5)
+    assert outputs.patches.shape == (BATCH, 2, 2, config.head.dim)
+    assert moved["head"].keys() == statistics["head"].keys()
+    chex.assert_trees_all_close(statistics["head"], moved["head"], atol=1e-5)
+    other = "apart" if views == "together" else "together"
+    config.head.batch_norm_views = other
+    model = build(config, 8)
+    assert model.together == (other == "together")
+    changed, _ = embed_views(model, params, (0, 1, 2, 3), batch, PatchIndices(patches))
+    assert np.abs(changed.cls - outputs.cls).max() > 1e-2
