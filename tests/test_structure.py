@@ -146,3 +146,9 @@ def test_module_says_what_it_is_for(file: pathlib.Path) -> None:
     assert file.stem not in ("utils", "util", "helpers", "misc", "common")
     assert ast.get_docstring(ast.parse(file.read_text())), "no docstring"
     assert not imports_any(file, "tensorflow", "torch")
+
+
+def test_files_of_tests_have_different_names() -> None:
+    """Pytest imports them by their names, whatever folder they are in."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)

@@ -20,7 +20,7 @@ from sop_jax.pretrained import origin, settings_of
 from sop_jax.schedules import Length
 from sop_jax.training import checkpoint
 from sop_jax.training.state import OWN
-from sop_jax.weights import files, prototypes
+from sop_jax.weights import files, prototype_layers
 
 NETWORKS = ("teacher", "student")
 
@@ -250,14 +250,14 @@ def once_per_image(subject: Subject) -> Subject | None:
 
 
 def of_file(path: epath.PathLike, network: str | None = None, layer: str | None = None) -> Read:
-    """Reads the prototypes of a file of weights, see `weights.prototypes.read`.
+    """Reads the prototypes of a file of weights, see `weights.prototype_layers.read`.
 
     Raises:
         UserError: the file cannot be read, or has no such prototypes.
     """
     with files.opened(path) as arrays:
         try:
-            layers, words = prototypes.read(arrays, network, layer)
+            layers, words = prototype_layers.read(arrays, network, layer)
             for found in layers:
                 lengths_of(found.rows, f"rows of {found.name}")
         except UserError as error:

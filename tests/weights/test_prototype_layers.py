@@ -10,7 +10,7 @@ import pytest
 from checkpoints import numbers, save_pth
 
 from sop_jax.errors import UserError
-from sop_jax.weights import files, prototypes
+from sop_jax.weights import files, prototype_layers
 
 LENGTHS, ROWS = np.linspace(0.5, 2, 6, dtype=np.float32)[:, None], numbers(6, 4, seed=1)
 NORMED = LENGTHS * ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True)
@@ -115,7 +115,7 @@ FILES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
 
 def read(path: pathlib.Path, *asked: Any) -> tuple[dict[str, np.ndarray], str]:
     with files.opened(path) as arrays:
-        layers, words = prototypes.read(arrays, *asked)
+        layers, words = prototype_layers.read(arrays, *asked)
     return {found.name: found.rows for found in layers}, "\n".join(words)
 
 
