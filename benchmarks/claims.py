@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the report")
     args = parser.parse_args()
     known = by_name()
-    names = args.only.split(",") if args.only else list(known)
+    names = list(known) if args.only is None else args.only.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"unknown claims {', '.join(unknown)}; expected some of {', '.join(known)}")
     if args.seeds < 1 or args.steps < 1:

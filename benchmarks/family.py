@@ -36,6 +36,7 @@ from turns import compiled, in_turns  # noqa: E402
 import sop_jax  # noqa: E402
 from sop_jax.data.pipeline import train_batches  # noqa: E402
 from sop_jax.data.sources import open_source  # noqa: E402
+from sop_jax.errors import Interrupted, UserError  # noqa: E402
 from sop_jax.objectives.methods import METHODS  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.train import train  # noqa: E402
@@ -167,6 +168,8 @@ def main() -> None:
     methods = args.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
         parser.error(f"unknown methods {', '.join(unknown)}; expected some of {', '.join(METHODS)}")
+    if min(args.seeds, args.rounds) < 1 or args.finite < 0:
+        parser.error("--seeds and --rounds must be 1 or more, and --finite 0 or more")
     if args.steps:
         print(compare(methods, args.rounds))
         return
@@ -182,4 +185,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (UserError, Interrupted) as error:
+        sys.exit(f"error: {error}")

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from sop_jax.check import without_use
+from sop_jax.errors import UserError
 from sop_jax.settings import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,24 @@ def settings_digest(config: ml_collections.ConfigDict) -> str:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """Returns the rows that are finished."""
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    """Returns the rows that are finished; none if there is no file.
+
+    Raises:
+        UserError: a line is not a row, such as one that was not written to its end.
+    """
+    rows = []
+    for i, line in enumerate(out.read_text().splitlines() if out.exists() else (), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(
+                f"line {i} of {out} is not a row: expected a JSON object. Delete the line, and "
+                "what it was about is measured again"
+            )
+        rows.append(row)
+    return rows
 
 
 def append(out: Path, row: Mapping[str, Any]) -> None:

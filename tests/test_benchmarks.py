@@ -261,6 +261,16 @@ def family(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("family")
 
 
+def test_numbers_of_runs_that_are_none_are_refused(
+    family: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--table", "--seeds=0"], ["--finite=-1"], ["--steps", "--rounds=0"]):
+        monkeypatch.setattr(sys, "argv", ["family.py", "--methods=dino", "--out=none", *words])
+        with pytest.raises(SystemExit, match="2"):
+            family.main()
+        assert "must be 1 or more" in capsys.readouterr().err
+
+
 def test_the_methods_are_tabulated_from_rows_of_their_present_settings(family: ModuleType):
     digest = family.settings_digest(family.recipe("dino"))
     key = {"method": "dino", "settings": digest, "wall_s": 90.0, "cores": 2}

@@ -1,7 +1,9 @@
 """The papers' claims: as data, and what numbers make of them."""
 
 import importlib
+import json
 import pathlib
+import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from sop_jax import __version__
 from sop_jax.check import check_config, without_use
 from sop_jax.data.packed import open_packed
 from sop_jax.data.subsets import labels_of
+from sop_jax.errors import UserError
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 STEPS = 800
@@ -290,6 +293,24 @@ def test_what_has_a_row_is_not_run_again(parts: SimpleNamespace) -> None:
     assert command.without_row(wanted, STEPS, rows) == wanted
 
 
+def test_bad_rows_and_names_are_told_before_anything_is_run(
+    parts: SimpleNamespace,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, whole = tmp_path / "rows.jsonl", json.dumps({"kind": "run"})
+    for damaged in (whole[:-3], "[1, 2]", ""):
+        out.write_text(f"{whole}\n{damaged}\n{whole}\n")
+        monkeypatch.setattr(sys, "argv", ["claims.py", "--table", f"--out={out}"])
+        with pytest.raises(UserError, match=r"line 2 of .*rows.jsonl is not a row"):
+            parts.command.main()
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--list", "--only=", f"--out={tmp_path / 'no'}"])
+    with pytest.raises(SystemExit, match="2"):
+        parts.command.main()
+    assert "unknown claims" in capsys.readouterr().err
+
+
 def test_the_report_has_numbers_verdicts_and_what_is_missing(
     parts: SimpleNamespace, tmp_path: pathlib.Path
 ) -> None:
@@ -300,8 +321,9 @@ def test_the_report_has_numbers_verdicts_and_what_is_missing(
     rows += [row(parts, hot, seed, 0.90 + 0.01 * seed) for seed in range(3)]
     rows += [row(parts, runs.DINO, 0, 0.9)]
     rows += [row(parts, runs.DINO, 1, 0.9, version="0.0.1")]
-    parts.report.write(parts.report.Measured(rows, STEPS), tmp_path)
-    text = (tmp_path / "claims.md").read_text()
+    folder = tmp_path / "docs"
+    parts.report.write(parts.report.Measured(rows, STEPS), folder)
+    text = (folder / "claims.md").read_text()
     assert f"Version {__version__}: 7 runs" in text and "versions or settings, left out: 1." in text
     section = text.split("## table_9")[1].split("\n## ")[0]
     assert "+2.0 ± 0.0 (+2.0 to +2.0) | 3 | holds |" in section
@@ -309,6 +331,6 @@ def test_the_report_has_numbers_verdicts_and_what_is_missing(
     assert "| sop: cls.votes one_hot | 3 | 91.0 ± 0.6 |" in section
     joint = text.split("## joint")[1].split("\n## ")[0]
     assert "1 seed, not judged" in joint and "Missing: 8 runs, of dino; ibot; carp." in joint
-    assert {file.name for file in tmp_path.iterdir()} == {"claims.md", *parts.report.FIGURES} - {
+    assert {file.name for file in folder.iterdir()} == {"claims.md", *parts.report.FIGURES} - {
         "claims_sweeps.png"
     }

@@ -231,6 +231,7 @@ def more_seeds(claim: Claim, measured: Measured) -> str:
 
 def write(measured: Measured, folder: Path) -> None:
     """Writes claims.md and its figures, which need matplotlib."""
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = draw(measured, folder)
     folder.joinpath("claims.md").write_text(document(measured, drawn))
 
