@@ -75,7 +75,7 @@ def distribute(
             own = cosines if len(subset) == len(rows) else cosines[:, subset]
             nearest, assigned, entropy = _assign(own, temperature)
             images[key] += np.bincount(nearest, minlength=len(subset))
-            sums[key] += assigned.sum(axis=0)
+            sums[key] += assigned.sum(axis=0, dtype=np.float64)
             entropies[key] += float(entropy.sum(dtype=np.float64))
     keys = [subset.tobytes() for subset in subsets]
     return [Distribution(images[k], sums[k] / count, entropies[k] / count) for k in keys]

@@ -10,7 +10,7 @@ from sop_jax.diagnosis.uniqueness import lengths_of, unit
 
 MOST = 16384  # rows of which all pairs are compared, which takes some seconds
 TILE, COLUMNS = 1024, 4096  # pairs at a time
-NOISE = 1e-12  # smaller eigenvalues of unit rows, relative to the sum, are rounding errors
+NOISE = 1e-12  # smaller eigenvalues of unit rows, for each row, are rounding errors
 
 
 class Spread(NamedTuple):
@@ -57,8 +57,8 @@ def spread_of(rows: Float[np.ndarray, "n d"], what: str) -> Spread:
         gram += tile.T @ tile
         total += tile.sum(axis=0)
     mean = total / count
-    squares = _eigenvalues(gram)
-    centred = _eigenvalues(gram - count * np.outer(mean, mean))
+    squares = _eigenvalues(gram, count)
+    centred = _eigenvalues(gram - count * np.outer(mean, mean), count)
     chosen = np.linspace(0, count - 1, min(count, MOST)).round().astype(np.int64)
     whole = _effective_rank(np.sqrt(squares))
     assert whole is not None  # unit rows have at least one direction
@@ -96,10 +96,14 @@ def _kernel(
     return np.exp(exponents, out=exponents)
 
 
-def _eigenvalues(gram: Float64[np.ndarray, "d d"]) -> Float64[np.ndarray, " d"]:
-    """Returns the eigenvalues of a sum of outer products of unit rows or deviations from a mean."""
+def _eigenvalues(gram: Float64[np.ndarray, "d d"], count: int) -> Float64[np.ndarray, " d"]:
+    """Returns the eigenvalues of a sum of outer products of unit rows or deviations from a mean.
+
+    Those that rounding makes are set to 0. They grow with the number of rows, whatever the sum is
+    after the mean is subtracted.
+    """
     found = np.linalg.eigvalsh(gram)
-    return np.where(found > NOISE * max(found.sum(), 1.0), found, 0.0)
+    return np.where(found > NOISE * count, found, 0.0)
 
 
 def _effective_rank(values: Float64[np.ndarray, " d"]) -> float | None:

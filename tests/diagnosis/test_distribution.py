@@ -39,6 +39,15 @@ def test_distributions_are_those_of_the_definitions_in_parts_of_any_size(data, m
             assert one.sample_entropy == pytest.approx(entropy(p, axis=1).mean(), abs=1e-5)
 
 
+def test_marginals_of_many_images_are_exact(data):
+    features, prototypes = data
+    many = np.tile(features, (20_000, 1))
+    (one,) = distribute(many, prototypes[:4], [np.arange(4)], TEMPERATURE)
+    p = softmax(unit(features) @ unit(prototypes[:4]).T / TEMPERATURE, axis=1)
+    np.testing.assert_allclose(one.marginal, p.mean(0), rtol=1e-5)
+    assert one.marginal.sum() == pytest.approx(1, abs=1e-6)
+
+
 def test_only_directions_count(data):
     features, prototypes = data
     lengths = np.random.default_rng(1).uniform(0.1, 10, 37)[:, None].astype(np.float32)

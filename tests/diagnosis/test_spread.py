@@ -58,6 +58,17 @@ def test_a_single_direction():
     assert single.uniformity is None and single.effective_rank == pytest.approx(1)
 
 
+def test_many_rows_of_a_single_direction_have_no_rank_after_their_mean_is_subtracted():
+    rng = np.random.default_rng(1)
+    one = rng.normal(size=(1, 64)).astype(np.float32)
+    lengths = rng.uniform(0.1, 10, (16384, 1)).astype(np.float32)
+    for rows in (np.repeat(one, 16384, axis=0), one * lengths):
+        found = spread_of(rows, "rows")
+        assert found.effective_rank_centred is None and found.effective_rank_covariance is None
+    nearly = one + 1e-3 * rng.normal(size=(16384, 64))
+    assert spread_of(nearly, "rows").effective_rank_centred == pytest.approx(63, abs=0.5)
+
+
 def test_uniformity_of_many_rows_is_that_of_rows_at_equal_steps(rows, monkeypatch):
     monkeypatch.setattr(spread, "MOST", 100)
     found = spread_of(rows, "rows")
