@@ -386,7 +386,10 @@ def _legend(figure: "Figure", axis: "Axes") -> None:
 
 
 def _log(axes: "Axes", which: str, subs: Sequence[float] = (1.0,)) -> None:
-    """Makes the x or y axis logarithmic, with plain numbers at these multiples of powers of 10."""
+    """Makes the x or y axis logarithmic, with plain numbers at these multiples of powers of 10.
+
+    An axis between two of these is widened, so that it has a number.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
@@ -394,6 +397,9 @@ def _log(axes: "Axes", which: str, subs: Sequence[float] = (1.0,)) -> None:
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    if not any(low <= tick <= high for tick in axis.get_majorticklocs()):
+        axes.set(**{f"{which}lim": (low / 10**0.5, high * 10**0.5)})
 
 
 def _at_paper(result: Result) -> Mapping[str, Any]:

@@ -86,6 +86,15 @@ def test_only_what_is_known_is_drawn(results, tmp_path):
     assert draw({"no data": results["no data"]}, tmp_path) == ["unique.png", "diagnosis.html"]
 
 
+def test_every_axis_has_a_number_where_all_prototypes_differ(results):
+    apart = results["apart"]
+    entries = [entry | {"share_mean_soft": [0.1249]} for entry in apart["eps"]]
+    picture = figures._shares({"apart": apart | {"eps": entries}}, ["apart"])
+    for axes in picture.figure.axes:
+        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            assert any(low <= tick <= high for tick in axis.get_majorticklocs())
+
+
 def test_the_same_results_give_the_same_files(results, tmp_path):
     for folder in ("one", "other"):
         files = draw(results, tmp_path / folder)
