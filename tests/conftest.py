@@ -1,7 +1,10 @@
 """The environment of all tests: eight virtual CPU devices, checked types and parsed flags."""
 
+import ctypes
 import os
 import pathlib
+import resource
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +42,8 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
+LARGE_KIB = 3 * 2**20  # of memory
+
 # No number changes its type unless code converts it explicitly.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -47,6 +52,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def parsed_flags() -> None:
     """Marks the flags of absl as parsed, as in a command, because Grain's workers read them."""
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module() -> Iterator[None]:
+    """Frees the compiled programs of a module if the process has grown to several gigabytes.
+
+    The programs of all tests together do not fit the memory of a small machine. Those that took
+    long to compile come back from the cache on disk.
+    """
+    yield
+    if sys.platform == "linux" and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > LARGE_KIB:
+        jax.clear_caches()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed otherwise
 
 
 @pytest.fixture(scope="session", autouse=True)
