@@ -140,8 +140,14 @@ def run(asked: Asked) -> epath.Path:
         if asked.tsne:
             eps = PAPER if PAPER in asked.eps else min(asked.eps)
             (cover,) = covers(subject.rows, [eps])
-            if (drawn_map := figures.map_of(subject.rows, cover, asked.seed)) is not None:
+            drawn_map = figures.map_of(subject.rows, cover, asked.seed)
+            if drawn_map is not None:
                 maps[name] = drawn_map
+            else:
+                note(
+                    f"{name}: no map, because only {len(cover.representatives)} prototypes are "
+                    f"unique at eps {eps:g}, and t-SNE needs {figures.LEAST}"
+                )
         entries.append(
             {
                 "name": name,
@@ -187,9 +193,11 @@ def check(asked: Asked) -> None:
             raise UserError(f"--weights={path} is a folder; give --workdir={path}, or a file in it")
     if not asked.workdirs and asked.step is not None:
         raise UserError(f"--step={asked.step} is for --workdir, but only files are given")
-    if asked.data and not asked.images:
+    of_images = [f"data.{name}" for name in sorted(asked.data)]
+    of_images += ["batch_size"] * (asked.batch_size is not None)
+    if of_images and not asked.images:
         raise UserError(
-            f"--data.{min(asked.data)} would have no effect, because --images=0 compares no "
+            f"--{of_images[0]} would have no effect, because --images=0 compares no "
             "images; leave one of them out"
         )
     if asked.heads is not None and not (asked.weights and asked.data):
@@ -205,6 +213,7 @@ def check(asked: Asked) -> None:
             "eps": tuple(asked.eps) != EPS,
             "images": asked.images != IMAGES,
             "tsne": asked.tsne,
+            "seed": asked.seed != Asked().seed,
             "batch_size": asked.batch_size is not None,
             **{f"data.{name}": True for name in asked.data},
         }

@@ -57,6 +57,16 @@ def test_planted_duplicates_are_counted(tmp_path: pathlib.Path, capsys: Any) -> 
     assert "no shares of images" in shown.err
 
 
+def test_too_few_unique_prototypes_for_a_map_are_told(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e .[plot]")
+    found = record(Asked(weights=[planted(tmp_path)], tsne=True))
+    assert "tsne.png" not in found["files"]
+    said = "prototypes: no map, because only 5 prototypes are unique at eps 0.025, and t-SNE needs"
+    assert said in capsys.readouterr().err
+
+
 def test_the_results_are_next_to_the_file_or_where_out_says(tmp_path: pathlib.Path) -> None:
     path = diagnose.run(Asked(weights=[planted(tmp_path)]))
     assert path.parent == epath.Path(tmp_path) / "evaluations"
@@ -267,9 +277,11 @@ def test_two_processes_find_what_one_does(runs: dict[str, Saved], tmp_path: path
         (Asked(weights=["f.pth"], eps=(0.0,)), r"eps is 0, outside of \(0, 2\)"),
         (Asked(weights=["f.pth"], eps=(-0.1,)), r"eps is -0.1, outside of \(0, 2\)"),
         (Asked(weights=["f.pth"], images=0, data={"path": "x"}), "--data.path would have no eff"),
+        (Asked(weights=["f.pth"], images=0, batch_size=8), "--batch_size would have no effect"),
         (Asked(weights=["f.pth"], heads=3), "--heads=3 would have no effect"),
         (Asked(["x"], step="recorded", layer="cls"), "--layer would have no effect: --step=rec"),
         (Asked(["x"], step="recorded", tsne=True), "--tsne would have no effect: --step=rec"),
+        (Asked(["x"], step="recorded", seed=1), "--seed would have no effect: --step=rec"),
         (Asked(["x"]), "x/config.json does not exist, so x is not the folder of a run"),
         (Asked(weights=["f.pth"]), "there is no file f.pth; give the path of a file"),
     ],
