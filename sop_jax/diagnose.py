@@ -182,7 +182,9 @@ def check(asked: Asked) -> None:
             "several runs or files are diagnosed together; name the folder of the results with "
             "--out=FOLDER"
         )
-    twice = [x for x in (*asked.workdirs, *asked.weights) if _count(x, asked) > 1]
+    given = (*asked.workdirs, *asked.weights)
+    places = [path if "://" in path else str(epath.Path(path).resolve()) for path in given]
+    twice = [path for path, place in zip(given, places, strict=True) if places.count(place) > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; give each run and file once")
     for workdir in asked.workdirs:
@@ -217,19 +219,11 @@ def check(asked: Asked) -> None:
             "batch_size": asked.batch_size is not None,
             **{f"data.{name}": True for name in asked.data},
         }
-        if given := [name for name, is_given in unused.items() if is_given]:
+        if idle := [name for name, is_given in unused.items() if is_given]:
             raise UserError(
-                f"--{given[0]} would have no effect: --step=recorded takes the counts that the run "
+                f"--{idle[0]} would have no effect: --step=recorded takes the counts that the run "
                 "wrote to metrics.jsonl; leave one of them out"
             )
-
-
-def _count(path: str, asked: Asked) -> int:
-    own = epath.Path(path).resolve() if "://" not in path else path
-    return sum(
-        own == (epath.Path(x).resolve() if "://" not in x else x)
-        for x in (*asked.workdirs, *asked.weights)
-    )
 
 
 def plots_possible(needed: bool) -> bool:
