@@ -103,15 +103,7 @@ def decode(record: bytes | np.ndarray, how: Decoding = AS_STORED) -> np.ndarray:
     if not record:
         raise ValueError("it is empty")
     try:
-        image = Image.open(io.BytesIO(record), formats=FORMATS)
-        _check_size(image, how.max_pixels)
-        if image.mode.startswith(("I", "F")):
-            rgb = _eight_bits(image, how.white).convert("RGB")
-        else:
-            _check_white(image)
-            rgb = image.convert("RGB")
-        turn = TURNS.get(_orientation(image)) if how.upright else None
-        return np.asarray(rgb if turn is None else rgb.transpose(turn))
+        return _pixels(Image.open(io.BytesIO(record), formats=FORMATS), how)
     except UnidentifiedImageError as error:
         tiff = record[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
         raise ValueError(
@@ -120,9 +112,45 @@ def decode(record: bytes | np.ndarray, how: Decoding = AS_STORED) -> np.ndarray:
             else "it is not an image in a format that Pillow can read"
         ) from error
     except Exception as error:  # broken bytes can make Pillow's decoders raise anything
-        reason = str(error).partition(" <_io.")[0]  # without the address of a buffer
-        clear = isinstance(error, OSError | ValueError) and reason
-        raise ValueError(reason if clear else f"{type(error).__name__}: {reason}") from error
+        raise ValueError(_why(error)) from error
+
+
+def decode_pillow(image: Image.Image, how: Decoding = AS_STORED) -> np.ndarray:
+    """Decodes an opened Pillow image to the pixels to which `decode` decodes its file.
+
+    Args:
+        image: the image, of any mode.
+        how: the decoding options.
+
+    Returns:
+        uint8 [h, w, 3].
+
+    Raises:
+        ValueError: it is truncated or damaged, larger than allowed, or does not specify which value
+            is white.
+    """
+    try:
+        return _pixels(image, how)
+    except Exception as error:  # as for bytes, because Pillow reads a file when pixels are needed
+        raise ValueError(_why(error)) from error
+
+
+def _pixels(image: Image.Image, how: Decoding) -> np.ndarray:
+    _check_size(image, how.max_pixels)
+    if image.mode.startswith(("I", "F")):
+        rgb = _eight_bits(image, how.white).convert("RGB")
+    else:
+        _check_white(image)
+        rgb = image.convert("RGB")
+    turn = TURNS.get(_orientation(image)) if how.upright else None
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _why(error: Exception) -> str:
+    """Returns the message of an error of Pillow, without the address of a buffer."""
+    reason = str(error).partition(" <_io.")[0]
+    clear = isinstance(error, OSError | ValueError) and reason
+    return reason if clear else f"{type(error).__name__}: {reason}"
 
 
 def _check_size(image: Image.Image, most: int) -> None:

@@ -1,0 +1,205 @@
+"""Networks as functions of images, for programs."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import save_pth, vit
+from PIL import Image
+from runs import APART, make_run
+from test_evaluate import colours
+
+import sop_jax
+from sop_jax.convert import convert
+from sop_jax.errors import UserError
+from sop_jax.extract import export, open_images
+from sop_jax.network import Network, load
+from sop_jax.pretrained import load_network
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_the_package_imports_jax_only_when_it_is_used() -> None:
+    code = (
+        "import sys, sop_jax, sop_jax.errors; names = dir(sop_jax); "
+        "assert {*sop_jax.__all__} <= {*names}; assert 'jax' not in sys.modules; "
+        "assert not hasattr(sop_jax, 'nothing'); assert sop_jax.UserError; "
+        "assert 'jax' not in sys.modules; from sop_jax import config, load, neighbours; "
+        "import sop_jax.nearest, sop_jax.network; assert callable(sop_jax.neighbours); "
+        "assert callable(sop_jax.load); assert 'jax' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_what_its_module_has() -> None:
+    for name in sop_jax.__all__:
+        assert getattr(sop_jax, name) is not None
+    for name, module in sop_jax._MODULES.items():
+        assert name in sop_jax.__all__
+        assert not (ROOT / "sop_jax" / f"{name}.py").exists(), f"{module} would be replaced"
+        assert not (ROOT / "sop_jax" / name).exists()
+    assert sop_jax.load is load
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("run")
+    make_run(workdir, **APART, **{"eval.batch_size": 16})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def network(run: pathlib.Path) -> Network:
+    return load(run)
+
+
+@pytest.fixture
+def tree(tmp_path: pathlib.Path) -> pathlib.Path:
+    colours(tmp_path / "data", labelled=True)
+    return tmp_path / "data" / "val"
+
+
+def arrays(tree: pathlib.Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)) for file in sorted(tree.rglob("*.png"))]
+
+
+@pytest.mark.medium
+def test_features_are_those_of_the_command(
+    run: pathlib.Path, network: Network, tree: pathlib.Path
+) -> None:
+    export(run, open_images([str(tree)]), tree / "f.npz", patches=True)
+    with np.load(tree / "f.npz") as found:
+        expected = dict(found)
+    features, names = network.features(tree, names=True)
+    assert features.dtype == np.float32
+    np.testing.assert_array_equal(features, expected["features"])
+    assert names == expected["names"].tolist()
+    patches = network.patch_features(str(tree))
+    assert patches.shape == (10, 4, 4, 32) and patches.dtype == np.float32
+    np.testing.assert_array_equal(
+        patches.reshape(10, 16, 32).astype(np.float16), expected["patch_features"]
+    )
+    assert (network.step, network.config.augment.global_size) == (7, 16)
+    assert not np.allclose(load(run, step=3).features(tree), features)
+    assert repr(network) == f"<sop_jax.Network: the teacher of {run}, step 7>"
+
+
+@pytest.mark.medium
+def test_arrays_files_and_pillow_images_have_the_features_of_the_folder(
+    network: Network, tree: pathlib.Path
+) -> None:
+    expected = network.features(tree)
+    files = sorted(tree.rglob("*.png"))
+    given: list[Any] = [arrays(tree), np.stack(arrays(tree)), files, [Image.open(f) for f in files]]
+    for images in given:
+        np.testing.assert_array_equal(network.features(images), expected)
+    backwards, names = network.features(files[::-1], names=True)
+    np.testing.assert_array_equal(backwards, expected[::-1])
+    assert names == [str(file) for file in files[::-1]]
+    # One image is a batch of its own size, whose sums may be rounded in another way.
+    for one in (files[3], arrays(tree)[3], files[3].read_bytes()):
+        np.testing.assert_allclose(network.features(one), expected[3:4], atol=1e-5)
+
+
+@pytest.mark.medium
+def test_the_last_batch_compiles_nothing(run: pathlib.Path, network: Network) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 20, 20, 3), dtype=np.uint8)
+    own = load(run, batch_size=8)
+    found = own.features(images)
+    program = own._programs["features"]
+    assert program._cache_size() == 1  # type: ignore[attr-defined]
+    np.testing.assert_allclose(found, network.features(images), atol=1e-5)
+    own.features(images[:9])
+    assert program._cache_size() == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.medium
+def test_one_device_gives_what_all_give(run: pathlib.Path, network: Network) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
+    own = load(run, devices=jax.local_devices()[3:4])
+    (leaf, *_) = jax.tree.leaves(own._params)
+    assert leaf.devices() == {jax.local_devices()[3]}
+    np.testing.assert_allclose(own.features(images), network.features(images), atol=1e-5)
+
+
+@pytest.mark.medium
+def test_attention_is_that_of_the_image_token(
+    run: pathlib.Path, network: Network, tree: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    _, model, params, _ = load_network(run)
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    weights = np.asarray(model.attention(params, jnp.asarray(images)))
+    found = network.attention(images)
+    assert found.shape == (3, 2, 4, 4) and found.dtype == np.float32
+    np.testing.assert_allclose(found.reshape(3, 2, 16), weights[:, :, 0, 1:], atol=1e-6)
+    assert (found.sum((2, 3)) < 1).all()
+    make_run(tmp_path / "mean", **APART, **{"model.pool": "mean", "model.registers": 2})
+    mean = load(tmp_path / "mean")
+    _, model, params, _ = load_network(tmp_path / "mean")
+    weights = np.asarray(model.attention(params, jnp.asarray(images)))
+    expected = weights[:, :, 3:, 3:].mean(axis=2)
+    np.testing.assert_allclose(mean.attention(images).reshape(3, 2, 16), expected, atol=1e-6)
+
+
+@pytest.mark.medium
+def test_unreadable_images_are_left_out_of_folders_and_refused_in_lists(
+    network: Network, tree: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = network.features(tree)
+    (tree / "red" / "red1.png").write_bytes(b"no image")
+    (tree / "notes.txt").write_text("")
+    features, names = network.features(tree, names=True)
+    np.testing.assert_array_equal(features, np.delete(expected, 6, axis=0))
+    assert len(names) == 9 and "red/red1.png" not in names
+    shown = capfd.readouterr().err
+    assert "1 image cannot be read" in shown and "red/red1.png: it is not an image" in shown
+    assert "ignored 1 .txt" in shown or ".txt" in shown
+    files = [tree / "red" / "red0.png", tree / "red" / "red1.png", b"nothing"]
+    with pytest.raises(UserError, match=r"(?s)^2 of 3 images .*red1.png: it is not.*\[2\]: it is"):
+        network.features(files)
+    for file in tree.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 10 images can be read"):
+        network.features(tree)
+
+
+@pytest.mark.medium
+def test_a_file_of_weights_is_a_network_too(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = save_pth(tmp_path / "f.pth", vit(depth=1))
+    convert(file, tmp_path / "net", heads=2)
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    of_file = load(file, heads=2)
+    assert of_file.step is None and "loaded: " in capfd.readouterr().err
+    np.testing.assert_array_equal(of_file.features(images), load(tmp_path / "net").features(images))
+    with pytest.raises(UserError, match=r"step=3 is for folders .* is a file"):
+        load(file, step=3)
+    with pytest.raises(UserError, match=r"heads is for files .* leave out heads"):
+        load(tmp_path / "net", heads=2)
+
+
+@pytest.mark.medium
+def test_a_network_without_patches_says_so(tmp_path: pathlib.Path) -> None:
+    changes = {"model.family": "resnet", "model.size": "custom", "model.stage_depths": (1, 1, 1, 1)}
+    make_run(tmp_path, **changes)
+    network = load(tmp_path)
+    image = np.zeros((16, 16, 3), np.uint8)
+    assert network.features(image).ndim == 2
+    with pytest.raises(UserError, match=r"has no patches, so that attention\(\) has no result"):
+        network.attention(image)
+    with pytest.raises(UserError, match=r"so that patch_features\(\) has no result"):
+        network.patch_features(image)
+
+
+def test_what_is_no_network_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no file or folder .*nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        load(tmp_path)
