@@ -12,7 +12,6 @@ cannot be fine-tuned. --data is other data.
 
 import argparse
 import ast
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,8 @@ import numpy as np
 from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rows import append, read  # noqa: E402
 
 from sop_jax.data.sources import Source  # noqa: E402
 from sop_jax.evaluation.features import host_batches  # noqa: E402
@@ -65,6 +66,7 @@ def untrained(config: ml_collections.ConfigDict) -> tuple[Model, Params]:
     return model, jax.jit(model.init)(key)
 
 
+KEYS = ("task", "network")  # what every row has
 NETWORKS = ("pixels", "untrained", "trained")
 # The accuracies of each task, with the names of their standard errors or deviations.
 SHOWN = {
@@ -115,11 +117,6 @@ def measure(args: argparse.Namespace, network: str, name: str, changes: dict[str
     return results, step
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the measurements that are finished."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the accuracies in percent as a Markdown table, a column per network."""
     lines = ["| | " + " | ".join(NETWORKS) + " |", "|---" * (1 + len(NETWORKS)) + "|"]
@@ -152,7 +149,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        return print(table(read(args.out)))
+        return print(table(read(args.out, KEYS)))
     changes: dict[str, dict[str, Any]] = {name: {} for name in SHOWN}
     for change in args.set:
         place, _, value = change.partition("=")
@@ -160,16 +157,15 @@ def main() -> None:
         changes[name][key] = ast.literal_eval(value)
     for name in args.tasks.split(","):
         for network in args.networks.split(","):
-            done = {(row["task"], row["network"]) for row in read(args.out)}
+            done = {(row["task"], row["network"]) for row in read(args.out, KEYS)}
             if (name, network) in done or (name, network) == ("finetune", "pixels"):
                 continue
             began = time.monotonic()
             results, step = measure(args, network, name, changes[name])
             row = {"task": name, "network": network, "step": step, "settings": changes[name]}
             seconds = round(time.monotonic() - began)
-            with args.out.open("a") as file:
-                file.write(json.dumps(row | {"results": results, "seconds": seconds}) + "\n")
-    return print(table(read(args.out)))
+            append(args.out, row | {"results": results, "seconds": seconds})
+    return print(table(read(args.out, KEYS)))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ The claims, with their sources, limits and margins, are in paper_claims/claims.p
 commands train what the claims need and print each claim as it stands: it holds, does not hold, is
 undecided, or is not judged because there are fewer than three seeds. --quick takes only the two
 ends of every sweep, and leaves some claims out. Each finished run appends a row to --out, and is
-never trained again: a row is known by its settings, its seed and the version of sop_jax. Ctrl-C
-loses nothing, because the current run resumes. The third command writes docs/claims.md and its
-figures from the rows, and trains nothing; --list prints what would be run, and --table the claims.
---sizes adds rows of what the papers' own runs would take. With --part=1/2 and --part=2/2 two
-processes share the work, on one core each:
+never trained again: a row is known by its settings, its seed and the newest version of sop_jax that
+changed what runs compute. Ctrl-C loses nothing, because the current run resumes. The third command
+writes docs/claims.md and its figures from the rows, and trains nothing; --list prints what would be
+run, and --table the claims. --sizes adds rows of what the papers' own runs would
+take. With --part=1/2 and --part=2/2 two processes share the work, on one core each:
 
     taskset -c 0 python benchmarks/claims.py --quick --part=1/2 &
     taskset -c 1 python benchmarks/claims.py --quick --part=2/2
@@ -41,6 +41,7 @@ from rows import append, has, read  # noqa: E402
 from sop_jax.compiled.cache import keep_compiled  # noqa: E402
 from sop_jax.errors import Interrupted, UserError  # noqa: E402
 
+KEYS = ("kind", "version", "settings")  # what every row has
 RUN_MINUTES = 3.0  # as long as no run has been measured
 OTHER_MINUTES: dict[type, float] = {Cost: 1.0, Size: 0.1}
 
@@ -112,9 +113,10 @@ def main() -> None:
     parser.add_argument(
         "--sizes", action="store_true", help="estimate what the papers' runs take; run nothing else"
     )
-    parser.add_argument("--list", action="store_true", help="print what would be run")
-    parser.add_argument("--table", action="store_true", help="print the claims, and run nothing")
-    parser.add_argument("--report", action="store_true", help="write docs/claims.md, run nothing")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print what would be run")
+    instead.add_argument("--table", action="store_true", help="print the claims, and run nothing")
+    instead.add_argument("--report", action="store_true", help="write docs/claims.md, run nothing")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the report")
     args = parser.parse_args()
     known = by_name()
@@ -124,7 +126,7 @@ def main() -> None:
     if args.seeds < 1 or args.steps < 1:
         parser.error("--seeds and --steps must be 1 or more; for example, --seeds=3")
     claims = [claim for claim in CLAIMS if claim.name in names]
-    rows = read(args.out)
+    rows = read(args.out, KEYS)
     if args.report:
         write(Measured(rows, args.steps), args.docs)
         return
@@ -142,12 +144,12 @@ def main() -> None:
         return
     keep_compiled()
     for i, (one, seed) in enumerate([] if args.table else waiting):
-        if not without_row([(one, seed)], args.steps, read(args.out)):
+        if not without_row([(one, seed)], args.steps, read(args.out, KEYS)):
             continue  # another process has measured it meanwhile
         words = f"== {i + 1} of {len(waiting)}: {name_of(one, seed)}"
         print(words, file=sys.stderr, flush=True)
         append(args.out, do(one, seed, args))
-    print(table_of(claims, Measured(read(args.out), args.steps)))
+    print(table_of(claims, Measured(read(args.out, KEYS), args.steps)))
 
 
 if __name__ == "__main__":

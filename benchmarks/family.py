@@ -43,6 +43,7 @@ from sop_jax.train import train  # noqa: E402
 from sop_jax.training.assemble import assemble, traced_step  # noqa: E402
 
 GOAL = 89.8  # percent: four points above the untrained network of configs/digits.py
+KEYS = ("method", "seed", "settings")  # what every row has
 DIGITS = 1437  # images in the train split
 
 
@@ -59,7 +60,7 @@ def run_all(methods: list[str], seeds: int, out: Path, workdirs: Path) -> None:
             config = recipe(method)
             digest = settings_digest(config)
             key = {"method": method, "seed": seed, "settings": digest}
-            if has(read(out), key):
+            if has(read(out, KEYS), key):
                 continue
             print(f"== {method}, seed {seed}", file=sys.stderr, flush=True)
             config.seed = seed
@@ -181,7 +182,7 @@ def main() -> None:
         parser.error("--out names the file of rows; for example, --out=docs/family.jsonl")
     if not args.table:
         run_all(methods, args.seeds, args.out, args.workdirs)
-    print(table(current(read(args.out))))
+    print(table(current(read(args.out, KEYS))))
 
 
 if __name__ == "__main__":

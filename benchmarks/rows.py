@@ -3,17 +3,22 @@
 import hashlib
 import json
 import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from sop_jax.check import without_use
+from sop_jax.config import later_settings
 from sop_jax.errors import UserError
 from sop_jax.settings import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The newest version that changed what equal settings compute. Rows are keyed by it, so that they
+# count until a later version computes something else; set it to that version then.
+COMPUTES = "0.5.0"
 
 
 def recipe(method: str) -> ml_collections.ConfigDict:
@@ -27,14 +32,25 @@ def recipe_of(file: str) -> ml_collections.ConfigDict:
 
 
 def settings_digest(config: ml_collections.ConfigDict) -> str:
-    """Returns a digest of the settings that have an effect on a run, except its seed."""
-    unused = without_use(config)
-    used = {k: v for k, v in flatten(config).items() if k != "seed" and k not in unused}
+    """Returns a digest of the settings that have an effect on a run, except its seed.
+
+    Settings newer than COMPUTES are not in it as long as runs compute the same as before them.
+    """
+    idle, newer = without_use(config), later_settings(COMPUTES)
+    used = {
+        name: value
+        for name, value in flatten(config).items()
+        if name != "seed" and name not in idle and not (name in newer and newer[name] == value)
+    }
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def read(out: Path) -> list[dict[str, Any]]:
+def read(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows that are finished; none if there is no file.
+
+    Args:
+        out: the file.
+        names: the values that every row has, by which it is known.
 
     Raises:
         UserError: a line is not a row, such as one that was not written to its end.
@@ -45,10 +61,10 @@ def read(out: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not row.keys() >= set(names):
             raise UserError(
-                f"line {i} of {out} is not a row: expected a JSON object. Delete the line, and "
-                "what it was about is measured again"
+                f"line {i} of {out} is not a row: expected a JSON object with {', '.join(names)}. "
+                "Delete the line, and what it was about is measured again"
             )
         rows.append(row)
     return rows

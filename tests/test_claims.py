@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sop_jax import __version__
+from sop_jax import config as config_lib
 from sop_jax.check import check_config, without_use
 from sop_jax.data.packed import open_packed
 from sop_jax.data.subsets import labels_of
@@ -29,7 +29,9 @@ def parts() -> Iterator[SimpleNamespace]:
         found: dict[str, ModuleType] = {
             name: importlib.import_module(f"paper_claims.{name}") for name in names
         }
-        yield SimpleNamespace(**found, command=importlib.import_module("claims"))
+        yield SimpleNamespace(
+            **found, command=importlib.import_module("claims"), rows=importlib.import_module("rows")
+        )
 
 
 def trained(parts: SimpleNamespace, quick: bool) -> list[Any]:
@@ -293,14 +295,51 @@ def test_what_has_a_row_is_not_run_again(parts: SimpleNamespace) -> None:
     assert command.without_row(wanted, STEPS, rows) == wanted
 
 
+def test_a_setting_of_a_later_version_leaves_rows_as_long_as_it_has_no_effect(
+    parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parts.rows.recipe("dino")
+    size, digest = config.batch_size, parts.rows.settings_digest(config)
+    monkeypatch.setitem(config_lib.BEFORE, "99.0.0", {"batch_size": size})
+    without = parts.rows.settings_digest(config)
+    assert without != digest
+    config.batch_size = size + 1
+    changed = parts.rows.settings_digest(config)
+    assert changed not in (without, digest)
+    monkeypatch.setattr(parts.rows, "COMPUTES", "99.0.0")  # it is as old as the others
+    assert parts.rows.settings_digest(config) == changed
+    config.batch_size = size
+    assert parts.rows.settings_digest(config) == digest
+
+
+def test_costs_are_judged_on_each_device(parts: SimpleNamespace) -> None:
+    claim = parts.claims.by_name()["table_b1"]
+    cost = next(one for one in parts.claims.subjects(claim, quick=False) if one.quantity == "time")
+    key = {"kind": "cost", "version": parts.rows.COMPUTES, "settings": parts.costs.digest(cost)}
+    rows = [
+        key | {"device": "cpu", "ratios": [1.5, 1.6, 1.7]},  # is replaced by the newer one
+        key | {"device": "cpu", "ratios": [1.01, 1.0, 0.99]},
+        key | {"device": "NVIDIA H100", "ratios": [1.2, 1.21, 1.22]},
+    ]
+    measured = parts.report.Measured(rows, STEPS)
+    statement = next(one for one in claim.statements if cost in one.needed)
+    found = {device: test for device, test in parts.report.tests_of(statement, measured)}
+    assert {device: test.verdict for device, test in found.items()} == {
+        "cpu": "holds",
+        "NVIDIA H100": "does not hold",
+    }
+    assert parts.report.verdict_of(claim, measured) == "does not hold"
+
+
 def test_bad_rows_and_names_are_told_before_anything_is_run(
     parts: SimpleNamespace,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, whole = tmp_path / "rows.jsonl", json.dumps({"kind": "run"})
-    for damaged in (whole[:-3], "[1, 2]", ""):
+    out = tmp_path / "rows.jsonl"
+    whole = json.dumps({"kind": "run", "version": "0.0.1", "settings": "0"})
+    for damaged in (whole[:-3], "[1, 2]", "", '{"kind": "run", "version": "0.0.1"}'):
         out.write_text(f"{whole}\n{damaged}\n{whole}\n")
         monkeypatch.setattr(sys, "argv", ["claims.py", "--table", f"--out={out}"])
         with pytest.raises(UserError, match=r"line 2 of .*rows.jsonl is not a row"):
@@ -309,6 +348,10 @@ def test_bad_rows_and_names_are_told_before_anything_is_run(
     with pytest.raises(SystemExit, match="2"):
         parts.command.main()
     assert "unknown claims" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--list", "--report"])
+    with pytest.raises(SystemExit, match="2"):
+        parts.command.main()
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_the_report_has_numbers_verdicts_and_what_is_missing(
@@ -324,7 +367,10 @@ def test_the_report_has_numbers_verdicts_and_what_is_missing(
     folder = tmp_path / "docs"
     parts.report.write(parts.report.Measured(rows, STEPS), folder)
     text = (folder / "claims.md").read_text()
-    assert f"Version {__version__}: 7 runs" in text and "versions or settings, left out: 1." in text
+    assert (
+        f"sop_jax {parts.rows.COMPUTES}: 7 runs" in text
+        and "versions or settings, left out: 1." in text
+    )
     section = text.split("## table_9")[1].split("\n## ")[0]
     assert "+2.0 ± 0.0 (+2.0 to +2.0) | 3 | holds |" in section
     assert "Missing" not in section

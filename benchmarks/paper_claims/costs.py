@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-from rows import recipe_of, settings_digest
+from rows import COMPUTES, recipe_of, settings_digest
 from turns import compiled, in_turns, memory
 
-import sop_jax
 from sop_jax.compiled.flops import flops
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.plan import IMAGES
@@ -87,7 +86,7 @@ def settings(step: Step) -> ml_collections.ConfigDict:
 
 def key_of(measured: Cost | Size) -> dict[str, Any]:
     """Returns the values that identify the row of a ratio on this machine, or of a whole run."""
-    key = {"version": sop_jax.__version__, "settings": digest(measured)}
+    key = {"version": COMPUTES, "settings": digest(measured)}
     if isinstance(measured, Size):
         return {"kind": "size", **key}
     return {"kind": "cost", **key, "device": jax.devices()[0].device_kind}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
+from rows import COMPUTES
 from turns import size_of
 
-import sop_jax
 from paper_claims.runs import STEPS, Run, digest, label, prepared
 from sop_jax.data.sources import open_source
 from sop_jax.diagnosis.in_training import key_of as key_of_eps
@@ -35,7 +35,7 @@ def key_of(run: Run, seed: int, steps: int = STEPS) -> dict[str, Any]:
         "kind": "run",
         "settings": digest(run, steps),
         "seed": seed,
-        "version": sop_jax.__version__,
+        "version": COMPUTES,
     }
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import sop_jax
+from rows import COMPUTES
+
 from paper_claims import costs, runs
 from paper_claims.claims import (
     ANCHORS,
@@ -45,6 +46,7 @@ from paper_claims.statements import (
     label,
     unique,
 )
+from sop_jax.diagnosis.figures import check_plots
 
 FIGURES = {
     "claims_knn.png": "Differences of k-NN accuracy that claims predict to be positive",
@@ -57,17 +59,25 @@ class Measured:
     """What was measured, by run and number.
 
     Args:
-        rows: all rows. Only those of this version of sop_jax count.
+        rows: all rows. Only those of the version `rows.COMPUTES` count.
         steps: the steps of the runs.
+        device: the kind of device whose costs are meant; by default those of all.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], steps: int) -> None:
-        self.steps, self.total = steps, len(rows)
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], steps: int, device: str | None = None
+    ) -> None:
+        self.rows, self.steps, self.device = rows, steps, device
         self._found: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
-            if row["version"] == sop_jax.__version__:
+            elsewhere = device is not None and row.get("device", device) != device
+            if row["version"] == COMPUTES and not elsewhere:
                 self._found.setdefault(row["settings"], []).append(row)
         self._digests: dict[Subject | Size, str] = {}
+
+    def on(self, device: str) -> "Measured":
+        """Returns the same with the costs on one kind of device only."""
+        return Measured(self.rows, self.steps, device)
 
     def of(self, measured: Subject | Size) -> list[dict[str, Any]]:
         """Returns the rows of a run, of a ratio of costs or of the size of a paper's run."""
@@ -126,14 +136,26 @@ def words_of(test: Test) -> str:
     return test.verdict
 
 
+def tests_of(statement: Statement, measured: Measured) -> list[tuple[str, Test]]:
+    """Returns the comparisons of a statement, those of costs for each device that has rows.
+
+    Returns:
+        Pairs of the kind of the device, empty where it does not matter, and a comparison.
+    """
+    costs_of = [one for one in statement.needed if isinstance(one, Cost)]
+    devices = dict.fromkeys(row["device"] for row in measured.of_all(costs_of))
+    if not devices:
+        return [("", test) for test in statement.tests(measured)]
+    return [(one, test) for one in devices for test in statement.tests(measured.on(one))]
+
+
 def verdict_of(claim: Claim, measured: Measured) -> str:
     """Returns the verdict on a claim: that of all its statements."""
-    tests = [test for statement in claim.statements for test in statement.tests(measured)]
-    counts = [len(test.samples) for test in tests if test.verdict == UNJUDGED]
+    tests = [test for statement in claim.statements for _, test in tests_of(statement, measured)]
     verdict = all_of(test.verdict for test in tests)
     if verdict != UNJUDGED:
         return verdict
-    fewest = min(counts)
+    fewest = min((len(test.samples) for test in tests if test.verdict == UNJUDGED), default=0)
     if not fewest:
         return "not run" if not any(test.samples for test in tests) else "run in part, not judged"
     return f"{fewest} seed{'s' * (fewest > 1)}, not judged"
@@ -150,11 +172,9 @@ def rows_of(statement: Statement, measured: Measured) -> list[str]:
     if lacking := [one for one in statement.further if not measured.of(one)]:
         count = len(statement.needed) + len(statement.further)
         words += f" ({count - len(lacking)} of {count} values)"
-    for test in statement.tests(measured):
+    for device, test in tests_of(statement, measured):
         metric = test.metric
-        place = ""
-        if metric is RATIO and (found := measured.of(statement.needed[0])):
-            place = f", on {found[-1]['device']}"
+        place = f", on {device}" if device else ""
         lines.append(
             f"| {words} | {metric.words}: {test.words}{place} | "
             f"{spread(test.samples, metric, is_difference(test))} | {len(test.samples)} | "
@@ -214,7 +234,7 @@ def more_seeds(claim: Claim, measured: Measured) -> str:
     """Returns how many seeds would decide what is undecided, if the numbers stay as they are."""
     found = []
     for statement in claim.statements:
-        for test in statement.tests(measured):
+        for _, test in tests_of(statement, measured):
             needed = seeds_needed(test.samples)
             if test.verdict == "undecided" and is_difference(test) and needed:
                 found.append(f"{needed} for {test.words}")
@@ -241,7 +261,7 @@ def document(measured: Measured, figures: Sequence[str]) -> str:
     wanted = [one for claim in CLAIMS for one in subjects(claim, quick=False)]
     sizes = [claim.size for claim in CLAIMS if claim.size]
     trained = measured.of_all(one for one in wanted if isinstance(one, Run))
-    others = measured.total - len(measured.of_all([*wanted, *sizes]))
+    others = len(measured.rows) - len(measured.of_all([*wanted, *sizes]))
     hours = sum(row["command_s"] for row in trained) / 3600
     speeds = [row["images_per_s"] for row in trained if row["images_per_s"]]
     lines = [
@@ -250,7 +270,7 @@ def document(measured: Measured, figures: Sequence[str]) -> str:
         "Written by `python benchmarks/claims.py --report` from the rows of `docs/claims.jsonl`;",
         "`python benchmarks/claims.py --quick`, `--only=CLAIM` and `--seeds=N` add rows.",
         "",
-        f"Version {sop_jax.__version__}: {len(trained)} runs of {measured.steps} steps, "
+        f"sop_jax {COMPUTES}: {len(trained)} runs of {measured.steps} steps, "
         f"{hours:.1f} hours"
         + (f" at a median of {statistics.median(speeds):.0f} images/s" if speeds else "")
         + (f"; rows of other versions or settings, left out: {others}." if others else "."),
@@ -309,6 +329,7 @@ def size_words(size: Size | None, measured: Measured) -> str:
 
 def draw(measured: Measured, folder: Path) -> list[str]:
     """Draws the figures that have data, and returns their names."""
+    check_plots()
     import matplotlib
 
     matplotlib.use("Agg")
