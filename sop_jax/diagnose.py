@@ -23,30 +23,25 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from etils import epath
 
 from sop_jax import cli, paths
 from sop_jax import config as config_lib
-from sop_jax.data.sources import Source, identity
+from sop_jax.data.sources import identity
 from sop_jax.diagnosis import embeddings, figures, in_training, subjects
 from sop_jax.diagnosis.diagnosis import TEMPERATURE, Result, diagnose
+from sop_jax.diagnosis.embeddings import Images
 from sop_jax.diagnosis.report import tables
-from sop_jax.diagnosis.subjects import Subject
+from sop_jax.diagnosis.subjects import Item
 from sop_jax.diagnosis.uniqueness import EPS, PAPER, check_eps, covers
 from sop_jax.errors import UserError
 from sop_jax.evaluation.splits import open_split
-from sop_jax.evaluation.task import Subject as Network
-from sop_jax.models import build
 from sop_jax.monitor.metrics import read_metrics
 from sop_jax.parallel import hosts
-from sop_jax.parallel.mesh import make_mesh, put, replicated
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load_network, network_of_file, settings_of
-from sop_jax.weights.recognition import rank_of
+from sop_jax.pretrained import settings_of
 
 IMAGES = 10_000
 RECORDED = "recorded"
@@ -87,22 +82,6 @@ class Asked(NamedTuple):
     heads: int | None = None
 
 
-class Item(NamedTuple):
-    """One set of prototypes to diagnose.
-
-    Attributes:
-        run: the folder or file that it is from.
-        step: the step; None for a file.
-        subject: the prototypes.
-        knn: the k-NN accuracy in [0, 1] that the run recorded at this step, if it did.
-    """
-
-    run: str
-    step: int | None
-    subject: Subject
-    knn: float | None
-
-
 def run(asked: Asked) -> epath.Path:
     """Diagnoses what is asked for, prints the tables, and writes the results.
 
@@ -124,13 +103,16 @@ def run(asked: Asked) -> epath.Path:
         return finish(asked, place, record, results, knn, {}, drawn, began)
     opened = open_images(asked)
     items = read(asked)
-    names = dict(zip(names_of(items), items, strict=True))
-    features = Embedded(asked, opened)
+    names = dict(zip(subjects.titles_of(items), items, strict=True))
+    networks = embeddings.Networks(opened, asked.network, asked.heads, asked.batch_size, asked.seed)
     results, entries, maps = {}, [], {}
     for name, item in names.items():
-        found, why = features.of(item)
-        if why is not None and asked.images:
-            note(f"{name}: no shares of images, because {why}")
+        if asked.images:
+            found, why = networks.embeddings_of(item, note)
+            if why is not None:
+                note(f"{name}: no shares of images, because {why}")
+        else:
+            found, why = None, "--images=0"
         note(f"diagnosing {name}: {len(item.subject.rows)} vectors")
         if not hosts.is_first():
             continue
@@ -242,18 +224,6 @@ def plots_possible(needed: bool) -> bool:
         return False
 
 
-class Images(NamedTuple):
-    """Images to compare with prototypes.
-
-    Attributes:
-        source: the images.
-        config: `config.data` that describes them.
-    """
-
-    source: Source
-    config: ml_collections.ConfigDict
-
-
 def open_images(asked: Asked) -> dict[str, Images | None]:
     """Returns the images of each run and file; None for none.
 
@@ -302,87 +272,6 @@ def read(asked: Asked) -> list[Item]:
         once = subjects.once_per_image(item.subject)
         every += [item] if once is None else [item, item._replace(subject=once)]
     return every
-
-
-def names_of(items: Sequence[Item]) -> list[str]:
-    """Returns names that tell the items apart: what differs of run, step and layer."""
-    bases = {item.run: epath.Path(item.run).name for item in items}
-    if len(set(bases.values())) < len(bases):
-        bases = {run: run for run in bases}
-    parts = [
-        (bases[item.run], "" if item.step is None else f"step {item.step}", item.subject.layer)
-        for item in items
-    ]
-    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
-    if not any(differ):
-        differ = [False, False, True]
-    return [
-        ", ".join(part for part, is_shown in zip(own, differ, strict=True) if is_shown and part)
-        for own in parts
-    ]
-
-
-class Embedded:
-    """The embeddings of images by the networks that the prototypes belong to, computed once.
-
-    Args:
-        asked: what the command asks for.
-        opened: the images of each run and file; None for none.
-    """
-
-    def __init__(self, asked: Asked, opened: Mapping[str, Images | None]) -> None:
-        self.asked, self.opened, self.mesh = asked, opened, make_mesh()
-        self._of: tuple[str, int | None] | None = None  # the checkpoint that is loaded
-        self._network: Network | None = None
-        self._kept: dict[str, np.ndarray] = {}
-
-    def of(self, item: Item) -> tuple[np.ndarray | None, str | None]:
-        """Returns the embeddings [N, d], or None and the reason why there are none."""
-        compared, dim = item.subject.compared, item.subject.rows.shape[1]
-        images = self.opened[item.run]
-        if not self.asked.images:
-            return None, "--images=0"
-        if images is None:
-            return None, "a file names no images; give some with --data.path"
-        if compared not in embeddings.COMPARED:
-            return None, "what is compared with these prototypes depends on masks"
-        if self._of != (item.run, item.step):
-            self._of, self._network, self._kept = (item.run, item.step), None, {}
-        try:
-            network = self._network = self._network or self._load(item, images)
-        except UserError as error:
-            if item.step is not None:
-                raise
-            return None, f"its network cannot be used: {error}"
-        if compared not in self._kept:
-            note(f"embedding {len(images.source)} images by {item.run}")
-            self._kept[compared] = embeddings.embed(
-                network, images.source, compared, self.mesh, self.asked.seed
-            )
-        found = self._kept[compared]
-        if found.shape[1] != dim:
-            return None, f"the network gives {found.shape[1]} numbers, the prototypes have {dim}"
-        return found, None
-
-    def _load(self, item: Item, images: Images) -> Network:
-        """Returns the network that the prototypes belong to, with its head."""
-        if item.step is not None:
-            config, model, params, _ = load_network(
-                item.run, item.step, self.asked.network or "teacher"
-            )
-        else:
-            key = {1: "teacher", -1: "student"}.get(rank_of(item.subject.layer))
-            config, params, absent, _ = network_of_file(
-                epath.Path(item.run), key, None, self.asked.heads, None, False
-            )
-            if any(path.startswith("head/") for path in absent):
-                raise UserError("its head has other layers than those that can be read")
-            model = build(config, config.augment.global_size)
-            everywhere = replicated(self.mesh)
-            params = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), params)
-        config.data = images.config
-        config.eval.batch_size = self.asked.batch_size or config.eval.batch_size
-        return Network(item.run, config, model, params, "", item.step)
 
 
 def recorded(workdirs: Sequence[str]) -> tuple[dict[str, Result], dict[str, float]]:

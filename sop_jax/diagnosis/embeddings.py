@@ -1,22 +1,116 @@
 """The embeddings of images that are compared with prototypes."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from sop_jax.data.sources import Source
 from sop_jax.data.subsets import Subset
+from sop_jax.diagnosis.subjects import Item
+from sop_jax.errors import UserError
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.evaluation.views import view_of
-from sop_jax.models import Model, Params
+from sop_jax.models import Model, Params, build
+from sop_jax.parallel.mesh import make_mesh, put, replicated
+from sop_jax.pretrained import load_network, network_of_file
+from sop_jax.weights.recognition import rank_of
 
 COMPARED = ("cls", "patches", "patch_features")  # what an image alone determines
+
+
+class Images(NamedTuple):
+    """Images to compare with prototypes.
+
+    Attributes:
+        source: the images.
+        config: `config.data` that describes them.
+    """
+
+    source: Source
+    config: ml_collections.ConfigDict
+
+
+class Networks:
+    """The networks that prototypes belong to, and the embeddings of images by the current one.
+
+    Args:
+        images: those of each run and file; None for none.
+        network: `teacher` or `student`, of runs; the teacher by default.
+        heads: the number of heads of a ViT in a file whose size has no name.
+        batch_size: the number of images that are embedded at a time; by default as in the run.
+        seed: draws the patch of each image.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, Images | None],
+        network: str | None,
+        heads: int | None,
+        batch_size: int | None,
+        seed: int,
+    ) -> None:
+        self.images, self.network, self.heads = images, network or "teacher", heads
+        self.batch_size, self.seed, self.mesh = batch_size, seed, make_mesh()
+        self._of: tuple[str, int | None] | None = None  # the checkpoint that is loaded
+        self._loaded: Subject | None = None
+        self._kept: dict[str, Float32[np.ndarray, "N d"]] = {}
+
+    def embeddings_of(
+        self, item: Item, note: Callable[[str], None]
+    ) -> tuple[Float32[np.ndarray, "N d"] | None, str | None]:
+        """Returns what is compared with prototypes, or None and the reason why there is nothing.
+
+        Args:
+            item: the prototypes.
+            note: shows a line before the images are embedded.
+        """
+        compared, dim = item.subject.compared, item.subject.rows.shape[1]
+        images = self.images[item.run]
+        if images is None:
+            return None, "a file names no images; give some with --data.path"
+        if compared not in COMPARED:
+            return None, "what is compared with these prototypes depends on masks"
+        if self._of != (item.run, item.step):
+            self._of, self._loaded, self._kept = (item.run, item.step), None, {}
+        try:
+            network = self._loaded = self._loaded or self._load(item, images)
+        except UserError as error:
+            if item.step is not None:
+                raise
+            return None, f"its network cannot be used: {error}"
+        if compared not in self._kept:
+            note(f"embedding {len(images.source)} images by {item.run}")
+            self._kept[compared] = embed(network, images.source, compared, self.mesh, self.seed)
+        found = self._kept[compared]
+        if found.shape[1] != dim:
+            return None, f"the network gives {found.shape[1]} numbers, the prototypes have {dim}"
+        return found, None
+
+    def _load(self, item: Item, images: Images) -> Subject:
+        """Returns the network that prototypes belong to, with its head."""
+        if item.step is not None:
+            config, model, params, _ = load_network(item.run, item.step, self.network)
+        else:
+            key = {1: "teacher", -1: "student"}.get(rank_of(item.subject.layer))
+            config, params, absent, _ = network_of_file(
+                epath.Path(item.run), key, None, self.heads, None, False
+            )
+            if any(path.startswith("head/") for path in absent):
+                raise UserError("its head has other layers than those that can be read")
+            model = build(config, config.augment.global_size)
+            everywhere = replicated(self.mesh)
+            params = jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), params)
+        config.data = images.config
+        config.eval.batch_size = self.batch_size or config.eval.batch_size
+        return Subject(item.run, config, model, params, "", item.step)
 
 
 def draw(source: Source, most: int, seed: int) -> Source:

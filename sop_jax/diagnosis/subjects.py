@@ -56,6 +56,40 @@ class Read(NamedTuple):
     words: list[str]
 
 
+class Item(NamedTuple):
+    """One set of prototypes to diagnose.
+
+    Attributes:
+        run: the folder or file that it is from.
+        step: the step; None for a file.
+        subject: the prototypes.
+        knn: the k-NN accuracy in [0, 1] that the run recorded at this step, if it did.
+    """
+
+    run: str
+    step: int | None
+    subject: Subject
+    knn: float | None
+
+
+def titles_of(items: Sequence[Item]) -> list[str]:
+    """Returns names that tell the items apart: what differs of run, step and layer."""
+    bases = {item.run: epath.Path(item.run).name for item in items}
+    if len(set(bases.values())) < len(bases):
+        bases = {run: run for run in bases}
+    parts = [
+        (bases[item.run], "" if item.step is None else f"step {item.step}", item.subject.layer)
+        for item in items
+    ]
+    differ = [len(set(column)) > 1 for column in zip(*parts, strict=True)]
+    if not any(differ):
+        differ = [False, False, True]
+    return [
+        ", ".join(part for part, is_shown in zip(own, differ, strict=True) if is_shown and part)
+        for own in parts
+    ]
+
+
 def steps_of(workdir: epath.PathLike, asked: str | None) -> list[int]:
     """Returns the steps of the checkpoints to diagnose, ascending.
 
