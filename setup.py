@@ -6,6 +6,7 @@ import runpy
 from setuptools import find_packages, setup
 
 PACKAGE = pathlib.Path(__file__).parent / "sop_jax"
+DOCS = ["furo>=2025.9", "myst-parser>=4.0", "sphinx>=8.2"]
 
 setup(
     name="sop_jax",
@@ -41,7 +42,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "docs": DOCS,
         "test": [
+            *DOCS,
             "beartype>=0.23",
             "hypothesis>=6.100",
             # The compiler for TPUs, for tests of the compiled train step.
