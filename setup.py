@@ -47,10 +47,13 @@ setup(
             *DOCS,
             "beartype>=0.23",
             "hypothesis>=6.100",
+            "ipykernel>=7.0",  # runs the notebooks, with nbclient; jupytext reads their sources
             # The compiler for TPUs, for tests of the compiled train step.
             "jax[tpu]>=0.10.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "jupytext>=1.17",
             "matplotlib>=3.9",
             "mypy>=2.0",
+            "nbclient>=0.10",
             "pytest>=9.0",
             "pytest-xdist>=3.6",
             "ruff>=0.15",
