@@ -36,6 +36,7 @@ FLAGS = flags.FLAGS
 
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 PROCESSES = ("coordinator", "processes", "process")
+MAIN_FLAGS = 5  # `--help` lists so many first: a command defines the flags that matter most first
 
 _SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_settings`, by section
 
@@ -217,20 +218,17 @@ def _help(config: config_dict.ConfigDict | None) -> str:
     if "config" in FLAGS:
         names = ["config", *(name for name in names if name != "config")]
     names += [name for name in PROCESSES if name in FLAGS]
-    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
-    for name in names:
-        flag = FLAGS[name]
-        value = "NAME|FILE" if name == "config" else flag.flag_type().upper()
-        notes = "; required" if any("other than None" in x.message for x in flag.validators) else ""
-        notes += "" if flag.default in (None, False, "") else f"; default: {flag.default_as_str}"
-        written = f"--[no]{name}" if flag.boolean else f"--{name}={value}"
-        lines += [f"  {written}{notes}", f"      {flag.help}"]
+    lines = [_wrapped((sys.modules["__main__"].__doc__ or "").strip())]
+    for i, name in enumerate(names):
+        if i in (0, MAIN_FLAGS):
+            lines += ["", "More flags:" if i else "Flags:"]
+        lines += _help_of_flag(name)
     if "config" in FLAGS:
         text = (
             "--config.KEY=VALUE changes a setting of the recipe: --config.batch_size=128, "
             "--config.augment.global_scale=0.5,1.0. --config=NAME --help lists the settings of a "
-            f"recipe, and {epath.Path(__file__).parent / 'config.py'} describes them. "
-            f"{_known_recipes()}."
+            f"recipe, and {epath.Path(__file__).parent / 'config.py'} and "
+            f"docs/settings.md describe them. {_known_recipes()}."
         )
         lines += ["", "Settings:", *textwrap.wrap(text, 96, break_on_hyphens=False)]
         for key, value in flatten(config or {}).items():
@@ -241,6 +239,38 @@ def _help(config: config_dict.ConfigDict | None) -> str:
             shown = tuple(value) if isinstance(value, list) else value
             lines.append(f"  --{section}.{key}={'' if shown is None else shown}")
     return "\n".join(lines)
+
+
+def _help_of_flag(name: str) -> list[str]:
+    """Returns the lines of `--help` about a flag: its values, its default and its meaning."""
+    flag = FLAGS[name]
+    if name == "config":
+        value = "NAME|FILE"
+    elif isinstance(flag, flags.EnumFlag):
+        value = "|".join(flag.parser.enum_values)
+    elif isinstance(flag.parser, flags.ListParser):
+        value = "A,B,..."
+    else:
+        value = flag.parser.flag_type().upper()
+    text = flag.help.partition(">: ")[2] if isinstance(flag, flags.EnumFlag) else flag.help
+    if isinstance(flag, flags.MultiFlag):  # absl adds that it can be repeated
+        text = text.partition(";\n")[0]
+    notes = "; required" if any("other than None" in x.message for x in flag.validators) else ""
+    if flag.boolean:
+        notes += "; on by default" if flag.default else ""
+    elif flag.default not in (None, ""):
+        notes += f"; default: {str(flag.default_as_str).strip("'")}"
+    written = f"--[no]{name}" if flag.boolean else f"--{name}={value}"
+    return [
+        f"  {written}{notes}",
+        *textwrap.wrap(text, 96, initial_indent=6 * " ", subsequent_indent=6 * " "),
+    ]
+
+
+def _wrapped(text: str) -> str:
+    """Returns a text with its long lines wrapped, and others as they are."""
+    lines = [textwrap.wrap(line, 100) if len(line) > 100 else [line] for line in text.splitlines()]
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def _hosts() -> Any:

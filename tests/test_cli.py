@@ -415,10 +415,12 @@ def test_an_error_of_the_program_keeps_its_traceback(command: pathlib.Path) -> N
 
 HELP = """
 import os, runpy, sys
-from sop_jax import convert, extract, plan, train
+from sop_jax import convert, diagnose, evaluate, extract, nearest, plan, train
 from sop_jax.data import prepare
 
-for module in ("train", "plan", "evaluate", "extract", "convert", "data.prepare"):
+for module in (
+    "train", "plan", "evaluate", "diagnose", "extract", "nearest", "convert", "data.prepare"
+):
     print(f"<{module}>", flush=True)
     if not os.fork():
         sys.argv[1:] = ["--help"]
@@ -434,6 +436,8 @@ FLAGS = {  # the flags of every command
     f"data.test_split {PROCESSES}",
     "extract": "workdir images out step patches splits overwrite data.path data.source data.name "
     f"data.train_split {PROCESSES}",
+    "diagnose": "workdir weights step network layer eps images tsne seed out",
+    "nearest": "workdir weights images of k out step",
     "convert": "from workdir to export key prefix step heads positions",
     "data.prepare": "images out name splits",
 }
@@ -447,6 +451,12 @@ def test_help_of_every_command_lists_its_flags_and_is_no_error() -> None:
         found = re.findall(r"^  --(?:\[no\])?([\w.]+)", shown[command], re.MULTILINE)
         assert set(flags.split()) <= set(found), command
         assert f"python -m sop_jax.{command}" in shown[command]
+        assert max(map(len, shown[command].splitlines())) <= 100
+        assert "repeat this option" not in shown[command] and "ENUM" not in shown[command]
+    assert "--network=teacher|student\n      Which network" in shown["evaluate"]
+    assert "--k=INT; default: 5\n" in shown["nearest"]
+    assert "--splits=A,B,...; default: train,val\n" in shown["data.prepare"]
+    assert "--[no]splits; on by default\n" in shown["extract"]
     for command in ("train", "plan"):
         assert "--config.KEY=VALUE" in shown[command] and "sop_jax/config.py" in shown[command]
         assert ", ".join(file.stem for file in RECIPE_FILES) in " ".join(shown[command].split())
