@@ -259,7 +259,8 @@ def _help_of_flag(name: str) -> list[str]:
     if flag.boolean:
         notes += "; on by default" if flag.default else ""
     elif flag.default not in (None, ""):
-        notes += f"; default: {str(flag.default_as_str).strip("'")}"
+        default = str(flag.default_as_str).strip("'")
+        notes += f"; default: {default}"
     written = f"--[no]{name}" if flag.boolean else f"--{name}={value}"
     return [
         f"  {written}{notes}",
