@@ -28,6 +28,5 @@ The curves of this run are in runs/digits. To look at them:
   .venv/bin/tensorboard --logdir runs/digits
 
 Next, train on a folder of your own images, with or without sub-folders (much faster on a GPU):
-  .venv/bin/python -m sop_jax.train --config=configs/imagenette.py --workdir=runs/mine \
-    --config.data.path=FOLDER
+  .venv/bin/python -m sop_jax.train --images=FOLDER --workdir=runs/mine
 END

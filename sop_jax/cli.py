@@ -38,6 +38,7 @@ HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 PROCESSES = ("coordinator", "processes", "process")
 MAIN_FLAGS = 5  # `--help` lists so many first: a command defines the flags that matter most first
 
+_STANDS_FOR: dict[str, str] = {}  # recipes by the flag that stands for one, see `define_config`
 _SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_settings`, by section
 
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
@@ -141,8 +142,14 @@ def define_path(name: str, text: str, required: bool = False, several: bool = Fa
         flags.DEFINE(_PathParser(), name, None, text, serializer=serializer, **own)
 
 
-def define_config() -> None:
-    """Defines `--config`, which names a recipe or a file, and `--config.KEY` for its settings."""
+def define_config(**instead: str) -> None:
+    """Defines `--config`, which names a recipe or a file, and `--config.KEY` for its settings.
+
+    Args:
+        **instead: flags that stand for a recipe, so that no `--config` is needed with them, and the
+            name of that recipe.
+    """
+    _STANDS_FOR.update(instead)
     text = "The recipe: its name, such as digits, or a file that defines get_config()."
     config_flags.DEFINE_config_file("config", lock_config=True, help_string=text)
     flags.mark_flag_as_required("config")
@@ -353,7 +360,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     config, sections = None, _SETTINGS
     try:
         if "config" in FLAGS:
-            argv = _find_recipes(argv)
+            argv = _find_recipes(_with_recipe(argv))
             config = _load_config(argv)
         if any(flag in HELP for flag in argv[1:]):
             print(_help(config))
@@ -396,6 +403,29 @@ def _recipe_names() -> list[str]:
 
 def _known_recipes() -> str:
     return f"Recipes by name, in {recipes()}: {', '.join(_recipe_names())}"
+
+
+def _with_recipe(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments, with the `--config` that a flag stands for.
+
+    Raises:
+        UserError: another `--config` is given too.
+    """
+
+    def has(name: str) -> bool:
+        return any(re.match(rf"--?{name}(=|$)", flag) for flag in argv[1:])
+
+    for name, recipe in _STANDS_FOR.items():
+        if has(name) and has("config"):
+            raise UserError(
+                f"--{name} and --config are both given, but --{name} chooses the settings that "
+                f"--config would name; leave one of them out. --{name} with --config.KEY=VALUE "
+                "keeps single settings, and --config with --config.data.path=FOLDER trains a "
+                "recipe on a folder"
+            )
+        if has(name):
+            return [argv[0], f"--config={recipe}", *argv[1:]]
+    return list(argv)
 
 
 def _find_recipes(argv: Sequence[str]) -> list[str]:
@@ -531,7 +561,8 @@ def _usage(error: Exception, sections: Mapping[str, config_dict.ConfigDict]) -> 
     text = str(error)
     if match := re.match(r"flag --(\S+)=None: .* other than None", text):
         if match[1] == "config":
-            return f"--config is required: give --config=NAME or FILE. {_known_recipes()}"
+            others = "".join(f", or --{name}=..." for name in _STANDS_FOR)
+            return f"--config is required: give --config=NAME or FILE{others}. {_known_recipes()}"
         return f"--{match[1]} is required: give --{match[1]}=value"
     for section, settings in sections.items():
         match = re.match(rf"flag --{section}\.([^=]+)=(.*?): ", text, re.DOTALL)

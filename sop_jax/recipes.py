@@ -82,6 +82,27 @@ def inat18() -> ml_collections.ConfigDict:
     return config
 
 
+def folder() -> ml_collections.ConfigDict:
+    """Returns the recipe for a folder of images, of which `own_images.decisions` changes the rest.
+
+    The memory is that of about one epoch of ten thousand images, with the number of SOPs in the
+    paper's proportion to it. With few images, milder crops keep the agreement of views above the
+    temperature ratio.
+    """
+    config = paper()
+    config.epochs = 300.0
+    config.batch_size = 256
+    config.log_every = 10
+    config.eval_every = 1000
+    config.checkpoint_every = 500
+    config.data.update(source="folder", test_split="val")
+    config.sop.cls.update(memory=8192, anchors=512)
+    config.sop.patch.update(memory=4096, anchors=256)
+    config.sop.teacher_temperature = (0.04, 0.04)
+    config.augment.update(global_scale=(0.4, 1.0), local_scale=(0.1, 0.4))
+    return config
+
+
 def digits() -> ml_collections.ConfigDict:
     """Returns what the recipes for scikit-learn's digits have in common: all but the method.
 

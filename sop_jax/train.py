@@ -1,9 +1,12 @@
 """Pretrains a vision transformer on unlabelled images.
 
+    python -m sop_jax.train --images=FOLDER --workdir=runs/mine
     python -m sop_jax.train --config=configs/digits.py --workdir=runs/digits
 
-Any setting can be changed on the command line: --config.batch_size=128. Running the same command
-again resumes an interrupted run exactly, and leaves a finished run as it is.
+--images looks at a folder of your own images and chooses the settings; --config names a recipe. Any
+setting can be changed on the command line: --config.batch_size=128. --dry_run says what a run would
+do. Running the same command again resumes an interrupted run exactly, and leaves a finished run as
+it is.
 """
 
 import contextlib
@@ -25,8 +28,9 @@ import numpy as np
 from absl import flags
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections.config_flags import config_path
 
-from sop_jax import cli, pretrained
+from sop_jax import cli, pretrained, preview
 from sop_jax import config as config_lib
 from sop_jax.check import check_config, check_trace, check_used
 from sop_jax.data import sources
@@ -44,6 +48,7 @@ from sop_jax.monitor.journal import Journal
 from sop_jax.monitor.metrics import Progress, Writer, read_metrics
 from sop_jax.monitor.pace import PaceKeeper
 from sop_jax.monitor.profiling import Trace
+from sop_jax.own_images import choices
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devices
@@ -734,15 +739,34 @@ def summary_text(summary: dict[str, Any], workdir: epath.Path) -> str:
 
 def main() -> None:
     """Trains the run that the flags describe."""
-    config, workdir = flags.FLAGS.config, epath.Path(flags.FLAGS.workdir)
+    args = flags.FLAGS
+    config, workdir, seen = args.config, epath.Path(args.workdir), None
+    full = args.check == "full"
+    if full and not (args.images or args.dry_run):
+        raise UserError("--check=full would have no effect: add --dry_run, or --images=FOLDER")
+    if args.images:
+        values = {key: config_path.get_value(key, config) for key in cli.given()}
+        config, seen = choices.chosen(args.images, workdir, values, full=full)
     made = config_lib.read_config(workdir) if (workdir / "config.json").exists() else None
     check_used(config, cli.given(), made)
-    train(config, workdir, flags.FLAGS.wait)
+    if args.dry_run:
+        preview.show(expand_paths(config), workdir, seen, full)
+    else:
+        train(config, workdir, args.wait)
 
 
 if __name__ == "__main__":
-    cli.define_config()
+    cli.define_config(images="folder")
+    cli.define_path("images", "A folder of your own images, for which the settings are chosen.")
     cli.define_path("workdir", "The folder of the run, local or gs://.", required=True)
     wait = "The seconds to wait if another run is using the workdir; the launch scripts wait."
     flags.DEFINE_float("wait", 0.0, wait, lower_bound=0.0)
+    text = (
+        "Says what the run would do, and does nothing but to draw its views to WORKDIR/views.png."
+    )
+    flags.DEFINE_bool("dry_run", False, text)
+    text = (
+        "full decodes all images first and looks for near-duplicates; with --images or --dry_run."
+    )
+    flags.DEFINE_enum("check", "quick", ["quick", "full"], text)
     cli.run(main)

@@ -40,7 +40,7 @@ def load(file: pathlib.Path, **changes: Any) -> ml_collections.ConfigDict:
 
 
 def test_the_recipes_are_there() -> None:
-    assert {"digits", "cifar10", "imagenette"} <= {file.stem for file in FILES}
+    assert {"digits", "cifar10", "imagenette", "folder"} <= {file.stem for file in FILES}
     assert {file.stem for file in LARGE} == RECIPES.keys() | OTHER_METHODS.keys()
     digits = {f"digits_{name}" for name in METHODS if name != "sop"}
     assert {file.stem for file in FILES if file.stem.startswith("digits_")} == digits

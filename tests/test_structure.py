@@ -22,6 +22,8 @@ LAYERS = [
     {"check"},
     {"pretrained"},
     {"diagnosis", "network"},
+    {"own_images"},
+    {"preview"},
     {"evaluate", "extract", "convert", "diagnose", "nearest"},
     {"train", "plan"},
 ]

@@ -1,0 +1,1 @@
+"""Users' own images: what a folder contains, and the settings that suit it."""
