@@ -107,9 +107,10 @@ def check_images(survey: Survey) -> None:
     """
     broken = [f"\n  {line}" for line in list(survey.unreadable.values())[:5]]
     if survey.share > UNREADABLE:
+        looked = max(survey.decoded, len(survey.headers) + len(survey.unreadable))
         raise UserError(
-            f"{len(survey.unreadable)} of the images in {survey.name} that were looked at cannot "
-            f"be read:{''.join(broken)}\nRepair them, or give a folder of other images"
+            f"{len(survey.unreadable)} of {looked} images in {survey.name} cannot be read:"
+            f"{''.join(broken)}\nRepair them, or give a folder of other images"
         )
     if survey.readable < FEWEST:
         those = "".join(broken) and f", not counting these, which cannot be read:{''.join(broken)}"
