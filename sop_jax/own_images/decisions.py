@@ -283,7 +283,7 @@ def of_prototypes(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Cho
     if config.method != "sop":
         return []
     images, batch = wanted.survey.images, config.batch_size
-    rows = 2 ** int(math.log2(max(2, min(images, 64 * batch))))
+    rows = 2 ** round(math.log2(min(images, 64 * batch)))
     rows = max(128, min(65536, rows), 2 ** math.ceil(math.log2(2 * batch)))
     rows = wanted.given.get("sop.cls.memory", rows)
     many = images >= HUGE
@@ -292,7 +292,7 @@ def of_prototypes(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Cho
     choices = [
         Choice(
             {"sop.cls.memory": rows, "sop.cls.anchors": anchors},
-            f"a memory of at most an epoch or 64 batches, and K = one in {rows // anchors} of it",
+            f"a memory of about an epoch, or of 64 batches, and K = one in {rows // anchors} of it",
         ),
         Choice(
             {"sop.cls.supports": 8 if many else 4, "sop.cls.tasks": 2 if many else 1},
