@@ -17,13 +17,19 @@ COLABS = ROOT / "colabs"
 NAMES = sorted(path.stem for path in COLABS.glob("*.md"))
 
 # Small settings in place of those in the cell tagged `parameters`. `{here}` is a new folder.
+RUN_OF_TWO_STEPS = """
+command = "-m sop_jax.train --config=digits --config.steps=2 --config.eval_every=0".split()
+subprocess.run([sys.executable, *command, r"--workdir={here}/run"], check=True)
+"""
 SMALL = {
+    "features": RUN_OF_TWO_STEPS + "WEIGHTS = PROTOTYPES = r'{here}/run'",
     "quickstart": "WORKDIR = r'{here}/digits'; STEPS = 4",
     "pod": "CONFIG = 'digits'; TOPOLOGY = 'v5e:2x2'; OVERRIDES = '--config.model.depth=1'; "
     "WORKDIR = 'gs://BUCKET/digits'",
 }
 # What a run of a notebook prints or draws at its end.
 SHOWN = {
+    "features": ["12 images, 64 numbers each", "image/png", "unique"],
     "quickstart": ["k-NN accuracy after 4 steps", "image/png"],
     "pod": ["fits", "queued-resources create", "kind: Job", "Set WATCHED"],
 }
@@ -85,7 +91,7 @@ def test_a_notebook_runs(name: str, tmp_path: pathlib.Path) -> None:
     book = notebook(name)
     here = tmp_path / "work"
     here.mkdir()
-    place = COLABS if name == NAMES[0] else here  # where they lie, and in an empty folder
+    place = COLABS if name == "quickstart" else here  # where they lie, and in an empty folder
     cell = next(c for c in book["cells"] if c["metadata"].get("tags") == ["parameters"])
     cell["source"] = "".join(cell["source"]) + "\n" + SMALL[name].format(here=here)
     path = tmp_path / f"{name}.ipynb"
