@@ -13,15 +13,13 @@ from PIL import Image
 
 from sop_jax.check import check_config
 from sop_jax.compiled import flops
-from sop_jax.compiled.device_memory import GIB
 from sop_jax.data.decode import decoding, load_image
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
 from sop_jax.evaluation.contact_sheet import Tile, contact_sheet
 from sop_jax.models import MEAN
-from sop_jax.monitor.metrics import time_text
 from sop_jax.own_images import choices
-from sop_jax.own_images.estimate import estimate
+from sop_jax.own_images.estimate import estimate, words
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.paths import check_writable
@@ -166,20 +164,7 @@ def _bytes(leaf: Any) -> int:
 def cost(config: ml_collections.ConfigDict, run: Run, seen: choices.Seen) -> list[str]:
     """Returns the expected time and memory; the operations are those of the traced step."""
     operations = flops.count(traced_step(run).jaxpr)
-    found = estimate(config, seen.survey, seen.machine, operations)
-    slow = "images" if found.input > found.compute else "steps"
-    lines = [
-        f"time: about {time_text(found.seconds)}, within a factor of two, and evaluations: "
-        f"{time_text(found.compute)} per step of {operations / 1e12:.3g} TFLOP, and "
-        f"{time_text(found.input)} for its images ({slow} are what takes long)"
-    ]
-    if found.memory is None:
-        lines.append("memory: not estimated for this network; sop_jax.plan compiles it")
-    else:
-        limit = seen.machine.memory
-        of = "" if limit is None else f" of {limit / GIB:.2f} GiB"
-        lines.append(f"memory: about {found.memory / GIB:.2f} GiB{of} per device")
-    return lines
+    return words(estimate(config, seen.survey, seen.machine, operations), seen.machine)
 
 
 def draw_views(

@@ -15,7 +15,7 @@ from sop_jax.data import folders, sources
 from sop_jax.data.decode import decoding
 from sop_jax.data.sources import open_source
 from sop_jax.errors import UserError
-from sop_jax.own_images import decisions, duplicates, machine, survey
+from sop_jax.own_images import decisions, duplicates, estimate, machine, survey
 from sop_jax.parallel import hosts
 from sop_jax.paths import expand
 from sop_jax.settings import flatten
@@ -99,6 +99,10 @@ def chosen(
         tell("Settings, chosen for these images and this machine:")
         for line in decisions.words(made, given):
             tell(line)
+        if config.model.family == "vit":
+            found = estimate.estimate(config, seen.survey, seen.machine)
+            for line in estimate.words(found, seen.machine):
+                tell(f"Expected {line}")
         text = json.dumps(config.to_dict())
     if hosts.several():
         text = hosts.gather(text, hosts.END_TIMEOUT)[0]

@@ -25,7 +25,7 @@ MANY = 20_000  # images from which the crops and the optimizer are those of the 
 HUGE = 200_000  # images from which the supports, tasks and temperatures are those of the paper
 BUDGET = {"cpu": 30 * 60.0}  # seconds that a run should take at most
 LONGEST = 24 * 3600.0  # the same for accelerators
-FEWEST_EPOCHS = 10.0
+FEWEST_EPOCHS, FEWEST_VIEWED = 10.0, 50_000  # epochs, and images seen, that a run has at least
 UNREADABLE = 0.5  # the largest share of unreadable images with which a run begins
 
 
@@ -272,7 +272,8 @@ def of_time(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
     budget = BUDGET.get(machine.platform, LONGEST)
     seconds = estimate(config, survey, machine).seconds
     if config.steps is None and "epochs" not in given and seconds > budget:
-        epochs = max(FEWEST_EPOCHS, float(math.floor(config.epochs * budget / seconds)))
+        least = max(FEWEST_EPOCHS, math.ceil(FEWEST_VIEWED / survey.images))
+        epochs = max(float(least), float(math.floor(config.epochs * budget / seconds)))
         why = f"{config.epochs:g} would take {time_text(seconds)} on this machine"
         choices.append(Choice({"epochs": min(config.epochs, epochs)}, why))
     return choices
@@ -354,7 +355,9 @@ def of_optimizer(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choi
         warmup = round(min(10.0, length.steps / length.epoch / 10), 2)
         choices.append(Choice({"optim.warmup_epochs": warmup}, "a tenth of the run, or 10 epochs"))
     decay = (0.04, 0.1) if narrow else (0.04, 0.4)
-    momentum = (0.99, 0.999) if length.steps < 20_000 else (0.994, 1.0)
+    # At the end of a short run the teacher averages about its last tenth.
+    end = round(min(0.9995, max(0.995, 1 - 10 / length.steps)), 4)
+    momentum = (0.99, end) if length.steps < 20_000 else (0.994, 1.0)
     choices += [
         Choice({"optim.weight_decay": decay}, "less in a short run" if narrow else "the paper's"),
         Choice(

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from sop_jax.compiled.device_memory import GIB
 from sop_jax.data.augment import multi_crop
 from sop_jax.models import size_of
+from sop_jax.monitor.metrics import time_text
 from sop_jax.own_images.machine import Machine
 from sop_jax.own_images.survey import Survey
 from sop_jax.schedules import run_length
@@ -71,6 +73,22 @@ def estimate(
         seconds=steps * step,
         memory=memory(config, machine.devices) if config.model.family == "vit" else None,
     )
+
+
+def words(found: Estimate, machine: Machine) -> list[str]:
+    """Returns an estimate in words for people, one line each."""
+    slow = "the images" if found.input > found.compute else "the steps"
+    lines = [
+        f"time: about {time_text(found.seconds)}, within a factor of two: {found.steps:,} steps, "
+        f"each {time_text(found.compute)} for {found.operations / 1e12:.3g} TFLOP and "
+        f"{time_text(found.input)} for its images; {slow} take longest"
+    ]
+    if found.memory is None:
+        lines.append("memory: no formula for this network; sop_jax.plan compiles it")
+    else:
+        of = "" if machine.memory is None else f" of {machine.memory / GIB:.2f} GiB"
+        lines.append(f"memory: about {found.memory / GIB:.2f} GiB{of} per device")
+    return lines
 
 
 def step_operations(config: ml_collections.ConfigDict) -> float:

@@ -13,8 +13,8 @@ from sop_jax.compiled.device_memory import GIB, bytes_limit
 from sop_jax.config import paper
 from sop_jax.models import build
 
-ROUNDS = 3  # timed calls, of which the fastest counts: what else runs only makes them slower
-SECONDS = 5.0  # after which no further call is timed
+ROUNDS = 20  # timed calls, of which the fastest counts: what else runs only makes them slower
+SECONDS = 3.0  # after which no further call is timed
 
 
 class Probe(NamedTuple):
