@@ -84,13 +84,7 @@ def train(
     """
     check_config(config)
     config, workdir = expand_paths(config), epath.Path(expand(str(workdir)))
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a folder, which need not exist yet")
-    if config.data.path and os.path.realpath(workdir) == os.path.realpath(config.data.path):
-        raise UserError(
-            f"--workdir={workdir} is also data.path, so the run would write among the images; name "
-            "another folder for the run"
-        )
+    resume.check_place(config, workdir)
     with Interruption(ahead=IN_FLIGHT) as interruption:
         interruption.starting = interrupted_start_text(workdir)
         hosts.check_shared(workdir)

@@ -90,6 +90,15 @@ def test_says_that_a_run_would_resume_and_refuses_other_settings(tmp_path: pathl
         preview.show(other, workdir, SEEN, tell=lambda line: None)
 
 
+@pytest.mark.parametrize("inside", ["", "runs/mine"])
+def test_no_picture_is_drawn_among_the_images(tmp_path: pathlib.Path, inside: str) -> None:
+    own = config()
+    own.data.update(source="folder", path=str(tmp_path))
+    with pytest.raises(UserError, match="name another folder"):
+        preview.show(own, epath.Path(tmp_path / inside), SEEN, tell=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
 def test_schedules_are_shown_where_they_change() -> None:
     run = assemble(config(), make_mesh(), 1437)
     table = {line.split()[0]: line.split()[1:] for line in preview.milestones(config(), run)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -39,6 +40,21 @@ class Status(NamedTuple):
     config: ml_collections.ConfigDict
     notes: list[str]
     summary: dict[str, Any] | None
+
+
+def check_place(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Checks that the folder of a run is not a file, and not that of its images.
+
+    Raises:
+        UserError: it is one of them.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a folder, which need not exist yet")
+    if config.data.path and os.path.realpath(workdir) == os.path.realpath(config.data.path):
+        raise UserError(
+            f"--workdir={workdir} is also data.path, so the run would write among the images; name "
+            "another folder for the run"
+        )
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Status:

@@ -11,6 +11,7 @@ from surveys import LAPTOP
 from sop_jax import config as config_lib
 from sop_jax.errors import UserError
 from sop_jax.own_images import choices, machine
+from sop_jax.parallel import hosts
 from sop_jax.settings import flatten
 
 
@@ -72,6 +73,26 @@ def test_a_run_that_has_begun_keeps_its_settings(
     assert resumed.data.threads == 3
     resumed.data.threads = began.data.threads
     assert flatten(resumed) == flatten(began)
+
+
+def test_other_processes_take_the_choices_of_the_first(
+    photos: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    def gather(text: str, timeout: int) -> list[str]:
+        sent.append(text)
+        return [sent[0]]
+
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "gather", gather)
+    first, _ = choices.chosen(str(photos), given={"batch_size": 24}, tell=lambda line: None)
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    monkeypatch.setattr(machine, "measure", lambda: 1 / 0)
+    other, seen = choices.chosen(str(photos), given={"batch_size": 24})
+    assert seen is None and sent[1] == ""
+    assert flatten(other) == flatten(first)
+    assert other.batch_size == 24
 
 
 @pytest.mark.parametrize(
