@@ -12,12 +12,10 @@ from jaxtyping import Array, Float32, Int, Key
 
 from sop_jax.diagnosis.uniqueness import lengths_of
 from sop_jax.errors import UserError, nearest
-from sop_jax.models import Model, build, token_side
-from sop_jax.objectives.methods import method_of
+from sop_jax.objectives.methods import objective_of
 from sop_jax.objectives.objective import Objective
 from sop_jax.parallel.mesh import make_mesh, replicated
 from sop_jax.pretrained import origin, settings_of
-from sop_jax.schedules import Length
 from sop_jax.training import checkpoint
 from sop_jax.training.state import OWN
 from sop_jax.weights import files, prototype_layers
@@ -125,15 +123,6 @@ def steps_of(workdir: epath.PathLike, asked: str | None) -> list[int]:
             "some of these, or --step=all"
         )
     return sorted({int(text) for text in texts})
-
-
-def objective_of(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[Model, Objective]:
-    """Returns the network and the objective of a run; the schedules are those of no run."""
-    model = build(config, config.augment.global_size)
-    side = config.augment.global_size // token_side(config.model)
-    any_length = Length(steps=1, epoch=1.0)
-    objective = method_of(config).build(config, model.dim, mesh, any_length, (side, side))
-    return model, objective
 
 
 def names_of(config: ml_collections.ConfigDict, objective: Objective, taught: bool) -> list[str]:

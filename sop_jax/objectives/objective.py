@@ -188,6 +188,35 @@ class Bank(NamedTuple):
 COMPARED = ("cls", "patches", "patch_features", "predictions")
 
 
+class Supports(NamedTuple):
+    """Prototypes with the rows of a memory that vote for them, see `FindSupports`.
+
+    Attributes:
+        rows: for each of K prototypes S unit embeddings, the anchor and its supports, nearest
+            first.
+        images: the index in the data set of the image of each row; -1 where it is from none or
+            unknown.
+        votes: the share of the vote of each row that is for its own prototype, in [0, 1].
+    """
+
+    rows: Float[Array, "S K d"]
+    images: Int[Array, "S K"]
+    votes: Float[Array, "S K"]
+
+
+@runtime_checkable
+class FindSupports(Protocol):
+    """Gives the anchors and supports of a state, for people to look at."""
+
+    def __call__(self, carried: Any, key: Key[Array, ""]) -> dict[str, Supports]:
+        """Returns the prototypes of one task by the name of their level.
+
+        Args:
+            carried: what the last step returned.
+            key: draws what is drawn anew in each step.
+        """
+
+
 @runtime_checkable
 class Banks(Protocol):
     """Gives the prototypes of a state, for their diagnosis."""
@@ -264,6 +293,7 @@ class Objective(NamedTuple):
         verdict: see `Verdict`.
         masks: whether the mask token replaces the masked patches of the student's views.
         banks: see `Banks`; None if the objective has no prototypes.
+        supports: see `FindSupports`; None if its prototypes have no supports.
     """
 
     student_views: tuple[int, ...]
@@ -279,6 +309,7 @@ class Objective(NamedTuple):
     verdict: Verdict
     masks: bool = True
     banks: Banks | None = None
+    supports: FindSupports | None = None
 
 
 @runtime_checkable

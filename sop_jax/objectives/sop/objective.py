@@ -27,6 +27,7 @@ from sop_jax.objectives.objective import (
     Params,
     PatchIndices,
     Selection,
+    Supports,
 )
 from sop_jax.objectives.patches import masked_first
 from sop_jax.objectives.sop import health
@@ -69,8 +70,8 @@ def draw_sops(
     mesh: Mesh,
     key: Key[Array, ""],
     frozen: Float[Array, "K d"] | None,
-) -> SOPs:
-    """Returns the SOPs of one task.
+) -> tuple[SOPs, Int[Array, "S K"]]:
+    """Returns the SOPs of one task, and the index in `flat_rows` of each of their rows.
 
     Args:
         memory: the memory of [CLS] or of patches.
@@ -78,19 +79,21 @@ def draw_sops(
         config: `config.sop` of the run.
         mesh: the devices that the memory is split over.
         key: draws the anchors.
-        frozen: the embeddings of anchors that never change, in place of drawn ones.
+        frozen: the embeddings of anchors that never change, in place of drawn ones; their index
+            is -1.
     """
     rows, alive = flat_rows(memory), live(memory, level.memory)
     if frozen is not None:
-        embeddings = frozen[None]
+        embeddings, found = frozen[None], jnp.full((1, len(frozen)), -1)
         if level.supports:
-            _, found = nearest(
+            _, nearest_rows = nearest(
                 *(frozen, rows, level.supports, mesh),
                 allowed=alive,
                 precision=config.search_precision,
             )
-            embeddings = jnp.concatenate([embeddings, take(rows, found.T, mesh)])
-        return SOPs(embeddings, cast_votes(embeddings, level.votes, config.smoothing))
+            embeddings = jnp.concatenate([embeddings, take(rows, nearest_rows.T, mesh)])
+            found = jnp.concatenate([found, nearest_rows.T])
+        return SOPs(embeddings, cast_votes(embeddings, level.votes, config.smoothing)), found
     anchors = draw_anchors(key, level.memory, level.anchors)
     if config.anchors != "fixed_slots":
         anchors = by_age(memory, level.memory, anchors)
@@ -100,7 +103,7 @@ def draw_sops(
         live=alive,
         precision=config.search_precision,
     )
-    return build_sops(rows, found, level.votes, config.smoothing, mesh)
+    return build_sops(rows, found, level.votes, config.smoothing, mesh), found
 
 
 def sop(
@@ -178,7 +181,7 @@ def sop(
             frozen = memories["frozen"][name] if config.anchors == "frozen_rows" else None
             # One task at a time: if batched, the top-k would leave XLA's fast path on CPUs.
             drawn[name] = jax.lax.map(
-                lambda task, draw=draw: draw(*task),
+                lambda task, draw=draw: draw(*task)[0],
                 (jax.random.split(level_key, level.tasks), frozen),
             )
         return drawn
@@ -286,6 +289,20 @@ def sop(
             found[f"{name}_memory"] = Bank(rows, images, COMPARED_WITH[name])
         return found
 
+    def supports(carried: dict[str, Any], key: Key[Array, ""]) -> dict[str, Supports]:
+        """Returns the SOPs of the first task of each level that has tasks."""
+        shown = {}
+        for name, level_key in keys_of_levels(key).items():
+            level, memory = levels[name], carried[name]
+            if level.tasks == 0:
+                continue
+            frozen = carried["frozen"][name][0] if config.anchors == "frozen_rows" else None
+            task_key = jax.random.split(level_key, level.tasks)[0]
+            sops, found = draw_sops(memory, level, config, mesh, task_key, frozen)
+            images = jnp.where(found < 0, -1, memory.image.reshape(-1)[found])
+            shown[name] = Supports(sops.embeddings, images, sops.votes)
+        return shown
+
     globals_, locals_ = run_config.augment.global_crops, run_config.augment.local_crops
     return Objective(
         student_views=tuple(range(globals_ + locals_)),
@@ -300,4 +317,5 @@ def sop(
         measure=measure,
         verdict=health.verdict,
         banks=banks,
+        supports=supports,
     )

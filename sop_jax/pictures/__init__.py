@@ -1,0 +1,1 @@
+"""What networks see, as arrays: each file computes one kind of picture and draws nothing."""
