@@ -44,7 +44,7 @@ _SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_set
 _FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
-def run(main: Callable[[], None], devices: bool = True) -> None:
+def run(main: Callable[[], None], devices: bool = True, more: str | None = None) -> None:
     """Parses the flags, runs `main` and exits; an error that the user can fix is one message.
 
     These errors are a `UserError`, a config file that is missing or does not load, an unknown
@@ -55,6 +55,8 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
         main: does the work of the command; it prints to stdout only in process 0.
         devices: whether the command computes on devices, possibly in several processes. If so, its
             compiled programs are cached on disk.
+        more: the name of a flag that can be repeated, of which arguments without a flag are
+            further values.
     """
     if devices:
         flags.DEFINE_string(
@@ -92,7 +94,7 @@ def run(main: Callable[[], None], devices: bool = True) -> None:
         if hosts:
             hosts.stop()
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, more))
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
@@ -110,6 +112,15 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
+
+
+def several_paths(values: Sequence[str] | None) -> list[str]:
+    """Returns the paths of a flag that can be repeated, or separated by commas."""
+    found: list[str] = []
+    for value in values or ():
+        parts = [value] if epath.Path(value).exists() else value.split(",")
+        found += [paths.expand(part) for part in parts]
+    return found
 
 
 class _PathParser(flags.ArgumentParser):
@@ -356,7 +367,7 @@ def _exit(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], more: str | None) -> list[str]:
     config, sections = None, _SETTINGS
     try:
         if "config" in FLAGS:
@@ -370,6 +381,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
             _check_names(argv, settings, section)
         _check_empty(argv, config)
         rest = FLAGS(argv)
+        if more is not None and rest[1:]:
+            FLAGS[more].parse(rest[1:])
+            del rest[1:]
         if config is not None:
             _expand_paths(FLAGS["config"].value)
         if hosts := _hosts():

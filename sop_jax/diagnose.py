@@ -381,8 +381,8 @@ def main() -> None:
     args = flags.FLAGS
     path = run(
         Asked(
-            several(args.workdir),
-            several(args.weights),
+            cli.several_paths(args.workdir),
+            cli.several_paths(args.weights),
             args.step,
             args.network,
             args.layer,
@@ -398,15 +398,6 @@ def main() -> None:
     )
     if hosts.is_first():
         print(path)
-
-
-def several(values: Sequence[str] | None) -> list[str]:
-    """Returns the paths of a flag that can be repeated, or separated by commas."""
-    found: list[str] = []
-    for value in values or ():
-        parts = [value] if epath.Path(value).exists() else value.split(",")
-        found += [paths.expand(part) for part in parts]
-    return found
 
 
 def numbers(text: str) -> tuple[float, ...]:

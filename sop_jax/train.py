@@ -53,6 +53,8 @@ from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devices
 from sop_jax.paths import check_writable, expand, write_whole
+from sop_jax.report import FILE as REPORT
+from sop_jax.report import reporter
 from sop_jax.settings import PATHS, flatten
 from sop_jax.training import checkpoint, optim, resume
 from sop_jax.training.assemble import Run, assemble, compiled_step
@@ -134,7 +136,7 @@ def train_owned(
         take_steps(train_step, parts, resumed, tools)
     finally:
         opened.close()
-    return finish(tools.journal.rows, parts.run.steps, compile_s, owner, workdir)
+    return finish(tools, parts.run.steps, compile_s, owner, workdir)
 
 
 class Parts(NamedTuple):
@@ -302,6 +304,7 @@ class Tools(NamedTuple):
         trace: traces the steps of `profile_steps`.
         corrupt: counts images that could not be read.
         evaluate: maps a state to the row of an evaluation of its teacher.
+        report: writes the report of the run, see `report.reporter`.
         interruption: reports signals to stop.
     """
 
@@ -312,6 +315,7 @@ class Tools(NamedTuple):
     trace: Trace
     corrupt: CorruptImages
     evaluate: Callable[[TrainState], dict[str, Any]]
+    report: Callable[[bool], None]
     interruption: Interruption
 
 
@@ -378,6 +382,7 @@ def open_tools(
         trace=trace,
         corrupt=CorruptImages(parts.train, config.data.max_corrupt_share, how),
         evaluate=evaluate,
+        report=reporter(workdir, run.objective.verdict, journal.note_once),
         interruption=interruption,
     )
 
@@ -447,6 +452,8 @@ def take_steps(
                 row |= found
         if row:
             journal.record(step, row, recent)
+        if evaluate and not (stop or last):
+            tools.report(False)
         if save:
             saver.save(step, state)
             tools.interruption.saved()
@@ -494,14 +501,17 @@ def evaluate_unless_stopped(tools: Tools, state: TrainState) -> dict[str, Any] |
 
 
 def finish(
-    rows: list[dict[str, Any]], steps: int, compile_s: float, owner: Owner, workdir: epath.Path
+    tools: Tools, steps: int, compile_s: float, owner: Owner, workdir: epath.Path
 ) -> dict[str, Any]:
-    """Writes, prints and returns the summary."""
-    summary = summarise(rows, steps, compile_s)
+    """Writes, prints and returns the summary, and writes the report."""
+    summary = summarise(tools.journal.rows, steps, compile_s)
     if hosts.is_first():
         owner.check()
         write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        tools.report(True)
         print(summary_text(summary, workdir), file=sys.stderr)
+        if (page := workdir / REPORT).exists():
+            print(f"report: {page}", file=sys.stderr)
         print(json.dumps(summary))
     return summary
 

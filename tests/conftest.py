@@ -54,6 +54,18 @@ def parsed_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runs_without_reports() -> Iterator[None]:
+    """Lets runs in the test process write no report, which takes longer than their few steps.
+
+    `tests/test_report.py` tests the reports of runs.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if train := sys.modules.get("sop_jax.train"):  # which a test that trains has imported
+            monkeypatch.setattr(train, "reporter", lambda *_: lambda last: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module() -> Iterator[None]:
     """Frees the compiled programs of a module if the process has grown to several gigabytes.

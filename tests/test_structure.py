@@ -21,10 +21,12 @@ LAYERS = [
     {"evaluation"},
     {"check"},
     {"pretrained"},
+    {"pictures"},
+    {"page"},
     {"diagnosis", "network"},
     {"own_images"},
     {"preview"},
-    {"evaluate", "extract", "convert", "diagnose", "nearest"},
+    {"evaluate", "extract", "convert", "diagnose", "nearest", "report"},
     {"train", "plan"},
 ]
 

@@ -5,13 +5,9 @@ show, and the sizes of the latent classes of its Figures 5 to 7. They need matpl
 installed with the package: `pip install -e .[plot]`.
 """
 
-import html
-import importlib.util
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -19,50 +15,14 @@ from jaxtyping import Float, Int
 
 from sop_jax.diagnosis.diagnosis import Result
 from sop_jax.diagnosis.uniqueness import PAPER, Cover, lengths_of, unit
-from sop_jax.errors import UserError
 from sop_jax.evaluation import tsne
+from sop_jax.page import charts, markup
+from sop_jax.page.charts import INK, Chart, check_plots
 from sop_jax.paths import write_whole
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MOST, LEAST = 5000, 10  # representatives in a map
 
-WIDTH, HEIGHT = 4.8, 3.2  # of a panel, in inches: text keeps its size on a phone
-LEGEND_LINE = 0.19  # inches
-LISTED = 10  # the most names in a legend; of more results, which are in order, some are left out
-DPI = 200
-
-# Okabe and Ito's colours, which colour-blind people can tell apart; markers differ as well.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
-MARKERS = "osD^vPX*"
-# On the page, these two become those of the reader's light or dark theme.
-INK, GRID = "#24292f", "#d0d7de"
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 10,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "font.size": 9.5,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "figure.constrained_layout.h_pad": 0.06,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.0,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,  # names can contain dollar signs
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+TITLE = "Partial collapse of prototypes"
 
 
 class Map(NamedTuple):
@@ -79,31 +39,6 @@ class Map(NamedTuple):
     redundancy: Int[np.ndarray, " n"]
     eps: float
     unique: int
-
-
-class Picture(NamedTuple):
-    """A figure, and what people read about it on the page.
-
-    Attributes:
-        name: of its file, without the ending.
-        figure: of matplotlib.
-        caption: what it shows, and how to read it.
-        alt: what can be seen, for those who cannot see it.
-    """
-
-    name: str
-    figure: "Figure"
-    caption: str
-    alt: str
-
-
-def check_plots() -> None:
-    """Raises UserError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "figures need matplotlib, which is not installed. Expected the extra `plot` of the "
-            "package. Run: pip install -e .[plot]"
-        )
 
 
 def map_of(prototypes: Float[np.ndarray, "K d"], cover: Cover, seed: int) -> Map | None:
@@ -158,46 +93,54 @@ def draw(
 
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    knn, maps = knn or {}, maps or {}
-    with_data = {name: one for name, one in results.items() if one["images"] is not None}
-    files, parts = [], []
-    with matplotlib.rc_context(STYLE):
-        pictures = [_unique(results)]
-        if with_data:
-            pictures += [_shares(with_data, list(results)), _classes(with_data, list(results))]
-        if knn:
-            pictures.append(_knn(knn, list(results)))
-        if maps:
-            pictures.append(_maps(maps))
-        for picture in pictures:
-            files.append(f"{picture.name}.png")
-            (folder / files[-1]).write_bytes(_png(picture.figure))
-            parts.append(
-                f"<figure>{_svg(picture)}<figcaption>{html.escape(picture.caption)}</figcaption>"
-                "</figure>"
-            )
-    table = _table(results, knn)
-    page = PAGE.replace("{{table}}", table).replace("{{figures}}", "\n".join(parts))
-    write_whole(folder / "diagnosis.html", page)
+    knn, files = knn or {}, []
+    with matplotlib.rc_context(charts.STYLE):
+        drawn = charts_of(results, knn, maps)
+        for chart in drawn:
+            files.append(f"{chart.name}.png")
+            (folder / files[-1]).write_bytes(charts.png(chart.figure))
+        figures = "\n".join(map(charts.figure, drawn))
+    body = (
+        f"<main id=main><h1>{TITLE}</h1>\n{table(results, knn)}\n"
+        f'<div class="charts">{figures}</div></main>'
+    )
+    write_whole(folder / "diagnosis.html", markup.page(TITLE, body))
     return [*files, "diagnosis.html"]
+
+
+def charts_of(
+    results: Mapping[str, Result],
+    knn: Mapping[str, float] | None = None,
+    maps: Mapping[str, Map] | None = None,
+) -> list[Chart]:
+    """Returns the charts of `draw`; to be called in `matplotlib.rc_context(charts.STYLE)`."""
+    with_data = {name: one for name, one in results.items() if one["images"] is not None}
+    drawn = [_unique(results)]
+    if with_data:
+        drawn += [_shares(with_data, list(results)), _classes(with_data, list(results))]
+    if knn:
+        drawn.append(_knn(knn, list(results)))
+    if maps:
+        drawn.append(_maps(maps))
+    return drawn
 
 
 # Figures
 
 
-def _unique(results: Mapping[str, Result]) -> Picture:
+def _unique(results: Mapping[str, Result]) -> Chart:
     """Draws the share of unique prototypes against the distance."""
-    figure, (axis,) = _panels(1, len(results))
+    figure, (axis,) = charts.panels(1, len(results))
     for place, (name, result) in enumerate(results.items()):
         entries = sorted(result["eps"], key=lambda entry: entry["eps"])
-        style = _style(place, len(results))
+        style = charts.style_of(place, len(results))
         label = f"{name}: {_at_paper(result)['unique']:,} of {result['prototypes']:,}"
         x, y = [e["eps"] for e in entries], [100 * e["share"] for e in entries]
         axis.plot(x, y, label=label, clip_on=False, **style)
     axis.set(ylim=(0, 100), ylabel="unique prototypes, %", xlabel="distance ε = 1 − cos")
-    _log(axis, "x", subs=(1.0, 5.0))
+    charts.log_scale(axis, "x", subs=(1.0, 5.0))
     axis.axvline(PAPER, color=INK, linewidth=0.8, linestyle=":")
-    _legend(figure, axis)
+    charts.legend(figure, axis)
     caption = (
         "Prototypes that no earlier representative covers at a distance ε. A line that stays at "
         "100 % has no redundant prototypes, and one that falls early has collapsed. The dotted "
@@ -208,27 +151,27 @@ def _unique(results: Mapping[str, Result]) -> Picture:
         f"{name}: " + ", ".join(f"{100 * e['share']:.3g} % at {e['eps']:g}" for e in one["eps"])
         for name, one in results.items()
     )
-    return Picture("unique", figure, caption, alt)
+    return Chart("unique", figure, caption, alt)
 
 
-def _shares(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
+def _shares(results: Mapping[str, Result], order: Sequence[str]) -> Chart:
     """Draws the average share of the data of a unique prototype against its redundancy factor."""
-    figure, axes = _panels(2, len(results))
+    figure, axes = charts.panels(2, len(results))
     titles = ("each image to its nearest prototype", "images divided softly")
     for axis, key, title in zip(axes, ("share_mean", "share_mean_soft"), titles, strict=True):
         for name, result in results.items():
             entry = _at_paper(result)
-            style = _style(order.index(name), len(order)) | {"linestyle": "none"}
+            style = charts.style_of(order.index(name), len(order)) | {"linestyle": "none"}
             points = zip(entry["factors"], entry[key], strict=True)
             shown = [(factor, 100 * share) for factor, share in points if share > 0]
             axis.plot(*zip(*shown, strict=True), label=name, alpha=0.85, **style)
             equal = 100 / entry["unique"]
             axis.axhline(equal, color=style["color"], linewidth=0.9, linestyle=":")
         axis.set(title=title, ylabel="data per prototype, %")
-        _log(axis, "x")
-        _log(axis, "y")
+        charts.log_scale(axis, "x")
+        charts.log_scale(axis, "y")
     axes[-1].set(xlabel="redundancy factor: prototypes that are alike")
-    _legend(figure, axes[0])
+    charts.legend(figure, axes[0])
     caption = (
         "The data is reassigned to unique prototypes alone. Each point is the average share of the "
         "data of a unique prototype that stands for so many prototypes; dotted lines are the share "
@@ -239,7 +182,7 @@ def _shares(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
     alt = "Average share of the data by redundancy factor. " + "; ".join(
         _alt_of_shares(name, _at_paper(result)) for name, result in results.items()
     )
-    return Picture("share", figure, caption, alt)
+    return Chart("share", figure, caption, alt)
 
 
 def _alt_of_shares(name: str, entry: Mapping[str, Any]) -> str:
@@ -250,11 +193,11 @@ def _alt_of_shares(name: str, entry: Mapping[str, Any]) -> str:
     )
 
 
-def _classes(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
+def _classes(results: Mapping[str, Result], order: Sequence[str]) -> Chart:
     """Draws the numbers of images of latent classes, sorted."""
-    figure, (axis,) = _panels(1, len(results))
+    figure, (axis,) = charts.panels(1, len(results))
     for name, result in results.items():
-        style = _style(order.index(name), len(order)) | {"marker": ""}
+        style = charts.style_of(order.index(name), len(order)) | {"marker": ""}
         used = len(result["images_per_class"])
         label = f"{name}: {used:,} of {result['prototypes']:,} have images"
         for images, dashes, shown in (
@@ -264,9 +207,9 @@ def _classes(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
             ranks = range(1, len(images) + 1)
             axis.plot(ranks, images, label=shown, **style | {"linestyle": dashes})
     axis.set(xlabel="latent class, the largest first", ylabel="images")
-    _log(axis, "x")
-    _log(axis, "y")
-    _legend(figure, axis)
+    charts.log_scale(axis, "x")
+    charts.log_scale(axis, "y")
+    charts.legend(figure, axis)
     caption = (
         "The latent class of an image is its nearest prototype: of all prototypes (solid), and of "
         f"unique ones alone (dashed), at {_distances(results)}. Where few "
@@ -277,14 +220,17 @@ def _classes(results: Mapping[str, Result], order: Sequence[str]) -> Picture:
         f"the largest has {one['images_per_class'][0]:,}"
         for name, one in results.items()
     )
-    return Picture("classes", figure, caption, alt)
+    return Chart("classes", figure, caption, alt)
 
 
-def _knn(knn: Mapping[str, float], order: Sequence[str]) -> Picture:
+def _knn(knn: Mapping[str, float], order: Sequence[str]) -> Chart:
     """Draws k-NN accuracies."""
-    figure, (axis,) = _panels(1, 0, height=0.8 + 0.3 * len(knn))
+    figure, (axis,) = charts.panels(1, 0, height=0.8 + 0.3 * len(knn))
     for row, (name, accuracy) in enumerate(knn.items()):
-        style = _style(order.index(name), len(order)) | {"linestyle": "none", "markersize": 7}
+        style = charts.style_of(order.index(name), len(order)) | {
+            "linestyle": "none",
+            "markersize": 7,
+        }
         axis.plot([100 * accuracy], [row], clip_on=False, **style)
         axis.annotate(
             f"{100 * accuracy:.1f}",
@@ -299,15 +245,15 @@ def _knn(knn: Mapping[str, float], order: Sequence[str]) -> Picture:
     axis.grid(axis="y", visible=False)
     shown = ", ".join(f"{name} {100 * accuracy:.1f} %" for name, accuracy in knn.items())
     caption = "Accuracy of k-nearest neighbours with the features of each. The axis may not begin "
-    return Picture("knn", figure, caption + "at 0.", f"k-NN accuracy: {shown}")
+    return Chart("knn", figure, caption + "at 0.", f"k-NN accuracy: {shown}")
 
 
-def _maps(maps: Mapping[str, Map]) -> Picture:
+def _maps(maps: Mapping[str, Map]) -> Chart:
     """Draws maps of unique prototypes, one below the other, with the same colours."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
-    figure, axes = _panels(len(maps), 0, height=4.2)
+    figure, axes = charts.panels(len(maps), 0, height=4.2)
     largest = max(2, *(int(one.redundancy.max()) for one in maps.values()))
     norm = LogNorm(1, largest)
     # Neither the darkest colours nor the brightest, which are hard to see on one of the themes.
@@ -331,7 +277,7 @@ def _maps(maps: Mapping[str, Map]) -> Picture:
         axis.spines[:].set_visible(False)
         bar = figure.colorbar(drawn, ax=axis, label="redundancy factor", shrink=0.8)
         bar.outline.set_visible(False)
-        _log(bar.ax, "y", subs=(1.0, 2.0, 5.0) if largest < 50 else (1.0,))
+        charts.log_scale(bar.ax, "y", subs=(1.0, 2.0, 5.0) if largest < 50 else (1.0,))
     caption = (
         "Unique prototypes by t-SNE, coloured by the number of prototypes that each stands for. "
         "With partial collapse, there are few points, and many of them are bright."
@@ -343,63 +289,7 @@ def _maps(maps: Mapping[str, Map]) -> Picture:
         f"{name}: {one.unique:,} unique, with redundancy up to {int(one.redundancy.max()):,}"
         for name, one in maps.items()
     )
-    return Picture("tsne", figure, caption, alt)
-
-
-# What figures have in common
-
-
-def _panels(count: int, entries: int, height: float = HEIGHT) -> "tuple[Figure, Sequence[Axes]]":
-    """Returns a figure of panels, one below the other, with room for a legend below."""
-    from matplotlib.figure import Figure
-
-    room = LEGEND_LINE * min(entries, LISTED + 1)
-    figure = Figure((WIDTH, count * height + room), layout="constrained")
-    return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
-
-
-def _style(place: int, count: int) -> dict[str, Any]:
-    """Returns the colour and marker of a result: of many, colours follow their order."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    if count <= len(COLOURS):
-        colour = COLOURS[place]
-    else:
-        colour = to_hex(colormaps["viridis"](0.05 + 0.8 * place / (count - 1)))
-    return {"color": colour, "marker": MARKERS[place % len(MARKERS)]}
-
-
-def _legend(figure: "Figure", axis: "Axes") -> None:
-    """Adds the names of the results below the panels."""
-    handles, labels = axis.get_legend_handles_labels()
-    step = math.ceil(len(labels) / LISTED)
-    chosen = sorted({*range(0, len(labels), step), len(labels) - 1})
-    figure.legend(
-        [handles[place] for place in chosen],
-        [labels[place] for place in chosen],
-        loc="outside lower left",
-        fontsize=9,
-        borderpad=0.2,
-        labelspacing=0.3,
-    )
-
-
-def _log(axes: "Axes", which: str, subs: Sequence[float] = (1.0,)) -> None:
-    """Makes the x or y axis logarithmic, with plain numbers at these multiples of powers of 10.
-
-    An axis between two of these is widened, so that it has a number.
-    """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    if not any(low <= tick <= high for tick in axis.get_majorticklocs()):
-        axes.set(**{f"{which}lim": (low / 10**0.5, high * 10**0.5)})
+    return Chart("tsne", figure, caption, alt)
 
 
 def _at_paper(result: Result) -> Mapping[str, Any]:
@@ -415,34 +305,7 @@ def _distances(results: Mapping[str, Result]) -> str:
     return "ε = " + ", ".join(f"{distance} ({name})" for name, distance in chosen.items())
 
 
-# Files
-
-
-def _png(figure: "Figure") -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
-    return content.getvalue()
-
-
-def _svg(picture: Picture) -> str:
-    """Returns a figure as an element of the page, whose text is text and whose ids are its own."""
-    import matplotlib
-
-    content = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": picture.name}):
-        picture.figure.savefig(
-            content, format="svg", dpi=DPI, transparent=True, metadata={"Date": None}
-        )
-    text = content.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    found = re.search(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)</svg>', text, flags=re.S)
-    assert found, "matplotlib wrote no SVG"
-    inside = found[2].replace("xlink:href", "href")
-    for before in ('id="', 'href="#', "url(#"):
-        inside = inside.replace(before, f"{before}{picture.name}-")
-    inside = inside.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    alt = html.escape(picture.alt)
-    return f'<svg {found[1]} role="img" aria-label="{alt}"><title>{alt}</title>{inside}</svg>'
+# The page
 
 
 COLUMNS: dict[str, Callable[[Result], Any]] = {
@@ -458,62 +321,13 @@ COLUMNS: dict[str, Callable[[Result], Any]] = {
 }
 
 
-def _table(results: Mapping[str, Result], knn: Mapping[str, float]) -> str:
+def table(results: Mapping[str, Result], knn: Mapping[str, float]) -> str:
     """Returns the numbers of each result as an HTML table."""
-    columns = [*COLUMNS, *["k-NN, %"] * bool(knn)]
-    lines = ["<tr><th></th>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
+    columns = ["", *COLUMNS, *["k-NN, %"] * bool(knn)]
+    rows = []
     for name, result in results.items():
         values = [value(result) for value in COLUMNS.values()]
         if knn:
             values.append(100 * knn[name] if name in knn else None)
-        cells = "".join(f"<td>{_cell(value)}</td>" for value in values)
-        lines.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.2f}" if isinstance(value, float) else str(value)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Partial collapse of prototypes</title>
-<style>
-:root { color-scheme: light dark;
-  --ink: #24292f; --grid: #d0d7de; --paper: #fff; --faint: #57606a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --grid: #363c44; --paper: #14181d; --faint: #9aa4af; }
-}
-body { margin: 0 auto; padding: 16px; max-width: 1120px; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 20px; font-weight: 600; margin: 0 0 12px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--grid);
-  font-weight: 400; white-space: nowrap; }
-tr:first-child th { color: var(--faint); white-space: normal; vertical-align: bottom; }
-th:first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
-main { columns: 2 420px; column-gap: 40px; margin-top: 24px; }
-figure { margin: 0 0 28px; break-inside: avoid; }
-figure svg { width: 100%; max-width: 560px; height: auto; }
-figure svg text { font-family: system-ui, sans-serif !important; }
-figcaption { color: var(--faint); font-size: 14px; max-width: 560px; }
-</style>
-</head>
-<body>
-<h1>Partial collapse of prototypes</h1>
-<div class="scroll">{{table}}</div>
-<main>
-{{figures}}
-</main>
-</body>
-</html>
-"""
+        rows.append([name, *values])
+    return markup.table(columns, rows, "The numbers of each result")

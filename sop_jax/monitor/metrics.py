@@ -122,6 +122,7 @@ class Progress:
         """
         self._first, self._steps, self._start = step, steps, 0.0
         self._lines = shown and not sys.stderr.isatty()
+        self._on_bar = shown and not self._lines
         self._bar = tqdm.tqdm(
             total=steps,
             initial=step,
@@ -172,8 +173,8 @@ class Progress:
         """Prints a message on a line of its own, above the bar if there is one."""
         if self._lines:
             self._print(text)
-        elif not self._bar.disable:
-            self._bar.write(text, file=sys.stderr)
+        elif self._on_bar:
+            self._bar.write(text, file=sys.stderr)  # also after `close`
 
     def close(self) -> None:
         """Leaves the bar as it is and moves to the next line."""

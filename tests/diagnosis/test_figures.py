@@ -15,6 +15,7 @@ from sop_jax.diagnosis.diagnosis import Result, diagnose
 from sop_jax.diagnosis.figures import LEAST, Map, draw, map_of
 from sop_jax.diagnosis.uniqueness import covers
 from sop_jax.errors import UserError
+from sop_jax.page import charts
 
 DIM = 8
 
@@ -75,7 +76,7 @@ def test_files_of_several_results(results, tmp_path):
     assert page.labels[0].startswith("Share of unique prototypes") and "100 % at 0.02" in text
     assert "k-NN accuracy: apart 91.4 %, no data 50.0 %" in page.labels[3]
     assert page.text.count("joint <&> $x$") >= 2  # escaped, and not read as a formula
-    assert "prefers-color-scheme: dark" in text and figures.INK not in text.split("<main>")[1]
+    assert "prefers-color-scheme: dark" in text and charts.INK not in text.split("<main")[1]
     cells = re.findall(r"<td>(.*?)</td>", text)
     width = len(figures.COLUMNS) + 1
     assert cells[:4] == ["60", "0.025", "9", "15.00"] and cells[width - 1] == "–"
@@ -107,10 +108,10 @@ def test_many_epochs_share_a_short_legend(tmp_path):
     runs = {f"epoch {n}": diagnose(prototypes(60 - 2 * n)) for n in range(25)}
     draw(runs, tmp_path)
     text = (tmp_path / "diagnosis.html").read_text()
-    drawn = text.split("<main>")[1].split("</title>")[1]
+    drawn = text.split("<main")[1].split("</title>")[1]
     named = [name for name in runs if f"{name}:" in drawn]
-    assert len(named) <= figures.LISTED + 1 and {"epoch 0", "epoch 24"} <= set(named)
-    table = text.split("<main>")[0]
+    assert len(named) <= charts.LISTED + 1 and {"epoch 0", "epoch 24"} <= set(named)
+    table = text.split("<main")[0]
     assert all(f">{name}</th>" in table for name in runs)
 
 
