@@ -17,13 +17,16 @@ if [[ " $* " =~ \ (-h|--help)\  ]]; then
 fi
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
-use_environment .
+use_environment ".[plot]"
 
 python -m sop_jax.train --config=configs/digits.py --workdir=runs/digits "$@"
 
 cat <<'END'
 
-The curves of this run are in runs/digits. To look at them:
+The report of this run is runs/digits/report.html: open it in a browser. This adds pictures to it:
+  .venv/bin/python -m sop_jax.report --workdir=runs/digits
+
+The curves are in runs/digits too:
   .venv/bin/pip install tensorboard
   .venv/bin/tensorboard --logdir runs/digits
 

@@ -214,7 +214,7 @@ def test_tests_have_an_environment_of_their_own(world: World) -> None:
         (venv,) = [call[3] for call in world.calls() if call[1:3] == ["-m", "venv"]]
         environments[venv] = installs[0][-1]
         (world.folder / "calls").unlink()
-    assert environments == {".venv": ".", ".venv-test": ".[test]"}
+    assert environments == {".venv": ".[plot]", ".venv-test": ".[test]"}
 
 
 def test_every_tier_of_tests_is_part_of_the_next(world: World) -> None:
