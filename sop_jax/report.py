@@ -386,7 +386,6 @@ if __name__ == "__main__":
     cli.define_path("workdir", "The folder of a run; more can follow.", several=True)
     cli.define_path("out", "The page, or its folder; by default that of the first run.")
     flags.DEFINE_bool("pictures", True, "Load the newest checkpoint and draw pictures.")
-    flags.DEFINE_integer("shown", SHOWN, "The most images of each kind of picture.", lower_bound=1)
     flags.DEFINE_integer(
         "images",
         EMBEDDED,
@@ -394,6 +393,7 @@ if __name__ == "__main__":
         lower_bound=3,
     )
     flags.DEFINE_integer("step", None, "The checkpoint; the newest by default.")
+    flags.DEFINE_integer("shown", SHOWN, "The most images of each kind of picture.", lower_bound=1)
     flags.DEFINE_integer(
         "seed", 0, "Draws images, anchors and masks.", lower_bound=0, upper_bound=2**32 - 1
     )

@@ -415,11 +415,12 @@ def test_an_error_of_the_program_keeps_its_traceback(command: pathlib.Path) -> N
 
 HELP = """
 import os, runpy, sys
-from sop_jax import convert, diagnose, evaluate, extract, nearest, plan, train
+from sop_jax import convert, diagnose, evaluate, extract, nearest, plan, report, train
 from sop_jax.data import prepare
 
 for module in (
-    "train", "plan", "evaluate", "diagnose", "extract", "nearest", "convert", "data.prepare"
+    "train", "plan", "evaluate", "report", "diagnose", "extract", "nearest", "convert",
+    "data.prepare",
 ):
     print(f"<{module}>", flush=True)
     if not os.fork():
@@ -437,6 +438,7 @@ FLAGS = {  # the flags of every command
     "extract": "workdir images out step patches splits overwrite data.path data.source data.name "
     f"data.train_split {PROCESSES}",
     "diagnose": "workdir weights step network layer eps images tsne seed out",
+    "report": "workdir out pictures images step shown seed data.path",
     "nearest": "workdir weights images of k out step",
     "convert": "from workdir to export key prefix step heads positions",
     "data.prepare": "images out name splits",
