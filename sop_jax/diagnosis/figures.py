@@ -323,7 +323,7 @@ COLUMNS: dict[str, Callable[[Result], Any]] = {
 
 def table(results: Mapping[str, Result], knn: Mapping[str, float]) -> str:
     """Returns the numbers of each result as an HTML table."""
-    columns = ["", *COLUMNS, *["k-NN, %"] * bool(knn)]
+    columns = ["result", *COLUMNS, *["k-NN, %"] * bool(knn)]
     rows = []
     for name, result in results.items():
         values = [value(result) for value in COLUMNS.values()]
