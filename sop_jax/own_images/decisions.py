@@ -192,10 +192,12 @@ def of_network(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice
     why = f"{rung.name}: {largest} for {survey.images:,} images"
     if rung is rungs[-1] and seconds > budget:
         why = f"{rung.name}: the smallest, because even this is slow on this machine"
-    limit = f"the images have {survey.short_side} pixels" if size < rung.pixels else "as it needs"
+    limit = f"the images have {survey.short_side} pixels"
+    if size >= rung.pixels:
+        limit = "for which this network is meant"
     return [
         Choice(network, why),
-        Choice(views, f"views of {size} pixels, {limit}, and local ones of less than half"),
+        Choice(views, f"views of {size} pixels, {limit}, and smaller ones of parts of the image"),
     ]
 
 

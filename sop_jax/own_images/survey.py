@@ -59,7 +59,7 @@ class Survey(NamedTuple):
         decoded: the number of images that were decoded, or could not be.
         unreadable: names and reasons of those that cannot be read, by index.
         share: the share of all images that cannot be read, in [0, 1], estimated from these.
-        seconds: the median time that one thread needs to read and decode an image; 0 if none was.
+        seconds: the mean time that one thread needs to decode an image; 0 if none was decoded.
         equal: the files that have the same bytes; None for a source that is not of local files.
         notes: sentences on what was left out of the folder, and why.
     """
@@ -163,7 +163,7 @@ def survey(
         decoded=decoded,
         unreadable=dict(sorted(unreadable.items())),
         share=share,
-        seconds=statistics.median(times) if times else 0.0,
+        seconds=statistics.fmean(times) if times else 0.0,
         equal=duplicates.equal_files(train.root, train.files)
         if isinstance(train, Files) and local
         else None,
