@@ -64,8 +64,11 @@ RUNGS = (
 VIEWS = {224: (96, 16), 160: (64, 16), 112: (48, 16), 96: (48, 16), 64: (32, 8), 32: (16, 4)}
 
 
-class Wanted(NamedTuple):
-    """What the decisions are made for."""
+NETWORK = {"model.size", "model.width", "model.depth"}
+
+
+class Facts(NamedTuple):
+    """What the decisions follow from."""
 
     survey: Survey
     machine: Machine
@@ -89,9 +92,9 @@ def decide(
     check_images(survey)
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(dict(given))
-    wanted, made = Wanted(survey, machine, given), list[Choice]()
+    facts, made = Facts(survey, machine, given), list[Choice]()
     for decision in DECISIONS:
-        for choice in decision(config, wanted):
+        for choice in decision(config, facts):
             own = {key: value for key, value in choice.settings.items() if key not in given}
             config.update_from_flattened_dict(own)
             if own:
@@ -123,9 +126,9 @@ def check_images(survey: Survey) -> None:
         )
 
 
-def of_data(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_data(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses how many images can be unreadable."""
-    survey = wanted.survey
+    survey = facts.survey
     if not survey.share:
         return []
     allowed = math.ceil(100 * (1.5 * survey.share + 0.01)) / 100
@@ -137,19 +140,19 @@ def of_data(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
     ]
 
 
-def of_type(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_type(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the type of the computation."""
-    if wanted.machine.platform == "cpu":
+    if facts.machine.platform == "cpu":
         return [Choice({"model.dtype": "float32"}, "CPUs are slow in bfloat16")]
-    return [Choice({"model.dtype": "bfloat16"}, f"the fast type on a {wanted.machine.platform}")]
+    return [Choice({"model.dtype": "bfloat16"}, f"the fast type on a {facts.machine.platform}")]
 
 
-def of_length(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_length(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the batch, and how many epochs are worth it if there is time for them."""
-    images, devices = wanted.survey.images, wanted.machine.devices
-    steps = {200: 16, 2000: 32, MANY: 64, 50_000: 128, HUGE: 256, 1_000_000: 512}
-    batch = next((size for most, size in steps.items() if images < most), 1024)
-    if wanted.machine.platform == "cpu":
+    images, devices = facts.survey.images, facts.machine.devices
+    sizes = {200: 16, 2000: 32, MANY: 64, 50_000: 128, HUGE: 256, 1_000_000: 512}
+    batch = next((size for below, size in sizes.items() if images < below), 1024)
+    if facts.machine.platform == "cpu":
         batch = min(batch, 128)
     batch = devices * math.ceil(batch / devices)
     why = f"enough steps per epoch for {images:,} images"
@@ -167,9 +170,9 @@ def wanted_epochs(images: int) -> float:
     return float(round(min(400.0, max(100.0, 100 * math.sqrt(10_000 / images)))))
 
 
-def of_network(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_network(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the network and the size of its views: the largest that trains in time."""
-    survey, machine, given = wanted.survey, wanted.machine, wanted.given
+    survey, machine, given = facts.survey, facts.machine, facts.given
     if config.model.family != "vit":
         return _of_other_family(config, survey)
     budget = BUDGET.get(machine.platform, LONGEST)
@@ -192,6 +195,8 @@ def of_network(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice
     why = f"{rung.name}: {largest} for {survey.images:,} images"
     if rung is rungs[-1] and seconds > budget:
         why = f"{rung.name}: the smallest, because even this is slow on this machine"
+    if NETWORK & given.keys():
+        why = "what suits the given network"
     limit = f"the images have {survey.short_side} pixels"
     if size >= rung.pixels:
         limit = "for which this network is meant"
@@ -209,6 +214,7 @@ def _of_rung(
     size = max((size for size in VIEWS if size <= most), default=min(VIEWS))
     local, patch = VIEWS[size]
     patch = given.get("model.patch", patch)
+    size = max(patch, size // patch * patch)
     network = dict(rung.network)
     if dimensions := [key for key in ("width", "depth", "heads") if f"model.{key}" in given]:
         network = _custom(192, 6, 3) if network["size"] != "custom" else network
@@ -241,10 +247,10 @@ def _of_other_family(config: ml_collections.ConfigDict, survey: Survey) -> list[
     ]
 
 
-def of_crops(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_crops(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses how different views are."""
     size, choices = config.augment.global_size, []
-    if wanted.survey.images < MANY:
+    if facts.survey.images < MANY:
         milder = {"augment.global_scale": (0.4, 1.0), "augment.local_scale": (0.1, 0.4)}
         choices.append(Choice(milder, "with few images, views must have more in common"))
     else:
@@ -260,9 +266,9 @@ def of_crops(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
     return choices
 
 
-def of_time(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_time(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses microbatches, and fewer epochs if there is no time for all."""
-    survey, machine, given = wanted.survey, wanted.machine, wanted.given
+    survey, machine, given = facts.survey, facts.machine, facts.given
     choices = []
     if config.model.family != "vit":
         return []
@@ -281,17 +287,17 @@ def of_time(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
     return choices
 
 
-def of_prototypes(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_prototypes(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the memories, the anchors that are drawn from them, and their supports."""
     if config.method != "sop":
         return []
-    images, batch = wanted.survey.images, config.batch_size
+    images, batch = facts.survey.images, config.batch_size
     rows = 2 ** round(math.log2(min(images, 64 * batch)))
     rows = max(128, min(65536, rows), 2 ** math.ceil(math.log2(2 * batch)))
-    rows = wanted.given.get("sop.cls.memory", rows)
+    rows = facts.given.get("sop.cls.memory", rows)
     many = images >= HUGE
     anchors = max(2, rows // (16 if many else 8))
-    patch_rows = wanted.given.get("sop.patch.memory", max(min(rows, 8192), batch))
+    patch_rows = facts.given.get("sop.patch.memory", max(min(rows, 8192), batch))
     choices = [
         Choice(
             {"sop.cls.memory": rows, "sop.cls.anchors": anchors},
@@ -308,11 +314,11 @@ def of_prototypes(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Cho
     return choices
 
 
-def of_temperatures(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_temperatures(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the teacher's temperature: the lower, the less can views agree without collapse."""
     if config.method != "sop":
         return []
-    images = wanted.survey.images
+    images = facts.survey.images
     if images >= HUGE:
         ends, why = (0.04, 0.07), "as in the paper"
     elif images >= MANY:
@@ -326,7 +332,7 @@ def of_temperatures(config: ml_collections.ConfigDict, wanted: Wanted) -> list[C
     return choices
 
 
-def of_start(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_start(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses how the network begins."""
     if config.model.family != "vit":
         return []
@@ -341,9 +347,9 @@ def of_start(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
     ]
 
 
-def of_optimizer(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_optimizer(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the learning rate and the schedules."""
-    length = run_length(config, wanted.survey.images)
+    length = run_length(config, facts.survey.images)
     narrow = config.model.drop_path == 0.0
     lr = round(0.256 / config.batch_size, 5) if narrow else 5e-4
     choices = [
@@ -370,12 +376,12 @@ def of_optimizer(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choi
     return choices
 
 
-def of_workers(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_workers(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses the threads and processes that make batches."""
-    machine = wanted.machine
+    machine = facts.machine
     if config.model.family != "vit":
         return []
-    found = estimate(config, wanted.survey, machine)
+    found = estimate(config, facts.survey, machine)
     if machine.shares_cores:
         busy = found.input * machine.cores > found.compute
         threads = min(machine.cores, 8) if busy else 1
@@ -383,7 +389,7 @@ def of_workers(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice
         return [Choice({"data.workers": 0, "data.threads": threads}, why)]
     trial = config.copy_and_resolve_references()
     trial.data.workers = 1
-    input_of_one = estimate(trial, wanted.survey, machine).input
+    input_of_one = estimate(trial, facts.survey, machine).input
     workers = min(machine.cores, 32, math.ceil(1.5 * input_of_one / max(found.compute, 1e-9)))
     local = config.batch_size // machine.devices
     while workers:
@@ -397,9 +403,9 @@ def of_workers(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice
     return [Choice({"data.workers": workers, "data.threads": 4 if workers else 1}, why)]
 
 
-def of_evaluation(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Choice]:
+def of_evaluation(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     """Chooses how often a run is logged, evaluated and saved, and the size of test images."""
-    steps = run_length(config, wanted.survey.images).steps
+    steps = run_length(config, facts.survey.images).steps
     size = config.augment.global_size
     every = max(1, round(steps / 10))
     return [
@@ -419,7 +425,7 @@ def of_evaluation(config: ml_collections.ConfigDict, wanted: Wanted) -> list[Cho
     ]
 
 
-DECISIONS: tuple[Callable[[ml_collections.ConfigDict, Wanted], list[Choice]], ...] = (
+DECISIONS: tuple[Callable[[ml_collections.ConfigDict, Facts], list[Choice]], ...] = (
     of_data,
     of_type,
     of_length,

@@ -124,6 +124,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "a width": {"model.width": 256},
     "an odd width": {"model.width": 96, "model.depth": 3},
     "patches": {"model.patch": 8},
+    "patches that do not divide the usual views": {"model.patch": 14},
     "steps": {"steps": 20},
     "epochs": {"epochs": 3.0},
     "a memory": {"sop.cls.memory": 4096},
