@@ -21,6 +21,7 @@ from sop_jax.own_images.survey import Survey
 from sop_jax.schedules import run_length
 
 FEWEST = 30  # images
+FEW = 5000  # images below which colours change less than in the paper
 MANY = 20_000  # images from which the crops and the optimizer are those of the paper
 HUGE = 200_000  # images from which the supports, tasks and temperatures are those of the paper
 BUDGET = {"cpu": 30 * 60.0}  # seconds that a run should take at most
@@ -256,6 +257,11 @@ def of_crops(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     else:
         paper = {"augment.global_scale": (0.25, 1.0), "augment.local_scale": (0.05, 0.25)}
         choices.append(Choice(paper, "as in the paper"))
+    if facts.survey.images < FEW:
+        strengths = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.05}
+        colours = {f"augment.{key}": value for key, value in strengths.items()}
+        why = "half of the paper's or less: with few images, colours tell much"
+        choices.append(Choice(colours | {"augment.grayscale": 0.1}, why))
     if size <= 32:
         sharp = {"augment.blur": (0.0, 0.0, 0.0), "augment.solarize": 0.0}
         choices.append(Choice(sharp, f"blur would leave little of {size} pixels"))

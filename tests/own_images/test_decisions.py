@@ -83,6 +83,13 @@ def test_small_images_are_not_enlarged_and_not_blurred() -> None:
     assert config.augment.blur == (0.0, 0.0, 0.0)
 
 
+def test_views_of_few_images_have_more_in_common() -> None:
+    few, many = config_for(survey(500), GPU).augment, config_for(survey(50_000), GPU).augment
+    for key in ("brightness", "contrast", "saturation", "hue", "grayscale"):
+        assert few[key] < many[key]
+    assert few.global_scale[0] > many.global_scale[0] == 0.25
+
+
 def test_a_step_is_split_until_it_fits() -> None:
     little = GPU._replace(memory=8 * 2**30)
     config = config_for(survey(50_000), little)
