@@ -46,6 +46,7 @@ setup(
         "test": [
             *DOCS,
             "beartype>=0.23",
+            "flatbuffers>=24.3",
             "hypothesis>=6.100",
             "ipykernel>=7.0",  # runs the notebooks, with nbclient; jupytext reads their sources
             # The compiler for TPUs, for tests of the compiled train step.
@@ -63,6 +64,7 @@ setup(
         ],
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "export": ["flatbuffers>=24.3"],  # with which JAX serializes programs
         "heic": ["pillow-heif>=1.0"],
         "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
         # For tests that compare features with other projects; timm requires torchvision.

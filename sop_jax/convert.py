@@ -1,7 +1,9 @@
-"""Converts weights of other projects to this one, and exports weights to them.
+"""Converts weights of other projects to this one, and exports networks to them.
 
     python -m sop_jax.convert --from=FILE --to=DIR [--key=teacher|student] [--prefix=P] [--heads=N]
-    python -m sop_jax.convert --from=FILE|DIR --export=timm|hf|hf4|ibot --to=FILE.safetensors
+    python -m sop_jax.convert --from=FILE|DIR --export=hf|stablehlo --to=NEW_DIR
+    python -m sop_jax.convert --from=FILE|DIR --export=timm|ibot --to=F.safetensors
+    python -m sop_jax.convert --from=FILE|DIR --export=onnx --to=F.onnx
 
 FILE is a `.pth`, `.safetensors` or `.npz` file with the names of iBOT, DINO, SOP, MaSSL, DINOv2,
 MAE, MSN, MoCo-v3, solo-learn, lightly, timm, torchvision or transformers, or the index of several
@@ -9,25 +11,78 @@ such files (`model.safetensors.index.json`, or its folder); nothing in it is exe
 folder that `sop_jax.evaluate`, `sop_jax.extract` and `--config.init_from` accept: the workdir of a
 run (--workdir=DIR is the same as --from=DIR), or the folder that this command creates, which
 contains config.json, the network as step 0, and converted.json, which lists what the file lacked.
-An export contains only the backbone and loads with `strict=True`; `hf` has the names of
-transformers 5, `hf4` those of earlier versions.
+
+An export contains only the backbone. `hf` is a folder for AutoModel and AutoImageProcessor of
+transformers 4 and 5, with a model card; `timm` and `ibot` are files that load with `strict=True`;
+`stablehlo` and `onnx` are programs that need neither this package nor PyTorch.
 """
 
-import jax
+from collections.abc import Callable
+from typing import NamedTuple
+
 import ml_collections
+import numpy as np
 from absl import flags
 from etils import epath
 
 from sop_jax import config as config_lib
 from sop_jax import paths, pretrained
 from sop_jax.errors import UserError
+from sop_jax.exports import huggingface, onnx, stablehlo, timm
+from sop_jax.exports.trained import Trained
 from sop_jax.models import Params
 from sop_jax.models.positions import RULES
 from sop_jax.training import checkpoint
 from sop_jax.training.checkpoint import named_leaves
 from sop_jax.weights import files, mapping
 
-PROJECTS = ("timm", "hf", "hf4", "ibot")
+
+class Target(NamedTuple):
+    """Something to export to.
+
+    Attributes:
+        write: maps a network and the new file or folder to lines for the user.
+        ending: the extension of the file; "" for a folder.
+        needs_heads: whether the number of attention heads has to be known.
+    """
+
+    write: Callable[[Trained, epath.Path], list[str]]
+    ending: str
+    needs_heads: bool = True
+
+
+def _write_names(project: str) -> Callable[[Trained, epath.Path], list[str]]:
+    """Returns a function that writes a file of weights with the names of a project."""
+
+    def write(trained: Trained, to: epath.Path) -> list[str]:
+        model = trained.config.model
+        exported = mapping.export(project, model.family, trained.leaves)
+        files.write(to, exported.arrays)
+        words = []
+        if left := [leaf for leaf in exported.not_exported if leaf not in trained.absent]:
+            words.append(f"not exported: {', '.join(left)}")
+        words += [
+            f"this network has model.{name}={model[name]}, but {project} uses {value}"
+            + "; average its patch tokens after the final norm instead" * (name == "pool")
+            for name, value in {"pool": "cls", **exported.settings}.items()
+            if model[name] != value
+        ]
+        return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
+
+    return write
+
+
+def _write_timm(trained: Trained, to: epath.Path) -> list[str]:
+    return [*_write_names("timm")(trained, to), *timm.call(trained, to)]
+
+
+TARGETS = {
+    "timm": Target(_write_timm, ".safetensors", needs_heads=False),
+    "hf": Target(huggingface.write, ""),
+    "ibot": Target(_write_names("ibot"), ".safetensors", needs_heads=False),
+    "onnx": Target(onnx.write, ".onnx"),
+    "stablehlo": Target(stablehlo.write, ""),
+}
 
 
 def convert(
@@ -40,13 +95,13 @@ def convert(
     positions: str | None = None,
     prefix: str | None = None,
 ) -> list[str]:
-    """Creates a folder with a network, or with `project` a file for another project.
+    """Creates a folder with a network, or with `project` an export.
 
     Args:
         source: a file of weights, the index of several files or their folder, or the folder of a
             run or of an earlier conversion.
-        to: the new folder, or with `project` the new .safetensors file.
-        project: the project to export to, one of PROJECTS.
+        to: the new folder, or with `project` the new folder or file, see `TARGETS`.
+        project: what to export to, one of TARGETS.
         key: which of several networks to take; the teacher by default.
         step: the step of the checkpoint, if `source` is a folder; the newest by default.
         heads: the number of attention heads of a ViT whose width and depth are not those of a named
@@ -63,16 +118,8 @@ def convert(
             one has no such network.
     """
     source, to = epath.Path(source), epath.Path(to)
-    if project:
-        if project not in PROJECTS:
-            raise UserError(f"unknown --export={project}; expected one of: {', '.join(PROJECTS)}")
-        if to.suffix != ".safetensors":
-            raise UserError(f"--to={to} must end in .safetensors for --export")
-        if to.exists():
-            raise UserError(f"--to={to} already exists; give a new file")
-    elif to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"--to={to} already exists; give a new or empty folder")
-    paths.check_writable(to.parent if project else to, "--to")
+    target = _target(project) if project else None
+    _check_to(to, target.ending if target else "", project)
     if source.is_dir():
         source = files.index_of(source) or source
     if source.is_dir():
@@ -93,24 +140,42 @@ def convert(
                 "--step"
             )
         config, params, absent, words = pretrained.network_of_file(
-            source, key, prefix, heads, positions, bool(project)
+            source, key, prefix, heads, positions, bool(target and not target.needs_heads)
         )
-        step = 0
-    if project:
-        leaves = {path: jax.device_get(leaf) for path, leaf in named_leaves(params).items()}
-        exported = mapping.export(project, config.model.family, leaves)
-        files.write(to, exported.arrays)
-        if left := [leaf for leaf in exported.not_exported if leaf not in absent]:
-            words.append(f"not exported: {', '.join(left)}")
-        words += [
-            f"this network has model.{name}={config.model[name]}, but {project} uses {value}"
-            + "; average its patch tokens after the final norm instead" * (name == "pool")
-            for name, value in {"pool": "cls", **exported.settings}.items()
-            if config.model[name] != value
-        ]
-        return [*words, f"{to}: {len(exported.arrays)} arrays by {project}'s names"]
-    save(config, params, step, pretrained.Origin(str(source), absent), to)
+    if target:
+        shown = step is not None or heads is not None  # by config.json, or by the user
+        leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
+        trained = Trained(config, leaves, source, step, absent, heads_known=shown)
+        return [*words, *target.write(trained, to)]
+    save(config, params, step or 0, pretrained.Origin(str(source), absent), to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]
+
+
+def _target(project: str) -> Target:
+    if project == "hf4":
+        raise UserError(
+            "--export=hf4 is now --export=hf: versions 4 and 5 of transformers load its folder"
+        )
+    if project not in TARGETS:
+        raise UserError(f"unknown --export={project}; expected one of: {', '.join(TARGETS)}")
+    return TARGETS[project]
+
+
+def _check_to(to: epath.Path, ending: str, project: str | None) -> None:
+    """Raises UserError if the file or folder exists, has another extension, or is unwritable."""
+    if ending:
+        if to.suffix != ending:
+            raise UserError(f"--to={to} must end in {ending} for --export={project}")
+        if to.exists():
+            raise UserError(f"--to={to} already exists; give a new file")
+    elif to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to={to} already exists; give a new or empty folder")
+    elif not to.exists() and to.suffix in (".safetensors", ".onnx"):
+        raise UserError(
+            f"--to={to} would be a folder, though it ends in {to.suffix}; name a folder, or choose "
+            f"another --export: {', '.join(x for x in TARGETS if TARGETS[x].ending == to.suffix)}"
+        )
+    paths.check_writable(to.parent if ending else to, "--to")
 
 
 def save(
@@ -163,8 +228,8 @@ if __name__ == "__main__":
 
     cli.define_path("from", "The file of weights, or a folder as for --workdir.")
     cli.define_path("workdir", "The folder of a run, or of an earlier conversion.")
-    cli.define_path("to", "The folder to create, or with --export the file.", required=True)
-    flags.DEFINE_string("export", None, f"The project to export to: {', '.join(PROJECTS)}.")
+    cli.define_path("to", "The folder or file to create.", required=True)
+    flags.DEFINE_string("export", None, f"What to export to: {', '.join(TARGETS)}.")
     flags.DEFINE_string(
         "key", None, "The network to take: teacher (the default if there are both) or student."
     )

@@ -318,7 +318,7 @@ def of_arrays(
             f"{settings.family}; set model.family={layout.family}"
         )
     try:
-        loaded = mapping.load_leaves(layout, file.arrays, shapes, _resizer(settings.positions))
+        loaded = mapping.load_leaves(layout, file.arrays, shapes, resizer(settings.positions))
     except UserError as error:
         text = f"{error}\nIts names are {who}'s"
         with contextlib.suppress(UserError):  # arrays that are needed are among the differences
@@ -357,7 +357,7 @@ def _of_run(
             "set the same model.size, or the same numbers"
         )
     layout = mapping.own_layout(theirs.model.family, {*shapes, *arrays})
-    loaded = mapping.load_leaves(layout, arrays, shapes, _resizer(config.model.positions))
+    loaded = mapping.load_leaves(layout, arrays, shapes, resizer(config.model.positions))
     words = _words(loaded, f"of the teacher of step {step}")
     words += [
         f"it has model.{name}={theirs.model[name]}, but this network has {config.model[name]}, so "
@@ -379,7 +379,7 @@ def _words(loaded: mapping.Loaded, origin: str) -> list[str]:
     return words
 
 
-def _resizer(rule: str) -> Any:
+def resizer(rule: str) -> Any:
     """Returns a function that resizes positions [1 + n, D], [CLS] first, to a number of rows."""
 
     def resize(table: np.ndarray, rows: int) -> np.ndarray:

@@ -23,7 +23,7 @@ LAYERS = [
     {"pretrained"},
     {"pictures"},
     {"page"},
-    {"diagnosis", "network"},
+    {"diagnosis", "network", "exports"},
     {"own_images"},
     {"preview"},
     {"evaluate", "extract", "convert", "diagnose", "nearest", "report"},

@@ -4,7 +4,7 @@ Only this package uses Flax NNX. A model is split once into its static graph and
 of float32 parameters, and all other code uses the functions of `Model`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -309,6 +309,18 @@ def build(
         dim=config.head.dim,
         together=has_head_norm(config) and config.head.batch_norm_views == "together",
     )
+
+
+def nested(leaves: Mapping[str, Any]) -> Params:
+    """Returns the parameters whose leaves are given by their paths, such as `head/fc1/bias`."""
+    params: Params = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        place = params
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = leaf
+    return params
 
 
 def gather_outside_blocks(params: Params, gather: Callable[[Any], Any]) -> Params:

@@ -259,7 +259,7 @@ class ResNet(nnx.Module):
                 prevent_cse=False,  # the scan prevents it already
             )
             x, moved["stages"][name]["blocks"] = jax.lax.scan(apply, x, blocks)
-        features = x.astype(jnp.float32).reshape(len(x), -1, x.shape[-1])
+        features = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
         return jnp.concatenate([features.mean(1, keepdims=True), features], axis=1), moved
 
     def __call__(

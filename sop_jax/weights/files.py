@@ -113,7 +113,7 @@ def write(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """
     path = epath.Path(path)
     draft = path.parent / f"{path.name}.tmp"
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = safetensors.numpy.save(whole, {"format": "pt"})  # transformers requires this entry
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Networks in the forms that other projects and other runtimes load."""

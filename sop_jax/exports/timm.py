@@ -1,0 +1,80 @@
+"""The call of timm that builds the network of an exported file and loads it."""
+
+from typing import Any
+
+from etils import epath
+
+from sop_jax.exports.trained import Trained
+from sop_jax.models import FAMILIES, size_of
+
+UNKNOWN = "HEADS"  # stands for a number of heads that weights do not show
+
+
+def call(trained: Trained, file: epath.Path) -> list[str]:
+    """Returns lines for the user with the call of `timm.create_model` for a file.
+
+    Args:
+        trained: the network.
+        file: the exported file.
+    """
+    model, size = trained.config.model, size_of(trained.config.model)
+    image = trained.config.augment.global_size
+    settings: dict[str, Any]
+    if model.family == "vit":
+        name, settings = _vit(trained)
+        if not trained.heads_known:
+            heads = _usual_heads(size)
+            settings["num_heads"] = _Word(UNKNOWN) if heads is None else heads
+    elif model.family == "swin":
+        name = "swin_tiny_patch4_window7_224"
+        settings = dict(
+            img_size=image,
+            window_size=model.window,
+            embed_dim=size.width,
+            depths=tuple(size.depths),
+            num_heads=tuple(size.heads),
+        )
+    elif size.width == 64:
+        name, settings = "resnet50", dict(layers=tuple(size.depths))
+    else:
+        return [f"timm has no ResNet whose stem has {size.width} channels, to load this file into"]
+    settings |= dict(num_classes=0, checkpoint_path=str(file))
+    arguments = [repr(name), *(f"{key}={value!r}" for key, value in settings.items())]
+    lines = [f"load it with: timm.create_model({', '.join(arguments)})"]
+    if UNKNOWN in lines[0]:
+        lines.append(f"{UNKNOWN} is the number of attention heads, which weights do not show")
+    return lines
+
+
+class _Word(str):
+    """A word that is printed without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _vit(trained: Trained) -> tuple[str, dict[str, Any]]:
+    model, leaves = trained.config.model, trained.leaves
+    size = size_of(model)
+    settings: dict[str, Any] = dict(
+        img_size=trained.config.augment.global_size,
+        patch_size=model.patch,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        dynamic_img_size=True,
+    )
+    if model.pool == "mean":
+        settings |= dict(global_pool="avg", fc_norm=False)
+    if "backbone/register_tokens" in leaves:
+        settings["reg_tokens"] = len(leaves["backbone/register_tokens"])
+        return "vit_small_patch14_reg4_dinov2", settings
+    if "backbone/blocks/ls1/scale" in leaves:
+        return "vit_small_patch14_dinov2", settings
+    return "vit_small_patch16_224", settings
+
+
+def _usual_heads(size: Any) -> int | None:
+    """Returns the heads of the named size with this width and depth, if there is one."""
+    named = FAMILIES["vit"].sizes.values()
+    return next((x.heads for x in named if x == size._replace(heads=x.heads)), None)

@@ -1,0 +1,57 @@
+"""The call of timm that loads an exported file."""
+
+import pathlib
+
+import checkpoints
+import networks
+import numpy as np
+import pytest
+from checkpoints import save_pth
+
+from sop_jax.convert import convert
+from sop_jax.models import MEAN, STD
+from sop_jax.network import load
+
+pytestmark = pytest.mark.medium
+
+
+def call_of(words: list[str]) -> str:
+    (line,) = (word for word in words if word.startswith("load it with: "))
+    return line.removeprefix("load it with: ")
+
+
+def test_the_call_has_the_sizes_of_the_network(tmp_path: pathlib.Path) -> None:
+    call = call_of(convert(networks.make(tmp_path, "vit"), tmp_path / "f.safetensors", "timm"))
+    assert call.startswith("timm.create_model('vit_small_patch16_224', img_size=16, patch_size=4,")
+    assert f"num_classes=0, checkpoint_path='{tmp_path}/f.safetensors')" in call
+
+
+def test_heads_that_a_file_does_not_show_are_asked_for(tmp_path: pathlib.Path) -> None:
+    file = save_pth(tmp_path / "f.pth", checkpoints.vit())
+    words = convert(file, tmp_path / "f.safetensors", "timm")
+    assert "num_heads=HEADS," in call_of(words)
+    assert words[-1].startswith("HEADS is the number of attention heads")
+    words = convert(file, tmp_path / "g.safetensors", "timm", heads=2)
+    assert "num_heads=2," in call_of(words)
+    small = save_pth(tmp_path / "s.pth", checkpoints.vit(width=192, depth=12))
+    words = convert(small, tmp_path / "s.safetensors", "timm")
+    assert "num_heads=3," in call_of(words)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the other project
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_call_gives_the_features(name: str, tmp_path: pathlib.Path) -> None:
+    torch = pytest.importorskip("torch")
+    timm = pytest.importorskip("timm")
+    run = networks.make(tmp_path, name)
+    call = call_of(convert(run, tmp_path / "f.safetensors", "timm"))
+    theirs = eval(call, {"timm": timm}).eval()
+    network = load(run)
+    size = network.config.augment.global_size
+    pixels = networks.images(2, size)
+    network = load(run)
+    normalized = ((pixels / 255 - MEAN) / STD).astype(np.float32).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        found = theirs(torch.tensor(normalized)).numpy()
+    if network.config.eval.crop == size:
+        np.testing.assert_allclose(found, network.features(pixels), atol=2e-4)
