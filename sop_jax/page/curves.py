@@ -115,7 +115,7 @@ GROUPS = (
             Curve("embedding_std", "spread of embeddings", limits=(0.0, None)),
             Curve("effective_rank", "effective rank", limits=(0.0, None)),
             Curve("support_cosine", "cosine of supports"),
-            Curve("memory_filled", "memory filled, %", 100.0, limits=(0.0, 105.0)),
+            Curve("memory_filled", "memory filled, %", 100.0, limits=(0.0, 105.0), steady=True),
         ),
     ),
     Group(
@@ -199,6 +199,9 @@ def _chart(group: Group, present: Sequence[Curve], runs: Sequence[Shown]) -> Cha
             charts.log_scale(axis, "y", subs=(1.0, 2.0, 5.0))
         elif _limit(axis, curve, runs):
             cut.append(curve.label)
+    steps = [axis.get_xlim() for axis in axes]
+    for axis in axes:
+        axis.set(xlim=(min(low for low, _ in steps), max(high for _, high in steps)))
     axes[-1].set(xlabel="step")
     if named:
         charts.legend(figure, axes[0])
@@ -221,7 +224,7 @@ def _draw(
     axis: Any, points: Sequence[tuple[int, float]], scale: float, name: str, style: dict[str, Any]
 ) -> None:
     if not points:
-        axis.plot([], [], label=name, **style)
+        axis.plot([], [], label=name, **style | {"marker": ""})
         return
     x, y = np.array([p[0] for p in points]), scale * np.array([p[1] for p in points], float)
     bins = np.array_split(np.arange(len(x)), min(POINTS, len(x)))

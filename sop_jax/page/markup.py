@@ -185,6 +185,7 @@ summary { cursor: pointer; color: var(--link); font-size: 14px; }
   .charts figure, .map, tr, .words li { break-inside: avoid; }
   .scroll, pre { overflow: visible; }
   th, td { white-space: normal; padding: 3px 6px; font-size: 9pt; }
+  tbody th { min-width: 11em; }
   h2, h3, h4, caption, thead { break-after: avoid; }
   pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; }

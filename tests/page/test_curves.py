@@ -63,6 +63,7 @@ def test_several_runs_share_a_chart_and_have_a_table_each() -> None:
     found = drawn(shown("short", logged(3)), shown("long <b>", logged(30, mim=2.0)))
     chart, table = found["curve-loss"]
     first, _, mim = chart.figure.axes
+    assert first.get_xlim() == mim.get_xlim()
     assert len(first.lines) == 2 and [line.get_label() for line in first.lines][1] == "long <b>"
     assert len(first.lines[0].get_xdata()) == 3 and len(first.lines[1].get_xdata()) == 30
     assert len(mim.lines[0].get_xdata()) == 0

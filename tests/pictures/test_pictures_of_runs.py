@@ -56,6 +56,18 @@ def test_supports_are_the_nearest_rows(trained: subject.Trained) -> None:
     assert (found["patch"].images == -1).all()  # a memory that has just begun
 
 
+def test_anchors_that_never_change_are_from_no_known_image(tmp_path: pathlib.Path) -> None:
+    saved = Saved(tmp_path / "run", "sop", **{"sop.anchors": "frozen_rows"})
+    memory = saved.state.carried["cls"]
+    lanes, slots, _ = memory.rows.shape
+    images = jnp.arange(lanes * slots).reshape(lanes, slots)
+    carried = saved.state.carried | {"cls": memory._replace(image=images)}
+    trained = subject.load(saved.workdir)._replace(carried=carried)
+    cls = next(one for one in supports(trained, 3) if one.level == "cls")
+    assert (cls.images[:, 0] == -1).all() and (cls.images[:, 1:] >= 0).all()
+    assert cls.cosines[:, 1:].max() > 0.999  # the rows that were frozen are still in the memory
+
+
 def test_supports_depend_on_the_seed_only(trained: subject.Trained) -> None:
     first, again, other = (supports(trained, 6, seed)[0].images for seed in (0, 0, 1))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
