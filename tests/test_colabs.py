@@ -23,6 +23,7 @@ subprocess.run([sys.executable, *command, r"--workdir={here}/run"], check=True)
 """
 SMALL = {
     "features": RUN_OF_TWO_STEPS + "WEIGHTS = PROTOTYPES = r'{here}/run'",
+    "own_images": "WORKDIR = r'{here}/run'; SETTINGS = '--config.steps=4 --config.eval_every=0'",
     "quickstart": "WORKDIR = r'{here}/digits'; STEPS = 4",
     "pod": "CONFIG = 'digits'; TOPOLOGY = 'v5e:2x2'; OVERRIDES = '--config.model.depth=1'; "
     "WORKDIR = 'gs://BUCKET/digits'",
@@ -30,7 +31,8 @@ SMALL = {
 # What a run of a notebook prints or draws at its end.
 SHOWN = {
     "features": ["12 images, 64 numbers each", "image/png", "unique"],
-    "quickstart": ["k-NN accuracy after 4 steps", "image/png"],
+    "own_images": ["120 files in sample", "image/png", "srcdoc", "features.npz", "exported"],
+    "quickstart": ["k-NN accuracy after 4 steps", "image/png", "srcdoc"],
     "pod": ["fits", "queued-resources create", "kind: Job", "Set WATCHED"],
 }
 
