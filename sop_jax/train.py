@@ -125,6 +125,8 @@ def train_owned(
     train_step = compiled_step(parts.config, parts.run, progress.note)
     compile_s = time.monotonic() - clock
     progress.note(f"The step was compiled in {compile_s:.1f} s.")
+    # On CPUs, the first collective waits only 30 s for processes that are still compiling.
+    hosts.gather("", hosts.END_TIMEOUT)
 
     # Nothing has been written up to here, so that an error above leaves no trace.
     owner.check()

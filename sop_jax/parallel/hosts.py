@@ -344,7 +344,7 @@ def leave(code: int, message: str, words: str) -> NoReturn:
         if _watch is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed earlier
                 _client().key_value_set(_FAILURE, f"{code} {name()} has ended: {words}")
-            time.sleep(LINGER)
+            _linger()
         _end(code)
 
 
@@ -362,9 +362,15 @@ def _leave_with_others() -> None:
         return
 
 
+def _linger() -> None:
+    """Waits for the others; a launcher such as mpirun that signals to end stops this wait only."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(LINGER)
+
+
 def _end(code: int) -> NoReturn:
     if distributed().process_id == 0 and _watch is not None:
-        time.sleep(LINGER)  # the service ends with this process, and lingering ones still need it
+        _linger()  # the service ends with this process, and lingering ones still need it
     for child in multiprocessing.active_children():  # a normal exit would end these workers
         child.kill()
     sys.stdout.flush()

@@ -244,6 +244,36 @@ def test_a_kill_in_mid_save_leaves_the_save_before(
     assert kept[0] == kept[1], "the rest is cleaned up"
 
 
+# Trains; a process that compiles for longer fails if the other did not wait for it.
+SLOW = """
+import os, runpy, sys, time
+from sop_jax.training import assemble
+
+workdir, slow = sys.argv.pop(1), sys.argv.pop(1)
+compiled_step = assemble.compiled_step
+
+
+def slowly(*arguments):
+    step = compiled_step(*arguments)
+    if slow == "slow":
+        time.sleep(5)
+        assert not os.path.exists(os.path.join(workdir, "config.json")), "process 0 did not wait"
+    return step
+
+
+assemble.compiled_step = slowly
+runpy.run_module("sop_jax.train", run_name="__main__")
+"""
+
+
+def test_a_process_that_compiles_for_longer_is_waited_for(tmp_path: pathlib.Path) -> None:
+    """A collective waits for 30 s only, and then fails."""
+    workdir = tmp_path / "run"
+    _, _, *flags = command(workdir)
+    ended = finish(tmp_path, *(["-c", SLOW, workdir, pace, *flags] for pace in ("fast", "slow")))
+    assert [process.code for process in ended] == [0, 0], ended
+
+
 def apart(tmp_path: pathlib.Path, given: list[object]) -> list[processes.Ended]:
     """The same command has relative paths, and each process runs in another folder."""
     folders = [tmp_path / "a", tmp_path / "b"]
