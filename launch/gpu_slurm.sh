@@ -10,6 +10,9 @@
 #   --workdir=DIR       the folder of the run, on a file system that all nodes share
 #   --config.KEY=VALUE  changes a setting
 #
+# In a job array (sbatch --array=0-2) the runs need workdirs of their own: %a in an argument becomes
+# the index of the run, as in --workdir=runs/%a --config.seed=%a.
+#
 # Before its time limit the job saves, returns to the queue and resumes. Give other sbatch options
 # (--partition, --account, --mem, other numbers than those below) before the script; the numbers of
 # tasks and GPUs per node must be equal. Arguments after -- are passed to the training unchanged.
@@ -44,6 +47,12 @@ need config workdir
 check_config
 [[ -n "$dry" || -n "${SLURM_JOB_ID:-}" ]] ||
   die "this is not a SLURM job; submit it with sbatch, or add --dry-run"
+
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+  [[ "$workdir" == *%a* ]] ||
+    die "the runs of a job array would share --workdir=$workdir; write %a for the index into it"
+  train=("${train[@]//%a/$SLURM_ARRAY_TASK_ID}")
+fi
 
 tasks="${SLURM_NTASKS_PER_NODE:-}" gpus="${SLURM_GPUS_ON_NODE:-}"
 [[ -z "$tasks" || -z "$gpus" || "$tasks" == "$gpus" ]] ||

@@ -372,6 +372,17 @@ class TestSlurm:
         done = world.run("gpu_slurm.sh", *TRAINING, code=2, **job)
         assert "8 tasks and 4 GPUs" in done.stderr and not world.calls()
 
+    def test_the_runs_of_a_job_array_have_workdirs_of_their_own(self, world: World) -> None:
+        world.put(uv=RECORD, srun=RECORD)
+        job = self.JOB | {"SLURM_ARRAY_TASK_ID": "3"}
+        done = world.run("gpu_slurm.sh", *TRAINING, code=2, **job)
+        assert "would share --workdir=gs://bucket/a run; write %a" in done.stderr
+        assert not world.calls()
+        own = ["--config=digits", "--workdir=runs/%a", "--config.seed=%a", "--", "--x=%a"]
+        world.run("gpu_slurm.sh", *own, **job)
+        expected = ["--config=digits", "--workdir=runs/3", "--config.seed=3", "--x=3"]
+        assert world.calls()[-1][-4:] == expected
+
     def test_outside_a_job(self, world: World) -> None:
         world.put(uv=RECORD, srun=RECORD)
         assert "sbatch" in world.run("gpu_slurm.sh", *TRAINING, code=2).stderr
