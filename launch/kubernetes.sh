@@ -5,7 +5,7 @@
 #       --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #   launch/kubernetes.sh --image=IMAGE --tpu=tpu-v6e-slice --topology=4x8 ...   on GKE
 #
-#   --image=IMAGE       an image with this checkout installed; docs/launch.md says how to build it
+#   --image=IMAGE       an image with this checkout installed, built from launch/Dockerfile
 #   --config=NAME|FILE  the name of a recipe in configs/, or a file as the pods see it
 #   --hosts=1           the number of hosts with GPUs
 #   --gpus=8            the number of NVIDIA GPUs per host
