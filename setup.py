@@ -69,6 +69,7 @@ setup(
         "gcs": ["gcsfs>=2025.1", "google-cloud-storage>=2.18"],
         # For tests that compare features with other projects; timm requires torchvision.
         "parity": ["timm>=1.0", "torch>=2.6", "torchvision>=0.21", "transformers>=5.0"],
+        "wandb": ["wandb>=0.19"],
         "plot": ["matplotlib>=3.9"],
     },
 )

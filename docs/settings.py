@@ -34,6 +34,9 @@ MEANINGS = {
     "checkpoint_every": (
         "Steps between checkpoints; 0 for only those of `checkpoint.minutes` and of the end."
     ),
+    "tracker": (
+        "Where curves are drawn: TensorBoard or Weights & Biases. `metrics.jsonl` always has them."
+    ),
     "profile_steps": "The first and the last step that are traced for a profiler; 0,0 for none.",
     "data.source": (
         "Where images come from: TFDS, a folder, a packed `.npz` file, or scikit-learn's digits."

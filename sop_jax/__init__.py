@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sop_jax.nearest import neighbours
     from sop_jax.network import Network, load
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = ["Network", "UserError", "__version__", "load", "neighbours"]
 

@@ -12,6 +12,7 @@ from sop_jax.evaluation.tasks import IN_TRAINING
 from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.layers import REMATS
+from sop_jax.monitor.trackers import TRACKERS
 from sop_jax.objectives.methods import METHODS, method_of
 from sop_jax.rules import (
     COUNT,
@@ -57,6 +58,7 @@ RULES: dict[str, Rule] = {
     "method": one_of(METHODS),
     "batch_size": COUNT,
     "accumulate": COUNT,
+    "tracker": one_of(TRACKERS),
     "log_every": COUNT_OR_ZERO,
     "eval_every": COUNT_OR_ZERO,
     "checkpoint_every": COUNT_OR_ZERO,

@@ -47,6 +47,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "optim.sgd_momentum": 0.9,
         "optim.trust": 0.001,
     },
+    "0.6.0": {
+        "tracker": "tensorboard",  # this does not change the results
+    },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json
 
@@ -60,6 +63,7 @@ RESUMABLE = (
     "eval_every",
     "checkpoint_every",
     "profile_steps",
+    "tracker",
     "checkpoint.minutes",
     "checkpoint.keep_every",
     "eval.batch_size",
@@ -95,6 +99,7 @@ def paper() -> ml_collections.ConfigDict:
     config.log_every = 50  # steps, like the next two; 0 means never
     config.eval_every = 12500
     config.checkpoint_every = 2500
+    config.tracker = "tensorboard"  # tensorboard | wandb: where curves are drawn
     config.profile_steps = (0, 0)  # the first and last step of a trace; (0, 0) for no trace
 
     config.data = ml_collections.ConfigDict(

@@ -48,6 +48,7 @@ from sop_jax.monitor.journal import Journal
 from sop_jax.monitor.metrics import Progress, Writer, read_metrics
 from sop_jax.monitor.pace import PaceKeeper
 from sop_jax.monitor.profiling import Trace
+from sop_jax.monitor.trackers import TRACKERS, check_tracker
 from sop_jax.own_images import choices
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
@@ -85,6 +86,7 @@ def train(
         Interrupted: SIGINT or SIGTERM was received; the state is saved.
     """
     check_config(config)
+    check_tracker(config.tracker)
     config, workdir = expand_paths(config), epath.Path(expand(str(workdir)))
     resume.check_place(config, workdir)
     with Interruption(ahead=IN_FLIGHT) as interruption:
@@ -138,7 +140,8 @@ def train_owned(
         take_steps(train_step, parts, resumed, tools)
     finally:
         opened.close()
-    return finish(tools, parts.run.steps, compile_s, owner, workdir)
+    curves = curves_text(parts.config.tracker, workdir)
+    return finish(tools, parts.run.steps, compile_s, owner, workdir, curves)
 
 
 class Parts(NamedTuple):
@@ -337,7 +340,12 @@ def open_tools(
     writer = None
     if hosts.is_first():
         # If the evaluation of this step is due, its row is written again.
-        writer = Writer(workdir, resumed.step - resumed.evaluation_due)
+        writer = Writer(
+            workdir,
+            resumed.step - resumed.evaluation_due,
+            TRACKERS[config.tracker](config.to_dict()),
+            progress.note,
+        )
         opened.callback(lambda: writer.close(write=not owner.lost))
     journal = Journal(resumed.rows, writer, progress, run.objective.verdict, config.batch_size)
     batches = train_batches(parts.train, config, run.model.patch, resumed.step, parts.batch_rows)
@@ -503,7 +511,7 @@ def evaluate_unless_stopped(tools: Tools, state: TrainState) -> dict[str, Any] |
 
 
 def finish(
-    tools: Tools, steps: int, compile_s: float, owner: Owner, workdir: epath.Path
+    tools: Tools, steps: int, compile_s: float, owner: Owner, workdir: epath.Path, curves: str
 ) -> dict[str, Any]:
     """Writes, prints and returns the summary, and writes the report."""
     summary = summarise(tools.journal.rows, steps, compile_s)
@@ -511,7 +519,7 @@ def finish(
         owner.check()
         write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         tools.report(True)
-        print(summary_text(summary, workdir), file=sys.stderr)
+        print(summary_text(summary, curves), file=sys.stderr)
         if (page := workdir / REPORT).exists():
             print(f"report: {page}", file=sys.stderr)
         print(json.dumps(summary))
@@ -730,12 +738,19 @@ def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[
     }
 
 
-def summary_text(summary: dict[str, Any], workdir: epath.Path) -> str:
-    """Returns the summary in words for people."""
-    minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
+def curves_text(tracker: str, workdir: epath.Path) -> str:
+    """Returns where the curves of a run are."""
+    if tracker == "wandb":
+        return f"curves: in Weights & Biases; {workdir / 'wandb.json'} names the run"
     curves = f"curves: tensorboard --logdir {shlex.quote(str(workdir))}"
     if importlib.util.find_spec("tensorboard") is None:
         curves += " (after pip install tensorboard)"
+    return curves
+
+
+def summary_text(summary: dict[str, Any], curves: str) -> str:
+    """Returns the summary in words for people, and where the curves are."""
+    minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
     before, after = summary["knn_top1_untrained"], summary["knn_top1"]
     if before is None or after is None:
         return f"{minutes}; {curves}"

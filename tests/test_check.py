@@ -56,6 +56,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "log_every": WHOLE,
     "eval_every": WHOLE,
     "checkpoint_every": WHOLE,
+    "tracker": ("", "none", "WandB", 3),
     "profile_steps": ((), (1, 2, 3), (1.5, 2.5), (-1, 2), (5, 3), (0, 3), 3),
     "data.source": ("magic", 3),
     "data.path": (3,),

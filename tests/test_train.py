@@ -1378,8 +1378,10 @@ def test_a_read_only_workdir_is_reported_before_anything_else(read_only: pathlib
 def test_the_command_for_the_curves_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"steps": 1, "wall_s": 1.0, "knn_top1": None, "knn_top1_untrained": None}
     workdir = epath.Path("runs/it's mine; & more")
-    words = train.summary_text(summary, workdir)
+    words = train.summary_text(summary, train.curves_text("tensorboard", workdir))
     command = words.partition("curves: ")[2]
     assert shlex.split(command) == ["tensorboard", "--logdir", str(workdir)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.summary_text(summary, workdir).endswith("(after pip install tensorboard)")
+    assert train.summary_text(summary, train.curves_text("tensorboard", workdir)).endswith(
+        "(after pip install tensorboard)"
+    )

@@ -1,16 +1,16 @@
-"""The curves of a run: `metrics.jsonl`, TensorBoard events, and the progress on the screen."""
+"""The curves of a run: `metrics.jsonl`, a tracker, and the progress on the screen."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorboardX
 import tqdm
 from etils import epath
 
+from sop_jax.monitor.trackers import Board, Open, Tracker
 from sop_jax.paths import write_whole
 
 Scalar = float | int | str | None
@@ -19,14 +19,19 @@ _FILE = "metrics.jsonl"
 _REMOTE_INTERVAL = 60.0  # seconds between two writes of a remote file
 _WORTH_TELLING = 60.0  # seconds; a shorter time left is not announced
 _UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
-_BOARD_INTERVAL = 5  # seconds of TensorBoard curves that a killed run loses at most
 
 
 class Writer:
     """Writes one row per logged step; only the first process of a run creates one."""
 
-    def __init__(self, workdir: epath.PathLike, resume_step: int = 0) -> None:
-        """Opens the files of a run.
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        resume_step: int = 0,
+        tracker: Open = Board,
+        note: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ) -> None:
+        """Opens the files of a run, and its tracker.
 
         Rows of later steps than `resume_step`, which a killed run may have left, and incomplete
         lines are dropped, so that every step has only one row.
@@ -34,20 +39,26 @@ class Writer:
         Args:
             workdir: the folder of the run, local or remote (`gs://`).
             resume_step: the step from which the run resumes; 0 starts the files anew.
+            tracker: opens the tracker. If it lacks steps before `resume_step`, it gets them.
+            note: reports that the tracker has failed, which does not end the run.
+
+        Raises:
+            UserError: the tracker cannot be opened.
         """
         self._path = epath.Path(workdir) / _FILE
         self._remote = "://" in str(self._path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = [row for row in read_metrics(workdir) if row["step"] <= resume_step > 0]
+        before = read_metrics(workdir)
+        logged = max((row["step"] for row in before), default=-1)
+        self._note = note
+        self._tracker: Tracker | None = tracker(self._path.parent, resume_step, logged)
+        self._tracked = self._tracker.has
+        self._rows = [row for row in before if row["step"] <= resume_step > 0]
         self._last_step = self._rows[-1]["step"] if self._rows else -1
         self._rewrite()
         self._file = None if self._remote else self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(self._path.parent / "tensorboard"),
-            purge_step=resume_step + 1 if resume_step else 0,
-            flush_secs=_BOARD_INTERVAL,
-            filename_suffix=f".{resume_step}",  # two runs may start in the same second
-        )
+        for row in self._rows:
+            self._track(row)
 
     def write(self, step: int, scalars: Mapping[str, Scalar]) -> None:
         """Adds a row.
@@ -73,9 +84,7 @@ class Writer:
             self._rows.append(row)
             if time.monotonic() - self._written >= _REMOTE_INTERVAL:
                 self._rewrite()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+        self._track(row)
 
     def flush(self) -> None:
         """Makes sure that all rows are stored where a later run finds them."""
@@ -92,7 +101,27 @@ class Writer:
             self._file.close()
         elif write:
             self._rewrite()
-        self._board.close()
+        if self._tracker is not None:
+            self._guard(self._tracker.close)
+
+    def _track(self, row: Mapping[str, Any]) -> None:
+        """Passes a row on to the tracker, unless the tracker has it or has failed."""
+        step, tracker = row["step"], self._tracker
+        if tracker is None or step <= self._tracked:
+            return
+        numbers = {k: x for k, x in row.items() if k != "step" and isinstance(x, int | float)}
+        self._guard(lambda: tracker.log(step, numbers))
+
+    def _guard(self, act: Callable[[], None]) -> None:
+        """Does something with the tracker, which is not used any more if that fails."""
+        try:
+            act()
+        except Exception as error:  # of any library; metrics.jsonl has the rows
+            self._tracker = None
+            self._note(
+                f"the tracker has failed and gets no more rows, {self._path} does: "
+                f"{type(error).__name__}: {error}"
+            )
 
     def _rewrite(self) -> None:
         """Puts the rows in place of the file."""
