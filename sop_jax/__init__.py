@@ -1,7 +1,8 @@
 """Self-Organizing Visual Prototypes: self-supervised pretraining of vision transformers in JAX.
 
-`load` and `neighbours` use trained networks in programs and notebooks. They are imported when they
-are first used, so that `import sop_jax` does not import JAX.
+In programs and notebooks, `pretrain` trains on a folder of images, and `load` and `neighbours` use
+trained networks. They are imported when they are first used, so that `import sop_jax` does not
+import JAX.
 """
 
 import importlib
@@ -13,10 +14,19 @@ if TYPE_CHECKING:
     from sop_jax.errors import UserError
     from sop_jax.nearest import neighbours
     from sop_jax.network import Network, load
+    from sop_jax.pretraining import Pretrained, pretrain
 
 __version__ = "0.6.0"
 
-__all__ = ["Network", "UserError", "__version__", "load", "neighbours"]
+__all__ = [
+    "Network",
+    "Pretrained",
+    "UserError",
+    "__version__",
+    "load",
+    "neighbours",
+    "pretrain",
+]
 
 # The modules of the names above. No module can be called like a function of another one, because
 # importing it would replace the function.
@@ -25,6 +35,8 @@ _MODULES = {
     "UserError": "errors",
     "load": "network",
     "neighbours": "nearest",
+    "Pretrained": "pretraining",
+    "pretrain": "pretraining",
 }
 
 
