@@ -276,6 +276,8 @@ class Search:
         try:
             while True:
                 found = self.store.look()
+                if found and found.text == self.text:
+                    return found, ""  # a write succeeded, although its response was lost
                 if found is None or self._is_dead(found):
                     if claim := self.store.take(found, self.text):
                         return claim, ""

@@ -231,6 +231,23 @@ def test_of_many_that_start_at_once_one_succeeds(workdir: epath.Path) -> None:
     assert [claim.text for claim in claims] == owners(workdir)
 
 
+def test_a_claim_whose_response_was_lost_counts(
+    bucket: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library repeats the write, whose precondition is then not met."""
+    take = owner.Bucket.take
+
+    def take_unheard(store: owner.Bucket, found: owner.Claim | None, text: str) -> None:
+        take(store, found, text)
+
+    monkeypatch.setattr(owner.Bucket, "take", take_unheard)
+    workdir = epath.Path(f"{bucket}/{tmp_path.name}")
+    with start(workdir) as running:
+        running.check()
+        assert len(owners(workdir)) == 1
+    assert not owners(workdir)
+
+
 def test_a_late_follower_finds_the_run_that_came_before_it(tmp_path: pathlib.Path) -> None:
     workdir = epath.Path(tmp_path)
     slow, dead = owner.Disk(tmp_path), left_by(workdir, started="1")
