@@ -1,5 +1,6 @@
 """Settings for a folder of images: looks at the folder and the devices, and then decides."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -112,8 +113,9 @@ def chosen(
 
 def test_split(root: str) -> str:
     """Returns the folder of test images below a folder: val, valid, validation or test."""
-    path = epath.Path(root)
-    there = [child.name for child in path.iterdir()] if path.is_dir() else []
+    path, there = epath.Path(root), list[str]()
+    with contextlib.suppress(OSError):  # which is reported when the images are listed
+        there = [child.name for child in path.iterdir()] if path.is_dir() else []
     return decisions.test_split(there)
 
 

@@ -1,5 +1,6 @@
 """Settings for a folder: looked at once, kept by a run that has begun, and checked if given."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -125,3 +126,12 @@ def test_a_folder_that_cannot_be_used_is_an_error(
     ]:
         with pytest.raises(UserError, match=message):
             choices.choose(images, tell=lambda line: None)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(read_only: pathlib.Path) -> None:
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    read_only.chmod(0o000)
+    os.seteuid(user)
+    with pytest.raises(UserError, match=r"Cannot list the folder .*: Permission denied"):
+        choices.choose(str(read_only), tell=lambda line: None)
