@@ -58,7 +58,7 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
         if "://" in str(folder):
             probe = folder / f".probe-{uuid.uuid4().hex}"
             probe.write_text("")
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # a repeated request finds what the first has removed
             return
         while not os.path.lexists(there):
             there = there.parent

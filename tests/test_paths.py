@@ -57,6 +57,29 @@ def test_a_check_leaves_nothing_behind(tmp_path: pathlib.Path) -> None:
         paths.check_writable(tmp_path / "dangling" / "a", "--out")
 
 
+def test_a_removal_in_a_bucket_whose_response_was_lost_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library repeats the request, and then finds nothing to remove."""
+
+    class Bucket:
+        def __truediv__(self, _: str) -> "Bucket":
+            return self
+
+        def __str__(self) -> str:
+            return "gs://bucket/run"
+
+        def write_text(self, _: str) -> None:
+            pass
+
+        def unlink(self, missing_ok: bool = False) -> None:
+            if not missing_ok:
+                raise FileNotFoundError
+
+    monkeypatch.setattr(paths.epath, "Path", lambda _: Bucket())
+    paths.check_writable("gs://bucket/run", "--out")
+
+
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: pathlib.Path) -> None:
     file = epath.Path(tmp_path) / "config.json"
     paths.write_whole(file, "old")

@@ -485,7 +485,7 @@ def _write(file: epath.Path, traces: contextlib.ExitStack) -> None:
                 folder.mkdir()
                 traces.callback(_remove, folder)
     file.write_text("")
-    traces.callback(file.unlink)
+    traces.callback(file.unlink, missing_ok=True)  # see `paths.check_writable`
 
 
 def _remove(folder: epath.Path) -> None:
