@@ -110,20 +110,15 @@ def test_all_images_are_looked_at_if_asked(tmp_path: pathlib.Path) -> None:
     assert heights == {index: 8 + index for index in range(30)}
 
 
-def test_a_file_that_may_not_be_read_is_an_error(tmp_path: pathlib.Path) -> None:
-    paint(tmp_path / "a.png")
-    (tmp_path / "a.png").chmod(0)
+def test_a_file_that_may_not_be_read_is_an_error(read_only: pathlib.Path) -> None:
     user = os.geteuid()
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        with pytest.raises(UserError, match="a.png cannot be read: Permission denied"):
-            look(tmp_path)
-    finally:
-        os.seteuid(user)
+    os.seteuid(os.getuid())
+    read_only.chmod(0o755)
+    paint(read_only / "a.png")
+    (read_only / "a.png").chmod(0)
+    os.seteuid(user)
+    with pytest.raises(UserError, match="a.png cannot be read: Permission denied"):
+        look(read_only)
 
 
 def test_pixels_have_a_size_and_no_equal_files() -> None:
