@@ -41,7 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
             **TEMPERATURES,
         )
     ),
-    "massl": dict(massl=dict(memory=40, block=12, **TEMPERATURES)),
+    "massl": dict(  # large steps would multiply rounding errors by ten until the third
+        massl=dict(memory=40, block=12, **TEMPERATURES), optim=dict(lr=0.1)
+    ),
     "carp": dict(carp=dict(prototypes=26, block=6), head=dict(unit=False)),
     "capi": dict(
         capi=dict(
