@@ -1,6 +1,6 @@
 """How Sphinx makes a site of these pages.
 
-pip install -e .[docs]
+pip install -e '.[docs]'
 sphinx-build -W docs site
 """
 

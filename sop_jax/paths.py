@@ -32,7 +32,9 @@ def expand(text: str) -> str:
                 "Google Cloud Storage"
             )
         if importlib.util.find_spec("gcsfs") is None:
-            raise UserError("gs:// needs gcsfs, which is not installed; run: pip install -e .[gcs]")
+            raise UserError(
+                "gs:// needs gcsfs, which is not installed; run: pip install -e '.[gcs]'"
+            )
         return text
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):

@@ -4,7 +4,7 @@
     python -m sop_jax.plan --config=configs/digits.py
 
 Compiles the train step of the run, either for a TPU topology, on a machine without TPUs
-(`pip install -e .[tpu]`), or for the devices of this machine. Prints a table and one line of JSON.
+(`pip install -e '.[tpu]'`), or for the devices of this machine. Prints a table and one JSON line.
 Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the memory that is
 available now. No data is needed: the number of images, which affects only the schedules, is taken
 to be that of ImageNet. --largest_batch finds the largest batch that fits.
@@ -90,7 +90,7 @@ def described_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology} needs libtpu, which has the compiler for TPUs, and it is not "
-            "installed; run: pip install -e .[tpu]"
+            "installed; run: pip install -e '.[tpu]'"
         )
     # Otherwise libtpu would look for TPUs, query the metadata of Google's cloud, and allow only one
     # process.

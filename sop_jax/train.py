@@ -762,13 +762,16 @@ def main() -> None:
     """Trains the run that the flags describe."""
     args = flags.FLAGS
     config, workdir, seen = args.config, epath.Path(args.workdir), None
-    full = args.check == "full"
-    if full and not (args.images or args.dry_run):
-        raise UserError("--check=full would have no effect: add --dry_run, or --images=FOLDER")
+    full, begun = args.check == "full", (workdir / "config.json").exists()
+    if full and not args.dry_run and (begun or not args.images):
+        why = f"{workdir} has a run, which resumes" if begun else "no folder of --images is checked"
+        raise UserError(f"--check=full would have no effect, because {why}; add --dry_run")
+    if args.images and not begun:  # before the images are looked at, which takes a while
+        check_writable(workdir, "--workdir")
     if args.images:
         values = {key: config_path.get_value(key, config) for key in cli.given()}
         config, seen = choices.chosen(args.images, workdir, values, full=full)
-    made = config_lib.read_config(workdir) if (workdir / "config.json").exists() else None
+    made = config_lib.read_config(workdir) if begun else None
     check_used(config, cli.given(), made)
     if args.dry_run:
         preview.show(expand_paths(config), workdir, seen, full)

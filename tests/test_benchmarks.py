@@ -156,7 +156,7 @@ def test_the_runs_of_a_claim_are_trained_once(tmp_path: pathlib.Path) -> None:
 def test_the_tables_of_scale_have_no_gaps(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("libtpu", reason="needs the compiler of TPUs: pip install -e .[tpu]")
+    pytest.importorskip("libtpu", reason="needs the compiler of TPUs: pip install -e '.[tpu]'")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     scale = importlib.import_module("scale")
     config = runpy.run_path(str(BENCHMARKS.parent / "configs" / "digits.py"))["get_config"]()

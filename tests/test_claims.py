@@ -358,7 +358,7 @@ def test_bad_rows_and_names_are_told_before_anything_is_run(
 def test_the_report_has_numbers_verdicts_and_what_is_missing(
     parts: SimpleNamespace, tmp_path: pathlib.Path
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e .[plot]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[plot]'")
     runs = parts.claims
     soft, hot = runs.subjects(runs.by_name()["table_9"], quick=False)
     rows = [row(parts, soft, seed, 0.92 + 0.01 * seed) for seed in range(3)]

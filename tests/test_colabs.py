@@ -65,7 +65,7 @@ def test_every_notebook_has_a_source_and_a_small_run():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_is_that_of_its_source_without_outputs(name: str) -> None:
-    jupytext = pytest.importorskip("jupytext", reason="needs jupytext: pip install -e .[test]")
+    jupytext = pytest.importorskip("jupytext", reason="needs jupytext: pip install -e '.[test]'")
     book = notebook(name)
     source = jupytext.read(COLABS / f"{name}.md")
     assert cells(book) == cells(source), "run jupytext --to ipynb colabs/*.md"
@@ -89,7 +89,7 @@ def test_a_notebook_opens_in_colab_and_installs_itself(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs(name: str, tmp_path: pathlib.Path) -> None:
     for package in ("jupytext", "nbclient", "ipykernel", "matplotlib"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install -e .[test]")
+        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[test]'")
     book = notebook(name)
     here = tmp_path / "work"
     here.mkdir()

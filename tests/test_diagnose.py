@@ -60,7 +60,7 @@ def test_planted_duplicates_are_counted(tmp_path: pathlib.Path, capsys: Any) -> 
 def test_too_few_unique_prototypes_for_a_map_are_told(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e .[plot]")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[plot]'")
     found = record(Asked(weights=[planted(tmp_path)], tsne=True))
     assert "tsne.png" not in found["files"]
     said = "prototypes: no map, because only 5 prototypes are unique at eps 0.025, and t-SNE needs"

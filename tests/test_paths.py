@@ -25,7 +25,7 @@ def test_an_address_stays_as_it_is_if_it_can_be_read(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         paths.importlib.util, "find_spec", lambda name: found if name == "gcsfs" else find(name)
     )
-    with pytest.raises(UserError, match=r"needs gcsfs.*pip install -e \.\[gcs\]"):
+    with pytest.raises(UserError, match=r"needs gcsfs.*pip install -e '\.\[gcs\]'"):
         paths.expand("gs://bucket/~/a/")
     found = object()
     assert paths.expand("gs://bucket/~/a/") == "gs://bucket/~/a/"

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs the compiler of TPUs: pip install -e .[tpu]",
+    reason="needs the compiler of TPUs: pip install -e '.[tpu]'",
 )
 
 
@@ -238,7 +238,7 @@ def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatc
 
 def test_without_libtpu_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs libtpu.*pip install -e \.\[tpu\]"):
+    with pytest.raises(UserError, match=r"needs libtpu.*pip install -e '\.\[tpu\]'"):
         plan_lib.described_devices("v5e:2x2")
 
 

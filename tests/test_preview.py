@@ -185,6 +185,9 @@ def test_own_images_train_by_one_flag_and_resume(
     moved = train(workdir, f"--images={other}", "--config.steps=2")
     assert moved.returncode == 1
     assert "is not the data that the run" in moved.stderr
+    checked = train(workdir, *flags, "--check=full")
+    assert checked.returncode == 1
+    assert "--check=full would have no effect, because" in checked.stderr
 
 
 @pytest.mark.medium
@@ -202,3 +205,12 @@ def test_flags_that_contradict_each_other_are_an_error(
     assert found.returncode in (1, 2)
     assert message in found.stderr and "Traceback" not in found.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.medium
+def test_a_workdir_that_cannot_be_written_is_told_before_images_are_looked_at(
+    photos: pathlib.Path,
+) -> None:
+    found = train(pathlib.Path("/proc/run"), f"--images={photos}", "--dry_run")
+    assert found.returncode == 1 and "/proc/run" in found.stderr
+    assert "images" not in found.stderr.replace("--images", "")

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     for package in ("sphinx", "myst_parser", "furo"):
-        pytest.importorskip(package, reason=f"needs {package}: pip install -e .[docs]")
+        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
     built = subprocess.run(

@@ -2,7 +2,7 @@
 
 They show what Figures 1 and 4 of the partial-collapse paper and Figure 3 of the decoupling page
 show, and the sizes of the latent classes of its Figures 5 to 7. They need matplotlib, which is not
-installed with the package: `pip install -e .[plot]`.
+installed with the package: `pip install -e '.[plot]'`.
 """
 
 import math

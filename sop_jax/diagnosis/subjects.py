@@ -103,8 +103,8 @@ def steps_of(workdir: epath.PathLike, asked: str | None) -> list[int]:
     known = checkpoint.steps(workdir)
     if not known:
         raise UserError(
-            f"there is no checkpoint in {workdir}: check --workdir, or train first with "
-            f"python -m sop_jax.train --workdir={workdir}"
+            f"there is no checkpoint in {workdir}: check --workdir, or start or resume "
+            "its training with python -m sop_jax.train"
         )
     if asked is None:
         return known[-1:]

@@ -146,5 +146,5 @@ def check_tracker(name: str) -> None:
     if name == "wandb" and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "tracker=wandb needs wandb, which is not installed; run: pip install wandb (or pip "
-            "install -e .[wandb]), or use --config.tracker=tensorboard"
+            "install -e '.[wandb]'), or use --config.tracker=tensorboard"
         )

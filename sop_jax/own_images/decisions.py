@@ -288,8 +288,9 @@ def of_time(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     if config.steps is None and "epochs" not in given and seconds > budget:
         least = max(FEWEST_EPOCHS, math.ceil(FEWEST_VIEWED / survey.images))
         epochs = max(float(least), float(math.floor(config.epochs * budget / seconds)))
-        why = f"{config.epochs:g} would take {time_text(seconds)} on this machine"
-        choices.append(Choice({"epochs": min(config.epochs, epochs)}, why))
+        if epochs < config.epochs:
+            why = f"{config.epochs:g} would take {time_text(seconds)} on this machine"
+            choices.append(Choice({"epochs": epochs}, why))
     return choices
 
 

@@ -159,8 +159,8 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
     known = steps(workdir)
     if not known:
         raise UserError(
-            f"there is no checkpoint in {_folder(workdir)}: check --workdir, or train first with "
-            f"python -m sop_jax.train --workdir={workdir}"
+            f"there is no checkpoint in {_folder(workdir)}: check --workdir, or start or resume "
+            "its training with python -m sop_jax.train"
         )
     if step is None:
         step = known[-1]

@@ -263,8 +263,9 @@ def check_data(config: ml_collections.ConfigDict, data: Data, workdir: epath.Pat
         raise UserError(
             f"the data{path} is not the data that the run in {workdir} began with:\n  "
             + "\n  ".join(different)
-            + "\nA run cannot continue with other images. Restore them, or set --config.data.path "
-            "to where they are now; for the present images use another --workdir."
+            + "\nA run cannot continue with other images. Restore them, or name their place now "
+            "with --config.data.path, or with --images if the run began with that flag; for the "
+            "present images use another --workdir."
         )
     return []
 

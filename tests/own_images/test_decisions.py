@@ -65,6 +65,9 @@ def test_a_machine_that_is_too_slow_trains_for_fewer_epochs() -> None:
     stone = LAPTOP._replace(rate=1e6)
     assert config_for(survey(), stone).epochs * 500 == decisions.FEWEST_VIEWED
     assert config_for(survey(1_000_000), stone).epochs == decisions.FEWEST_EPOCHS
+    _, made = decide(folder(), survey(100), stone, {})
+    kept = [choice.reason for choice in made if "epochs" in choice.settings]
+    assert len(kept) == 1 and "would take" not in kept[0]  # what stays is not said to change
 
 
 def test_more_images_get_larger_networks_memories_and_fewer_epochs() -> None:
