@@ -16,3 +16,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     ended = processes.run(both, folder / "log", devices=1, timeout=600)
     assert [process.code for process in ended] == [0, 0], ended
     return folder / "run"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with real programs come first: one worker runs them all, while others do the rest."""
+    items.sort(key=lambda item: pathlib.Path(__file__).parent not in item.path.parents)
