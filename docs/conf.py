@@ -28,12 +28,16 @@ autodoc_class_signature = "separated"
 napoleon_use_ivar = True
 maximum_signature_line_length = 90
 
-# Files of the repository's root that other files link to, and the pages that include them.
-PAGES = {"(CONTRIBUTING.md": "(contributing.md", "(CHANGELOG.md": "(changelog.md"}
+# Links to what is not a page, and what they are on the site.
+PAGES = {
+    "(CONTRIBUTING.md": "(contributing.md",
+    "(CHANGELOG.md": "(changelog.md",
+    "[colabs](colabs)": "`colabs/`",
+}
 
 
 def link_pages(app: Sphinx, path: Path, name: str, content: list[str]) -> None:
-    """Replaces links between included files by links between pages."""
+    """Replaces links in an included file, see `PAGES`."""
     del app, path, name
     for file, page in PAGES.items():
         content[0] = content[0].replace(file, page)
