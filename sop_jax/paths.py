@@ -76,7 +76,9 @@ def check_writable(path: epath.PathLike, flag: str) -> None:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file atomically: it appears, or replaces the old one, when it is complete.
+    """Writes a file atomically, as UTF-8: it appears, or replaces the old one, when complete.
+
+    Several processes may write the same file: each file is whole, and the last one stays.
 
     Args:
         path: the file, local or `gs://`, in an existing folder.
@@ -85,12 +87,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     Raises:
         OSError: the file cannot be written; an old one is left unchanged.
     """
+    content = text.encode()  # whatever the locale is
     if "://" in str(path):  # objects in a bucket appear only when complete
-        path.write_text(text)
+        path.write_bytes(content)
         return
-    draft = path.with_suffix(".tmp")
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        draft.write_text(text)
+        draft.write_bytes(content)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

@@ -33,11 +33,13 @@ from sop_jax.objectives.methods import objective_of
 from sop_jax.page import charts, markup, tables, words
 from sop_jax.page.curves import curves
 from sop_jax.page.gallery import MAP_SCRIPT
-from sop_jax.page.runs import Row, Shown, read_runs
+from sop_jax.page.runs import Row, Shown, read_runs, series
 from sop_jax.page.samples import Samples, samples
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.paths import write_whole
+from sop_jax.pictures import subject
+from sop_jax.training import checkpoint
 
 FILE = "report.html"
 SHOWN = 6  # images in each kind of picture
@@ -78,28 +80,27 @@ def report(asked: Asked, tell: Callable[[str], Any] = lambda text: None) -> epat
 
     Args:
         asked: what is asked for.
-        tell: called with what is done next, because pictures may take minutes.
+        tell: called with what is done next, because pictures may take minutes, and with what is
+            not shown although pictures are asked for.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: matplotlib is not installed, a folder is not that of a run, or the page cannot
-            be written.
+        UserError: matplotlib is not installed, a folder is not that of a run, the checkpoint or
+            the images that are named are not there, or the page cannot be written. The page of an
+            earlier report stays.
     """
     charts.check_plots()
     check(asked)
     runs = read_runs(asked.workdirs)
     place = place_of(asked)
     paths.check_writable(place.parent, "--out")
+    check_named(asked, runs)
     verdicts = {run.name: verdict_of(run) for run in runs}
     collapse = {run.name: recorded(run) for run in runs}
     shown, left_out = [], []
     for number, run in enumerate(runs if asked.pictures else []):
-        if not collapse[run.name]:
-            tell(f"{run.name}: counting unique prototypes")
-            collapse[run.name], missing = diagnosed(run, asked.step, asked.seed)
-            left_out += name_all(missing, run, runs)
         found = samples(
             run.workdir,
             f"run{number}",
@@ -110,8 +111,15 @@ def report(asked: Asked, tell: Callable[[str], Any] = lambda text: None) -> epat
             asked.step,
             functools.partial(_tell_of, tell, run.name),
         )
-        left_out += name_all(found.left_out, run, runs)
+        missing = found.left_out
         shown.append(pictures_of(run, found, len(runs) > 1))
+        if not collapse[run.name]:
+            tell(f"{run.name}: counting unique prototypes")
+            collapse[run.name], uncounted = diagnosed(run, asked.step, asked.seed)
+            missing = [*missing, *uncounted]
+        left_out += name_all(missing, run, runs)
+    for text in left_out:
+        tell(f"not shown: {text}")
     if not asked.pictures:
         left_out.append("No pictures were asked for.")
     write(place, page(runs, verdicts, collapse, "".join(shown), left_out))
@@ -158,6 +166,19 @@ def check(asked: Asked) -> None:
                 f"--{idle[0]} would have no effect, because --nopictures loads no network and no "
                 "images; leave one of them out"
             )
+
+
+def check_named(asked: Asked, runs: Sequence[Shown]) -> None:
+    """Checks that every run has the checkpoint, and the images, that are asked for by name.
+
+    Raises:
+        UserError: one has not.
+    """
+    for run in runs:
+        if asked.step is not None:
+            checkpoint.choose_step(run.workdir, asked.step)
+        if asked.data:
+            subject.open_images(run.workdir, asked.data)
 
 
 def place_of(asked: Asked) -> epath.Path:
@@ -308,10 +329,18 @@ def evaluations(runs: Sequence[Shown]) -> str:
         content += found + "".join(map(markup.paragraph, name_all(notes, run, runs)))
     if content:
         return content
-    return markup.paragraph(
-        "There are no results of sop_jax.evaluate yet: python -m sop_jax.evaluate "
-        f"--workdir={shlex.quote(runs[0].workdir)} --task=knn measures the first."
-    )
+    known = [run for run in runs if series(run, "knn_top1")]  # their images have labels
+    workdir = shlex.quote((known or runs)[0].workdir)
+    how = f"python -m sop_jax.evaluate --workdir={workdir} --task=knn"
+    if not known:
+        how += " --data.path=IMAGES"
+    text = f"There are no results of sop_jax.evaluate yet: {how} measures the first."
+    if not known:
+        text += (
+            " IMAGES is a folder of images with labels: it contains train and val, and each of "
+            "them one folder per class."
+        )
+    return markup.paragraph(text)
 
 
 # The report of a run that trains

@@ -1,5 +1,6 @@
 """Paths as users write them, and folders that cannot be written to."""
 
+import locale
 import os
 import pathlib
 
@@ -89,3 +90,42 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path: pathlib.P
     paths.write_whole(file, "new")
     assert file.read_text() == "new"
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_two_that_write_the_same_file_do_not_meet(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = epath.Path(tmp_path) / "report.html"
+    replace = type(file).replace
+
+    def replace_after_another(draft: epath.Path, place: epath.Path) -> epath.Path:
+        monkeypatch.setattr(type(file), "replace", replace)
+        paths.write_whole(place, "another")
+        assert place.read_text() == "another"
+        return replace(draft, place)
+
+    monkeypatch.setattr(type(file), "replace", replace_after_another)
+    paths.write_whole(file, "one")
+    assert file.read_text() == "one"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_file_is_utf8_whatever_the_locale_is(tmp_path: pathlib.Path) -> None:
+    file = epath.Path(tmp_path) / "report.html"
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C")
+        paths.write_whole(file, "café →")
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+    assert file.read_bytes() == "café →".encode()
+
+
+def test_an_object_in_a_bucket_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = epath.Path("gs://bucket/run/report.html")
+    written = []
+    monkeypatch.setattr(
+        type(file), "write_bytes", lambda path, content: written.append((str(path), content))
+    )
+    paths.write_whole(file, "café")
+    assert written == [("gs://bucket/run/report.html", "café".encode())]

@@ -190,6 +190,7 @@ def test_a_resnet_without_labels_says_what_is_missing(tmp_path: pathlib.Path) ->
     assert "Principal components of patches are not shown: a resnet has no tokens" in missing
     assert "Masked images are not shown: a resnet" in missing
     assert "Nearest images of some train images" in text  # there is no test split
+    assert str(images) not in text
     assert "caf\\xe9&lt;i&gt;.png" in text and "<i>.png" not in text
 
 
@@ -207,8 +208,10 @@ def test_images_that_moved_are_told(tmp_path: pathlib.Path) -> None:
     config.data.update(source="folder", path=str(tmp_path / "gone"))
     save(tmp_path / "run", config, {})
     write_rows(tmp_path / "run")
-    text = report.report(Asked([str(tmp_path / "run")])).read_text()
+    said: list[str] = []
+    text = report.report(Asked([str(tmp_path / "run")]), said.append).read_text()
     assert "There are no pictures" in text and "gone" in text and "Curves" in headings(text)
+    assert any(line.startswith("not shown: There are no pictures: ") for line in said)
     assert "Unique prototypes are not counted" in text and "no checkpoint" in text
 
 
@@ -239,6 +242,8 @@ def test_results_of_a_diagnosis_are_shown(tmp_path: pathlib.Path) -> None:
         (dict(workdirs=[]), "give --workdir"),
         (dict(workdirs=["{run}", "{run}/"]), "given twice"),
         (dict(workdirs=["{run}/none"]), "not a folder"),
+        (dict(step=7), r"no checkpoint of step 7 in .*, only of \[3\]"),
+        (dict(data={"path": "{run}/none"}), "--data.path={run}/none does not exist"),
         (dict(pictures=False, step=3), "--step would have no effect"),
         (dict(pictures=False, data={"path": "x"}), "--data.path would have no effect"),
     ],
@@ -247,11 +252,34 @@ def test_what_cannot_be_reported(
     tmp_path: pathlib.Path, changes: dict[str, Any], message: str
 ) -> None:
     run = tmp_path / "run"
-    save(run, settings("sop"), {})
+    save(run, settings("sop"), {3: {"leaf": np.ones(1)}})
+    (run / "report.html").write_text("of before")
     asked = Asked([str(run)])._replace(**changes)
-    asked = asked._replace(workdirs=[path.format(run=run) for path in asked.workdirs])
-    with pytest.raises(UserError, match=message):
+    asked = asked._replace(
+        workdirs=[path.format(run=run) for path in asked.workdirs],
+        data={name: value.format(run=run) for name, value in asked.data.items()},
+    )
+    with pytest.raises(UserError, match=message.replace("{run}", str(run))):
         report.report(asked)
+    assert (run / "report.html").read_text() == "of before"
+
+
+def test_a_checkpoint_that_was_asked_for_and_cannot_be_read(tmp_path: pathlib.Path) -> None:
+    save(tmp_path / "run", settings("sop"), {3: {"leaf": np.ones(1)}})
+    with pytest.raises(UserError, match="is of another architecture"):
+        report.report(Asked([str(tmp_path / "run")], step=3))
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_first_evaluation_needs_labels(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    save(run, settings("sop"), {})
+    asked = Asked([str(run)], pictures=False)
+    text = report.report(asked).read_text()
+    assert f"--workdir={run} --task=knn --data.path=IMAGES measures the first." in text
+    write_rows(run)  # with k-NN accuracies, so that its images have labels
+    text = report.report(asked).read_text()
+    assert f"--workdir={run} --task=knn measures the first." in text and "IMAGES" not in text
 
 
 def test_a_page_that_cannot_be_written(tmp_path: pathlib.Path) -> None:

@@ -151,10 +151,14 @@ def svg(chart: Chart) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     found = re.search(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)</svg>', text, flags=re.S)
     assert found, "matplotlib wrote no SVG"
-    inside = found[2].replace("xlink:href", "href")
-    for before in ('id="', 'href="#', "url(#"):
-        inside = inside.replace(before, f"{before}{chart.name}-")
-    inside = inside.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+
+    def adapt(tag: re.Match[str]) -> str:
+        own = tag[0].replace("xlink:href", "href")
+        for before in ('id="', 'href="#', "url(#"):
+            own = own.replace(before, f"{before}{chart.name}-")
+        return own.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+
+    inside = re.sub(r"<[^>]*>", adapt, found[2])  # tags only: a name stays as it is
     alt = markup.escape(chart.alt)
     return f'<svg {found[1]} role="img" aria-label="{alt}"><title>{alt}</title>{inside}</svg>'
 

@@ -1,12 +1,14 @@
 """The pictures of a run: which images are shown, what they show, and what cannot be shown."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
+import ml_collections
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from sop_jax.data.folders import printable
 from sop_jax.data.sources import Source
@@ -54,13 +56,11 @@ class Chosen(NamedTuple):
     """Images to look at.
 
     Attributes:
-        source: where they are from.
-        records: their indices.
+        names: their names.
         crops: what the network sees of them.
     """
 
-    source: Source
-    records: Int[np.ndarray, " n"]
+    names: Sequence[str]
     crops: UInt8[np.ndarray, "n S S 3"]
 
 
@@ -85,11 +85,17 @@ def samples(
         data: flags that name other data, see `data.named.name_data`.
         step: the step of the checkpoint; the newest by default.
         tell: called with what is done next, because it may take minutes.
+
+    Raises:
+        UserError: the images that `data` names are not there, or there are no pictures although
+            `data` or `step` asks for them.
     """
     try:
         images, own = subject.open_images(workdir, data)
         trained = subject.load(workdir, step)
     except UserError as error:
+        if data or step is not None:
+            raise
         return Samples([], [f"There are no pictures: {error}"], None)
     config = trained.config
     config.data = own
@@ -127,14 +133,22 @@ def _supports(
                 f"Anchors of {what} are not shown: the memory has no rows of images yet."
             )
         else:
-            parts.append(_grid_of_supports(one, what, trained, images.train))
+            parts.append(grid_of_supports(one, trained.config, images.train))
     return "".join(parts), left_out
 
 
-def _grid_of_supports(one: Supported, what: str, trained: Trained, train: Source) -> str:
+def grid_of_supports(one: Supported, config: ml_collections.ConfigDict, train: Source) -> str:
+    """Returns anchors with their supports and votes as HTML, one row for each anchor.
+
+    Args:
+        one: what is drawn.
+        config: the config of the run; `data` is that of `train`.
+        train: the images that the memory knows by their index.
+    """
+    what = LEVELS.get(one.level, one.level)
     count = min(one.images.shape[1], 1 + MOST_SUPPORTS)
     records = np.unique(one.images[one.images >= 0])
-    crops, readable = centre_crops(train, records.tolist(), trained.config)
+    crops, readable = centre_crops(train, records.tolist(), config)
     crop_of = {
         int(record): crop
         for record, crop, fine in zip(records, crops, readable, strict=True)
@@ -150,7 +164,7 @@ def _grid_of_supports(one: Supported, what: str, trained: Trained, train: Source
                 text += f"\ncosine {cosines[column]:.2f}"
                 text += "\nthe anchor's image" if record == own[0] >= 0 else ""
             text += "\na random row" if record < 0 else ""
-            name = "a random row" if record < 0 else _name(train, record)
+            name = "a random row" if record < 0 else name_of(train, record, config.data)
             cells.append(Cell(crop_of.get(record), text, f"{role}: {name}"))
         rows.append(cells)
     columns = ["anchor", *(f"support {n}" for n in range(1, count))]
@@ -167,7 +181,7 @@ def _grid_of_supports(one: Supported, what: str, trained: Trained, train: Source
         )
     else:
         columns, rows = [f"anchor {n + 1}" for n in range(len(rows))], [[x for (x,) in rows]]
-        caption += "Anchors have no supports in this run."
+        caption += f"Anchors of {what} have no supports in this run."
     if one.level == "patch":
         caption += " The memory knows the image of each patch, but not the place in it."
     return gallery.grid(columns, rows, caption)
@@ -213,12 +227,12 @@ def _grid_of_neighbours(
     for row, places, cosines in zip(rows, near.places, near.cosines, strict=True):
         record, label = int(asked.index[row]), int(asked.labels[row])
         crops, _ = centre_crops(queries_of, [record], trained.config)
-        name = _name(queries_of, record)
+        name = name_of(queries_of, record, trained.config.data)
         cells = [Cell(crops[0], _text(queries_of, name, label), f"query: {name}")]
         crops, readable = centre_crops(gallery_of, known.index[places].tolist(), trained.config)
         for number, (place, cosine) in enumerate(zip(places, cosines, strict=True)):
             own = int(known.index[place])
-            other = _name(gallery_of, own)
+            other = name_of(gallery_of, own, trained.config.data)
             kind = _class(gallery_of, int(known.labels[place]))
             text = f"cosine {cosine:.2f}" + (f"\n{kind}" if kind else "")
             image = crops[number] if readable[number] else None
@@ -243,7 +257,7 @@ def _map(
 ) -> str:
     at, how = feature_map(found.vectors, seed)
     crops, _ = centre_crops(source, found.index.tolist(), trained.config)
-    names = [_name(source, int(record)) for record in found.index]
+    names = [name_of(source, int(record), trained.config.data) for record in found.index]
     classes = [_class(source, label) for label in range(int(found.labels.max()) + 1)]
     split = "train" if same else "test"
     caption = (
@@ -263,7 +277,7 @@ def _patches(
     del name, embedded
     config, left_out, parts = trained.config, [], []
     chosen = _choose(images, config, shown, seed)
-    if not len(chosen.records):
+    if not chosen.names:
         return "", ["There are no pictures of patches: none of the drawn images can be read."]
     if why := without_patches(config):
         left_out.append(f"Principal components of patches are not shown: {why}.")
@@ -288,7 +302,8 @@ def _choose(images: Images, config: Any, shown: int, seed: int) -> Chosen:
     source = images.train if images.test is None else images.test
     drawn = np.random.default_rng(seed).permutation(len(source))[: 2 * shown]
     crops, readable = centre_crops(source, drawn.tolist(), config)
-    return Chosen(source, drawn[readable][:shown], crops[readable][:shown])
+    names = [name_of(source, int(record), config.data) for record in drawn[readable][:shown]]
+    return Chosen(names, crops[readable][:shown])
 
 
 def _grid_of_tokens(
@@ -300,8 +315,7 @@ def _grid_of_tokens(
     heads = 0 if weights is None else weights.shape[1]
     shown = min(heads, MOST_HEADS)
     rows = []
-    for place, (record, crop) in enumerate(zip(chosen.records, chosen.crops, strict=True)):
-        name = _name(chosen.source, int(record))
+    for place, (name, crop) in enumerate(zip(chosen.names, chosen.crops, strict=True)):
         cells = [
             Cell(crop, _short(name), f"image: {name}"),
             Cell(colours[place], "components", f"principal components of the patches of {name}"),
@@ -335,8 +349,7 @@ def _grid_of_tokens(
 def _grid_of_masks(chosen: Chosen, trained: Trained, seed: int) -> str:
     found = masked(trained, chosen.crops, seed)
     rows = []
-    for place, (record, crop) in enumerate(zip(chosen.records, chosen.crops, strict=True)):
-        name = _name(chosen.source, int(record))
+    for place, (name, crop) in enumerate(zip(chosen.names, chosen.crops, strict=True)):
         mask, cosines = found.masks[place], found.cosines[place]
         hidden = _hide(crop, mask)
         cells = [
@@ -391,8 +404,23 @@ def _only(
     return np.where(mask[..., None], colours, np.uint8(160))
 
 
-def _name(source: Source, record: int) -> str:
-    return printable(source.name(record))
+def name_of(source: Source, record: int, data: ml_collections.ConfigDict) -> str:
+    """Returns the name of an image, without the folders in which the data is.
+
+    Args:
+        source: where the image is from.
+        record: its index.
+        data: `config.data` of the source.
+    """
+    name = printable(source.name(record))
+    if data.source == "tfds" and data.name:
+        return name[name.find(f"/{re.split('[:/]', data.name)[0]}/") + 1 :]
+    if not data.path:
+        return name
+    root = printable(str(epath.Path(data.path)))
+    if name.startswith(f"{root}:"):  # a packed file, or the folder of one TFDS data set
+        return name[root.rfind("/") + 1 :]
+    return name.removeprefix(f"{root.rstrip('/')}/")
 
 
 def _class(source: Source, label: int) -> str:

@@ -104,6 +104,28 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return max(steps(workdir), default=None)
 
 
+def choose_step(workdir: epath.PathLike, step: int | None = None) -> int:
+    """Returns a step that has a committed checkpoint: the one that is asked for, or the newest.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    known = steps(workdir)
+    if not known:
+        raise UserError(
+            f"there is no checkpoint in {_folder(workdir)}: check --workdir, or start or resume "
+            "its training with python -m sop_jax.train"
+        )
+    if step is None:
+        return known[-1]
+    if step not in known:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {_folder(workdir)}, only of {known}: choose "
+            "one of these"
+        )
+    return step
+
+
 def restore(workdir: epath.PathLike, abstract: Any, step: int | None = None) -> Any:
     """Reads a whole state.
 
@@ -156,19 +178,7 @@ def _folder(workdir: epath.PathLike) -> epath.Path:
 
 def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: bool) -> Any:
     _quieten_orbax()
-    known = steps(workdir)
-    if not known:
-        raise UserError(
-            f"there is no checkpoint in {_folder(workdir)}: check --workdir, or start or resume "
-            "its training with python -m sop_jax.train"
-        )
-    if step is None:
-        step = known[-1]
-    if step not in known:
-        raise UserError(
-            f"there is no checkpoint of step {step} in {_folder(workdir)}, only of {known}: choose "
-            "one of these"
-        )
+    step = choose_step(workdir, step)
     path = _folder(workdir) / str(step)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
@@ -194,7 +204,7 @@ def _read(workdir: epath.PathLike, abstract: Any, step: int | None, partial: boo
         if changed:
             raise ValueError(f"values have changed since they were saved: {_some(changed, ', ')}")
     except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(path, step, known, error) from error
+        raise _unreadable(path, step, steps(workdir), error) from error
     return state
 
 
