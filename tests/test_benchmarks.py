@@ -115,6 +115,7 @@ def test_counting_unique_prototypes_is_timed() -> None:
     assert close["0.001"] == 3000 > close["0.5"] > 1
 
 
+@pytest.mark.slow
 def test_evaluations_are_timed() -> None:
     size = ("--arch=vit_tiny", "--batch=2", "--pairs=1", "--side=32")
     assert run("evaluation", "--part=sweep", *size, "--classes=5")["ratio"] > 0

@@ -306,7 +306,7 @@ def test_recipes_run_to_the_end(changes):
     assert f"{share} of the labels" in TASK.table(found, settings)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

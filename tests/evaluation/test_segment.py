@@ -105,7 +105,7 @@ def measured(ade: pathlib.Path, tools: Toolbox, **changes: Any) -> dict[str, Any
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("head", ["linear", "upernet"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("upernet", marks=pytest.mark.slow)])
 def test_real_pairs_from_training_to_scores(ade, tmp_path, head):
     tools = toolbox(tmp_path / "out")
     result = measured(ade, tools, head=head, every=3, pictures=2, lr=1e-3)

@@ -511,11 +511,8 @@ def run_config() -> ml_collections.ConfigDict:
     return config
 
 
-@pytest.mark.medium
-@pytest.mark.parametrize(
-    "dtype, least",
-    [("float32", 0.2), pytest.param("bfloat16", 0.15, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, least", [("float32", 0.2), ("bfloat16", 0.15)])
 def test_a_resumed_run_ends_with_the_same_bits(
     tmp_path: pathlib.Path, dtype: str, least: float
 ) -> None:
