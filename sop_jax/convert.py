@@ -102,7 +102,8 @@ def convert(
             run or of an earlier conversion.
         to: the new folder, or with `project` the new folder or file, see `TARGETS`.
         project: what to export to, one of TARGETS.
-        key: which of several networks to take; the teacher by default.
+        key: which of several networks to take, `teacher` or `student`, or for a file a part of the
+            prefix of its names; the teacher by default.
         step: the step of the checkpoint, if `source` is a folder; the newest by default.
         heads: the number of attention heads of a ViT whose width and depth are not those of a named
             size; it cannot be inferred from the weights.
@@ -231,7 +232,10 @@ if __name__ == "__main__":
     cli.define_path("to", "The folder or file to create.", required=True)
     flags.DEFINE_string("export", None, f"What to export to: {', '.join(TARGETS)}.")
     flags.DEFINE_string(
-        "key", None, "The network to take: teacher (the default if there are both) or student."
+        "key",
+        None,
+        "The network to take: teacher (the default if there are both) or student; in a file also a "
+        "part of the prefix of the network's names.",
     )
     flags.DEFINE_string(
         "prefix", None, "The prefix of the network's names, if it is not found otherwise."

@@ -21,13 +21,14 @@ from PIL import Image
 from sop_jax import cli, paths
 from sop_jax.data.decode import load_image
 from sop_jax.data.folders import printable
-from sop_jax.data.given import Images, OneImage
+from sop_jax.data.given import Images, OneImage, is_one
 from sop_jax.data.thumbnails import thumbnail
 from sop_jax.errors import UserError
 from sop_jax.evaluation.contact_sheet import TILE, Tile, contact_sheet
 from sop_jax.evaluation.retrieval import unit
 from sop_jax.network import Network, load
 from sop_jax.parallel import hosts
+from sop_jax.rules import COUNT
 
 
 class Neighbour(NamedTuple):
@@ -53,8 +54,8 @@ def neighbours(
     Args:
         network: the network, or the path of one, which `load` loads.
         images: the images to search, such as a folder; see `Network`.
-        of: one image, as a path, a Pillow image or an array. If it is one of the files that are
-            searched, it is not its own neighbour.
+        of: one image, as a path, a Pillow image or an array. If it is the path of one of the files
+            that are searched, that file is not its own neighbour.
         k: the number of neighbours.
 
     Returns:
@@ -62,16 +63,27 @@ def neighbours(
         the first comes first.
 
     Raises:
-        UserError: there is no such network, or images cannot be read.
+        UserError: there is no such network, images cannot be read, or there is nothing to search.
     """
-    if k < 1:
-        raise UserError(f"k is {k}; expected the number of neighbours, at least 1")
+    if not COUNT.fits(k):
+        raise UserError(f"k is {k!r}; expected the number of neighbours, {COUNT.expected}")
+    if is_one(images):
+        raise UserError(
+            "images is one image; give those to search, as a folder or a list, and the image whose "
+            "neighbours are found as of"
+        )
     network = network if isinstance(network, Network) else load(network)
     query = network.features(of)
     if len(query) != 1:
         raise UserError(f"of has {len(query)} images; give one, and call this for each of several")
     features, names = network.features(images, names=True)
-    return _nearest(features, names, query[0], k, _rows_of_file(images, names, of))
+    own = _rows_of_file(images, names, of)
+    if len(own) == len(names):
+        raise UserError(
+            "images has no image other than of, which is not its own neighbour; give at least one "
+            "other"
+        )
+    return _nearest(features, names, query[0], k, own)
 
 
 def _nearest(
@@ -92,15 +104,12 @@ def _rows_of_file(images: Any, names: Sequence[str], of: Any) -> list[int]:
     if not isinstance(of, str | os.PathLike):
         return []
     own = os.path.realpath(paths.expand(os.fspath(of)))
-    folder = ""
-    if isinstance(images, str | os.PathLike):
-        place = paths.expand(os.fspath(images))
-        folder = place if epath.Path(place).is_dir() else ""
-    return [
-        row
-        for row, name in enumerate(names)
-        if os.path.realpath(os.path.join(folder, os.path.expanduser(name))) == own
-    ]
+    if isinstance(images, str | os.PathLike):  # a folder, in which a name may start with ~
+        folder = paths.expand(os.fspath(images))
+        files = [os.path.join(folder, name) for name in names]
+    else:
+        files = [os.path.expanduser(name) for name in names]
+    return [row for row, file in enumerate(files) if os.path.realpath(file) == own]
 
 
 # The command

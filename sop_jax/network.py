@@ -30,6 +30,7 @@ from sop_jax.monitor.corrupt import lines_of, print_corrupt
 from sop_jax.parallel.mesh import make_mesh, replicated, split, to_devices
 from sop_jax.paths import expand
 from sop_jax.pretrained import load_network, network_of_file
+from sop_jax.rules import COUNT
 from sop_jax.weights.files import index_of
 
 SILENT = 5.0  # seconds until a bar shows the progress
@@ -42,8 +43,8 @@ class Network:
 
     Images are given as a path, a Pillow image, the bytes of an image file, a uint8 array [h, w, 3]
     (or [h, w] or [h, w, 1] if it is grey, or [h, w, 4] with alpha, which is dropped), a list of
-    these, several images as one uint8 array [n, h, w, 3], or a folder. They are decoded, scaled and
-    cropped as `python -m sop_jax.extract` does, by the settings of the run.
+    these or an array of paths, several images as one uint8 array [n, h, w, 3], or a folder. They
+    are decoded, scaled and cropped as `python -m sop_jax.extract` does, by the settings of the run.
 
     Rows are in the order of the images; those of a folder are sorted by name. An image of a folder
     that cannot be read has no row and is listed on stderr; any other such image is an error. With
@@ -79,7 +80,11 @@ class Network:
             batch_size: the most images that are computed at a time; `eval.batch_size` of the run by
                 default.
             devices: the devices of this process to use; all of them by default.
+
+        Raises:
+            UserError: the batch size is less than 1, or the list of devices is empty.
         """
+        _check_size_and_devices(batch_size, devices)
         self.config = config_dict.FrozenConfigDict(config)
         self.name, self.step = name, step
         self._data, self._view = config.data, view_of(config)
@@ -193,7 +198,10 @@ class Network:
             lines = lines_of(source, corrupt, how)
             raise UserError(
                 "\n  ".join([f"{len(corrupt)} of {len(source)} images cannot be read:", *lines])
-                + "\nRepair them or leave them out"
+                + "\nRepair or convert them, or leave them out"
+                + "; settings such as data.white are those of the network's run, and cannot be "
+                "changed here: pass such images as uint8 arrays"
+                * any("data." in line for line in lines)
             )
         print_corrupt(source, corrupt, how)
         if not len(rows):
@@ -258,7 +266,8 @@ def load(
         path: the workdir of a run, a folder that `sop_jax.convert` created, or a `.pth`,
             `.safetensors` or `.npz` file of another project; local or `gs://`.
         step: the step of the checkpoint of a run; the newest by default.
-        key: which of several networks, `teacher` or `student`; the teacher by default.
+        key: which of several networks, `teacher` or `student`, or for a file a part of the prefix
+            of its names; the teacher by default.
         heads: the number of heads of a ViT in a file whose size has no name.
         positions: the rule for resizing positions of a file, if not that of the file's project.
         prefix: the prefix of the network's names in a file, if it is not found otherwise.
@@ -268,8 +277,9 @@ def load(
             this process.
 
     Raises:
-        UserError: there is no network there, or it cannot be read.
+        UserError: there is no network there, it cannot be read, or an argument is invalid.
     """
+    _check_size_and_devices(batch_size, devices)
     place = epath.Path(expand(str(path)))
     if not place.exists():
         raise UserError(
@@ -298,6 +308,16 @@ def load(
     lines = [*words, *([f"absent: {', '.join(absent)}"] if absent else [])]
     print("\n  ".join([f"{place}:", *lines]), file=sys.stderr)
     return Network(config, params, str(place), None, batch_size, devices)
+
+
+def _check_size_and_devices(batch_size: int | None, devices: Sequence[jax.Device] | None) -> None:
+    if batch_size is not None and not COUNT.fits(batch_size):
+        raise UserError(
+            f"batch_size is {batch_size!r}; expected the most images at a time, {COUNT.expected}, "
+            "or None for eval.batch_size of the run"
+        )
+    if devices is not None and not len(devices):
+        raise UserError("devices is empty; give at least one, or None for all of this process")
 
 
 def _local(leaf: Any) -> Any:

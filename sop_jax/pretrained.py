@@ -49,6 +49,7 @@ class Origin(NamedTuple):
     absent: list[str]
 
 
+NETWORKS = ("teacher", "student")  # of a run
 _ORIGIN = "converted.json"
 _ENDINGS = (".safetensors", ".bin", ".pth")  # of files of weights
 
@@ -88,6 +89,11 @@ def load_network(
             one.
     """
     config = settings_of(workdir)
+    if network not in NETWORKS:
+        raise UserError(
+            f"there is no network {network!r} in {workdir}; expected key to be one of: "
+            f"{', '.join(NETWORKS)}"
+        )
     if network != "teacher" and origin(workdir):
         raise UserError(
             f"{workdir} has no {network}: a converted folder contains only the teacher; leave out "

@@ -63,9 +63,37 @@ def test_a_file_is_not_its_own_neighbour(
     assert all(pathlib.Path(x.name).is_file() for x in among)
 
 
+def test_names_that_begin_with_a_tilde_are_found(network: Network, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "~").mkdir()
+    for name in ("a.png", "~/b.png"):
+        Image.fromarray(np.full((20, 20, 3), len(name), np.uint8)).save(folder / name)
+    found = sop_jax.neighbours(network, folder, folder / "~" / "b.png")
+    assert [x.name for x in found] == ["a.png"]
+
+
+def test_an_array_of_paths_is_searched(network: Network, tree: pathlib.Path) -> None:
+    files = np.array([str(file) for file in sorted(tree.rglob("*.png"))])
+    found = sop_jax.neighbours(network, files, files[0], k=50)
+    assert sorted(x.row for x in found) == list(range(1, 10))
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5, True, "5"])
+def test_k_is_a_count(k: Any) -> None:
+    with pytest.raises(UserError, match=f"k is {k!r}; expected .* a whole number of 1 or more"):
+        sop_jax.neighbours("nowhere", "nowhere", "nowhere", k=k)
+
+
 def test_nonsense_is_refused(network: Network, tree: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="k is 0; expected"):
-        sop_jax.neighbours(network, tree, tree / "red" / "red2.png", k=0)
+    red = tree / "red" / "red2.png"
+    for one in (red, str(red), np.asarray(Image.open(red))):
+        with pytest.raises(UserError, match="images is one image; give those to search"):
+            sop_jax.neighbours("nowhere", one, red)
+    with pytest.raises(UserError, match="no file or folder .*nowhere"):
+        sop_jax.neighbours(network, tree / "nowhere", red)
+    with pytest.raises(UserError, match="images has no image other than of"):
+        sop_jax.neighbours(network, [red], red)
     with pytest.raises(UserError, match="of has 10 images; give one"):
         sop_jax.neighbours(network, tree, tree)
 

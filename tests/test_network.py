@@ -198,6 +198,33 @@ def test_a_network_without_patches_says_so(tmp_path: pathlib.Path) -> None:
         network.patch_features(image)
 
 
+@pytest.mark.medium
+def test_only_a_network_of_the_run_is_loaded(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert "the student of" in load(run, key="student").name
+    with pytest.raises(UserError, match="no network 'foo' in .*: teacher, student"):
+        load(run, key="foo")
+    with pytest.raises(UserError, match="no network 'foo' in .*: teacher, student"):
+        convert(run, tmp_path / "net", key="foo")
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.medium
+def test_pillow_images_without_a_known_white_say_what_helps(network: Network) -> None:
+    image = Image.fromarray(np.ones((20, 20), np.float32))
+    with pytest.raises(UserError, match=r"(?s)\[0\]: .*which of .*pass such images as uint8"):
+        network.features(image)
+    with pytest.raises(UserError, match="leave them out$"):
+        network.features(b"no image")
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", True])
+def test_sizes_and_devices_are_checked_first(size: Any, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=f"batch_size is {size!r}; expected .* of 1 or more"):
+        load(tmp_path / "nowhere", batch_size=size)
+    with pytest.raises(UserError, match="devices is empty"):
+        load(tmp_path / "nowhere", devices=[])
+
+
 def test_what_is_no_network_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no file or folder .*nowhere"):
         load(tmp_path / "nowhere")

@@ -158,7 +158,7 @@ def _check_size(image: Image.Image, most: int) -> None:
     if pixels > most:
         raise ValueError(
             f"it has {image.width} x {image.height} = {pixels} pixels, more than "
-            f"data.max_pixels={most}; to allow it, set data.max_pixels={pixels}"
+            f"data.max_pixels={most}; to allow it, set data.max_pixels={pixels}, or scale it down"
         )
 
 
@@ -198,7 +198,8 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
         kind = "floating-point" if image.mode == "F" else "integer"
         raise ValueError(
             f"the file does not specify which of its {bits}-bit {kind} values is white; set it "
-            "for all such images with data.white=VALUE, for example 1 or 255"
+            "for all such images with data.white=VALUE, for example 1 or 255, or convert it to 8 "
+            "bits per channel"
         )
     return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)
 

@@ -15,6 +15,7 @@ from sop_jax.errors import UserError
 from sop_jax.paths import expand
 
 CHANNELS = (1, 3, 4)  # grey; red, green and blue; the same with alpha
+OBJECTS = "UTO"  # the kinds of arrays of text, of either type of NumPy, and of objects
 
 
 @runtime_checkable
@@ -28,8 +29,8 @@ class ArrayLike(Protocol):
 # [h, w, 4].
 OneImage = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | ArrayLike
 
-# One image, several as uint8 [n, h, w, 1], [n, h, w, 3] or [n, h, w, 4] or as a sequence, or a
-# folder.
+# One image, several as uint8 [n, h, w, 1], [n, h, w, 3] or [n, h, w, 4], as a sequence or as an
+# array of paths or other objects, or a folder.
 Images = OneImage | Sequence[OneImage]
 
 
@@ -83,13 +84,13 @@ def open_given(images: Any, how: Decoding) -> FolderSource | GivenImages:
     Raises:
         UserError: they are not images, a file is missing, or there are none.
     """
+    images = _listed(images)
     if isinstance(images, str | os.PathLike):
         path = _path(images)
         if epath.Path(path).is_dir():
             files, notes = list_images(path)
             return FolderSource(path, files, None, None, notes)
-        images = [images]
-    items = [images] if _is_one(images) else list(images)
+    items = [images] if is_one(images) else list(images)
     if not items:
         raise UserError("there are no images: the list or array is empty; give at least one image")
     checked = [_checked(item, f"[{i}]") for i, item in enumerate(items)]
@@ -105,7 +106,15 @@ def names_of(source: FolderSource | GivenImages) -> Sequence[str]:
     return source.files if isinstance(source, FolderSource) else source.names
 
 
-def _is_one(images: Any) -> bool:
+def is_one(images: Any) -> bool:
+    """Whether a program passes one image by itself, rather than several or a folder.
+
+    Raises:
+        UserError: they are not images, or there is no such path.
+    """
+    images = _listed(images)
+    if isinstance(images, str | os.PathLike):
+        return not epath.Path(_path(images)).is_dir()
     if isinstance(images, bytes | Image.Image):
         return True
     if isinstance(images, ArrayLike):
@@ -113,6 +122,15 @@ def _is_one(images: Any) -> bool:
     if isinstance(images, Sequence):
         return False
     raise UserError(_not_an_image(images, ""))
+
+
+def _listed(images: Any) -> Any:
+    """Returns an array of paths or other objects, such as a column of names, as a list."""
+    if isinstance(images, str | bytes | os.PathLike | Image.Image | Sequence):
+        return images
+    if isinstance(images, ArrayLike) and (array := np.asarray(images)).dtype.kind in OBJECTS:
+        return array.tolist()
+    return images
 
 
 def _checked(item: Any, name: str) -> Any:
@@ -155,9 +173,10 @@ def _path(path: str | os.PathLike[str]) -> str:
 
 
 def _not_an_image(item: Any, where: str) -> str:
+    what = repr(item) if item is None or isinstance(item, int | float) else type(item).__name__
     return (
-        f"{item!r:.60}{where} is not an image; give a path, a Pillow image, the bytes of a file, a "
-        "uint8 array [h, w, 3], or a list of these"
+        f"{what}{where} is not an image; give a path, a Pillow image, the bytes of a file, a uint8 "
+        "array [h, w, 3], or a list of these"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sop_jax.data.decode import AS_STORED, Decoding, load_image
-from sop_jax.data.given import names_of, open_given
+from sop_jax.data.given import is_one, names_of, open_given
 from sop_jax.errors import UserError
 
 UPRIGHT = Decoding(upright=True)
@@ -84,7 +84,11 @@ def test_order_and_names_are_those_that_were_given(tmp_path: pathlib.Path) -> No
     [
         (3, "3 is not an image; give a path"),
         (None, "None is not an image"),
-        ({"a": 1}, "is not an image"),
+        ({"a": 1}, "dict is not an image; give a path"),
+        ([[colour(), colour()]], r"^list at \[0\] is not an image; give a path"),
+        (np.array([["a.png"], ["b.png"]]), r"^list at \[0\] is not an image"),
+        (np.array(["nowhere.png"]), "no file or folder nowhere.png"),
+        (np.array([1, None]), r"^1 at \[0\] is not an image"),
         ([], "there are no images"),
         (np.zeros((0, 4, 4, 3), np.uint8), "there are no images"),
         ([colour(), "nowhere.png"], "no file or folder nowhere.png"),
@@ -100,6 +104,31 @@ def test_order_and_names_are_those_that_were_given(tmp_path: pathlib.Path) -> No
 def test_nonsense_is_refused_before_anything_is_computed(images: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         open_given(images, AS_STORED)
+
+
+def test_an_array_of_paths_is_a_list_of_them(tmp_path: pathlib.Path) -> None:
+    paths = [png(Image.fromarray(colour(i)), tmp_path / f"{i}.png") for i in range(2)]
+    texts = np.array([str(path) for path in paths])
+    for array in (texts, texts.astype(object), np.array(paths)):
+        source = open_given(array, AS_STORED)
+        assert list(names_of(source)) == texts.tolist()
+        np.testing.assert_array_equal(pixels(array), [colour(0), colour(1)])
+    np.testing.assert_array_equal(pixels(texts[1]), [colour(1)])
+    np.testing.assert_array_equal(pixels(np.array(texts[1])), [colour(1)])
+    different = np.empty(2, object)
+    different[:] = [colour(), colour(1, (3, 4))]
+    assert [image.shape for image in pixels(different)] == [(6, 9, 3), (3, 4, 3)]
+
+
+def test_one_image_is_told_from_several(tmp_path: pathlib.Path) -> None:
+    path = png(Image.fromarray(colour()), tmp_path / "a.png")
+    pillow = Image.fromarray(colour())
+    for one in (path, str(path), np.array(str(path)), path.read_bytes(), colour(), pillow):
+        assert is_one(one)
+    for several in (tmp_path, [path], np.array([str(path)]), colour()[None], []):
+        assert not is_one(several)
+    with pytest.raises(UserError, match="no file or folder .*nowhere"):
+        is_one(tmp_path / "nowhere")
 
 
 def test_folders_are_given_by_themselves(tmp_path: pathlib.Path) -> None:
