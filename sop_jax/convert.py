@@ -123,6 +123,7 @@ def convert(
     _check_to(to, target.ending if target else "", project)
     if source.is_dir():
         source = files.index_of(source) or source
+    network: str | None
     if source.is_dir():
         for flag, value in (("heads", heads), ("positions", positions), ("prefix", prefix)):
             if value is not None:
@@ -130,11 +131,13 @@ def convert(
                     f"--{flag} is for files of weights, but {source} is a folder whose config.json "
                     f"sets it; leave out --{flag}"
                 )
-        config, _, params, step = pretrained.load_network(source, step, key or "teacher")
+        network = key or "teacher"
+        config, _, params, step = pretrained.load_network(source, step, network)
         earlier = pretrained.origin(source)
         absent = earlier.absent if earlier else []
-        words = [f"the {key or 'teacher'} of {source}, step {step}"]
+        words = [f"the {network} of {source}, step {step}"]
     else:
+        network = None
         if step is not None:
             raise UserError(
                 f"--step={step} is for folders with checkpoints, but {source} is a file; leave out "
@@ -146,7 +149,7 @@ def convert(
     if target:
         shown = step is not None or heads is not None  # by config.json, or by the user
         leaves = {path: np.asarray(leaf) for path, leaf in named_leaves(params).items()}
-        trained = Trained(config, leaves, source, step, absent, heads_known=shown)
+        trained = Trained(config, leaves, source, step, absent, network, heads_known=shown)
         return [*words, *target.write(trained, to)]
     save(config, params, step or 0, pretrained.Origin(str(source), absent), to)
     return [*words, f"{to}: the network, for evaluate, extract and init_from"]

@@ -41,16 +41,21 @@ from sop_jax.evaluation.task import Subject, Task
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.evaluation.views import VIEW_RULES
-from sop_jax.models import Params, build
+from sop_jax.models import build
 from sop_jax.models.positions import RULES as POSITIONS
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import make_mesh, put, replicated
 from sop_jax.paths import write_whole
-from sop_jax.pretrained import load_network, network_of_file, origin, settings_of
+from sop_jax.pretrained import (
+    fingerprint,
+    load_network,
+    network_of_file,
+    origin,
+    settings_of,
+)
 from sop_jax.settings import flatten
 from sop_jax.training import resume
-from sop_jax.training.checkpoint import named_leaves
 from sop_jax.training.owner import owned
 
 ALL = "all"
@@ -252,15 +257,6 @@ def _of_file(asked: Asked) -> Subject:
     model = build(config, config.augment.global_size)
     mark = fingerprint(config, params)
     return Subject(str(path), config, model, params, mark, None, tuple(absent))
-
-
-def fingerprint(config: ml_collections.ConfigDict, params: Params) -> str:
-    """Returns a hash of a network: the settings of the model, and all its parameters."""
-    own = flatten(config.model) | {"size": config.augment.global_size}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
-    for path, leaf in sorted(named_leaves(params).items()):
-        digest.update(path.encode() + np.ascontiguousarray(leaf.addressable_data(0)).data)
-    return digest.hexdigest()[:16]
 
 
 def _compare_data(asked: Asked, task: Task, inputs: Any, data: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from sop_jax.models.positions import resize_positions
 from sop_jax.parallel import hosts
 from sop_jax.parallel.mesh import make_mesh, replicated
 from sop_jax.paths import write_whole
+from sop_jax.settings import flatten
 from sop_jax.training import checkpoint
 from sop_jax.training.checkpoint import named_leaves, with_leaves
 from sop_jax.weights import files, mapping, recognition
@@ -113,6 +114,21 @@ def load_network(
     params = checkpoint.restore_part(workdir, abstract, network, step)
     assert step is not None  # restore_part raises if there is no checkpoint
     return config, model, params, step
+
+
+def fingerprint(config: ml_collections.ConfigDict, params: Params) -> str:
+    """Returns a hash of a network: the settings of the model, and all its parameters.
+
+    Args:
+        config: the config of its run.
+        params: its parameters, replicated over devices or in NumPy; also by their paths.
+    """
+    own = flatten(config.model) | {"size": config.augment.global_size}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for path, leaf in sorted(named_leaves(params).items()):
+        here = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+        digest.update(path.encode() + np.ascontiguousarray(here).data)
+    return digest.hexdigest()[:16]
 
 
 def origin(workdir: epath.PathLike) -> Origin | None:

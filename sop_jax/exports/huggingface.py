@@ -32,6 +32,7 @@ def write(trained: Trained, folder: epath.Path) -> list[str]:
     Raises:
         UserError: transformers has no such network, or the folder cannot be written.
     """
+    original = trained
     trained, words = at_crop(trained)
     model = trained.config.model
     exported = mapping.export("hf4", model.family, trained.leaves)
@@ -51,7 +52,7 @@ def write(trained: Trained, folder: epath.Path) -> list[str]:
     ):
         write_whole(folder / name, json.dumps(content, indent=2) + "\n")
     architecture = settings["architectures"][0]
-    write_whole(folder / "README.md", model_card(trained, architecture))
+    write_whole(folder / "README.md", model_card(original, architecture))
     words += _differences(trained, exported)
     return [*words, f"{folder}: {architecture}, for AutoModel.from_pretrained of transformers"]
 

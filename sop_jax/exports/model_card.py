@@ -9,8 +9,12 @@ import ml_collections
 from etils import epath
 
 from sop_jax import __version__
+from sop_jax.check import without_use
+from sop_jax.config import version_of
 from sop_jax.evaluation.views import view_of
 from sop_jax.exports.trained import Trained
+from sop_jax.models import size_of
+from sop_jax.pretrained import fingerprint
 from sop_jax.settings import PATHS, flatten
 
 # What the table of settings shows, if the run has it.
@@ -26,10 +30,11 @@ SHOWN = (
 def model_card(trained: Trained, architecture: str) -> str:
     """Returns the text of README.md in a folder for transformers.
 
-    It names no folders of the machine: data is described by its kind, its name and its size.
+    It names no folders of the machine, except the last part of that of the data, which is described
+    by its kind, its name and its size.
 
     Args:
-        trained: the network.
+        trained: the network, as its folder or file has it.
         architecture: the class of transformers, such as ViTModel.
     """
     config, view = trained.config, view_of(trained.config)
@@ -39,10 +44,11 @@ def model_card(trained: Trained, architecture: str) -> str:
         f"# {architecture} trained with sop_jax",
         _filled(
             f"A {_network_name(config)} that was trained without labels by the method "
-            f"`{config.method}` with sop_jax {__version__}. "
+            f"`{config.method}` with sop_jax {version_of(trained.source)}: the {trained.network} "
+            f"after step {trained.step}. It was exported by sop_jax {__version__}. "
             "It maps images to features; it does not classify them."
             if _is_run(trained)
-            else f"A {_network_name(config)}, converted by sop_jax {__version__}."
+            else f"A {_network_name(config)}, exported by sop_jax {__version__}."
         ),
         "## Use\n\n" + _use(),
         _filled(
@@ -53,7 +59,7 @@ def model_card(trained: Trained, architecture: str) -> str:
         ),
         "## Training data\n\n" + _data(trained),
         "## Settings\n\n" + _table(("setting", "value"), _settings(config)),
-        "## Evaluation\n\n" + _evaluations(trained.source),
+        "## Evaluation\n\n" + _evaluations(trained),
         "## Limits\n\n"
         + _filled(
             "The features reflect the images that the network was trained on, and their biases. "
@@ -88,9 +94,12 @@ features = model(**inputs).pooler_output
 def _network_name(config: ml_collections.ConfigDict) -> str:
     model = config.model
     name = {"vit": "ViT", "swin": "Swin", "resnet": "ResNet"}[model.family]
-    size = "" if model.size == "custom" else f"-{model.size.upper()}"
     patch = f"/{model.patch}" if model.family == "vit" else ""
-    return f"{name}{size}{patch}"
+    if model.size != "custom":
+        return f"{name}-{model.size.upper()}{patch}"
+    size = size_of(model)._asdict()
+    parts = [f"{part} {x if isinstance(x, int) else tuple(x)}" for part, x in size.items()]
+    return f"{name}{patch} ({', '.join(parts)})"
 
 
 def _is_run(trained: Trained) -> bool:
@@ -113,36 +122,37 @@ def _data(trained: Trained) -> str:
 
 def _settings(config: ml_collections.ConfigDict) -> list[tuple[str, Any]]:
     flat = flatten(config)
-    shown = [name for name in SHOWN if name in flat and name not in PATHS]
-    if config.model.size != "custom":
-        shown = [x for x in shown if x not in ("model.width", "model.depth", "model.heads")]
+    unused = without_use(config)
+    shown = [name for name in SHOWN if name in flat]
     own = [name for name in flat if name.startswith(f"{config.method}.")]
-    values = [(f"`{name}`", flat[name]) for name in (*shown, *own)]
+    used = [name for name in (*shown, *own) if name not in unused and name not in PATHS]
+    values = [(f"`{name}`", flat[name]) for name in used]
     return [(name, value) for name, value in values if value is not None and value != ""]
 
 
-def _evaluations(source: epath.Path) -> str:
-    """Returns a table of the numbers that were measured in the folder of the run."""
-    rows: list[tuple[str, Any, Any]] = []
+def _evaluations(trained: Trained) -> str:
+    """Returns a table of the numbers of this network that the folder of the run has."""
+    rows: list[tuple[str, float]] = []
+    source = trained.source
+    mark = fingerprint(trained.config, trained.leaves)
     folder = source / "evaluations"
     files = sorted(folder.glob("*.json")) if folder.is_dir() else []
     for file in files:
         record = _read(file)
-        results, task = record.get("results"), record.get("task")
-        if isinstance(results, Mapping):
-            numbers = _numbers(results)
-            rows += [(f"{task}: {name}", value, record.get("step")) for name, value in numbers]
+        results, weights = record.get("results"), record.get("weights")
+        same = isinstance(weights, Mapping) and weights.get("fingerprint") == mark
+        if same and isinstance(results, Mapping):
+            rows += [(f"{record.get('task')}: {name}", x) for name, x in _numbers(results)]
     summary = _read(source / "summary.json") if (source / "summary.json").exists() else {}
-    if isinstance(summary.get("knn_top1"), float):
-        rows.append(("k-NN accuracy during training", summary["knn_top1"], summary.get("steps")))
+    last = trained.network == "teacher" and summary.get("steps") == trained.step
+    if last and isinstance(summary.get("knn_top1"), float):  # of the teacher at the end
+        rows.append(("k-NN accuracy during training", summary["knn_top1"]))
     if not rows:
-        return (
-            "Nothing was measured yet. `python -m sop_jax.evaluate --workdir=DIR --task=knn` does."
+        return _filled(
+            "There are no measurements of this network. `python -m sop_jax.evaluate --workdir=DIR "
+            "--task=knn --data.path=PATH` makes one on images with labels."
         )
-    return _table(
-        ("measured", "value", "at step"),
-        [(name, f"{value:.4g}", "" if step is None else step) for name, value, step in rows],
-    )
+    return _table(("measured", "value"), [(name, f"{value:.4g}") for name, value in rows])
 
 
 def _numbers(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -1,11 +1,13 @@
 """The call of timm that builds the network of an exported file and loads it."""
 
+import math
 from typing import Any
 
 from etils import epath
 
+from sop_jax.evaluation.views import view_of
 from sop_jax.exports.trained import Trained
-from sop_jax.models import FAMILIES, size_of
+from sop_jax.models import FAMILIES, MEAN, STD, size_of
 
 UNKNOWN = "HEADS"  # stands for a number of heads that weights do not show
 
@@ -38,12 +40,41 @@ def call(trained: Trained, file: epath.Path) -> list[str]:
         name, settings = "resnet50", dict(layers=tuple(size.depths))
     else:
         return [f"timm has no ResNet whose stem has {size.width} channels, to load this file into"]
-    settings |= dict(num_classes=0, checkpoint_path=str(file))
+    crop = image if model.family == "swin" else view_of(trained.config).crop
+    overlay = _preprocessing(trained, crop)
+    settings |= dict(num_classes=0, pretrained_cfg_overlay=overlay, checkpoint_path=str(file))
     arguments = [repr(name), *(f"{key}={value!r}" for key, value in settings.items())]
     lines = [f"load it with: timm.create_model({', '.join(arguments)})"]
     if UNKNOWN in lines[0]:
         lines.append(f"{UNKNOWN} is the number of attention heads, which weights do not show")
+    if crop != view_of(trained.config).crop:
+        lines.append(
+            f"timm's Swin takes images of {image} pixels only, but eval.crop is "
+            f"{view_of(trained.config).crop}, so that features differ"
+        )
     return lines
+
+
+def _preprocessing(trained: Trained, crop: int) -> dict[str, Any]:
+    """Returns how images are prepared, as `timm.data.resolve_data_config` returns it.
+
+    Args:
+        trained: the network.
+        crop: the pixels on each side of the images that enter; the share of the scaled image that
+            they are is that of the run.
+    """
+    view = view_of(trained.config)
+    share = view.crop / view.resize
+    if math.floor(view.crop / share) < view.resize:  # which timm scales to, after rounding errors
+        share = math.nextafter(share, 0)
+    return dict(
+        input_size=(3, crop, crop),
+        mean=MEAN,
+        std=STD,
+        interpolation=view.interpolation,
+        crop_pct=share,
+        crop_mode="center",
+    )
 
 
 class _Word(str):

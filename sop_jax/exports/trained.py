@@ -22,6 +22,7 @@ class Trained(NamedTuple):
         source: the folder or the file that it was loaded from.
         step: the step of its checkpoint; None for a file.
         absent: the paths of parameters that the source did not have, so that they are random.
+        network: which network of the folder it is, "teacher" or "student"; None for a file.
         heads_known: whether the number of attention heads is known, which weights do not show.
     """
 
@@ -30,6 +31,7 @@ class Trained(NamedTuple):
     source: epath.Path
     step: int | None
     absent: list[str]
+    network: str | None = None
     heads_known: bool = True
 
 

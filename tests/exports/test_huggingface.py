@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from sop_jax import __version__
 from sop_jax.convert import convert
 from sop_jax.data.augment import eval_image
 from sop_jax.errors import UserError
 from sop_jax.models import MEAN, STD
 from sop_jax.network import load
+from sop_jax.pretrained import fingerprint, load_network
 
 pytestmark = pytest.mark.medium
 
@@ -54,16 +56,36 @@ def test_the_model_card_has_data_settings_and_results_but_no_paths(
 ) -> None:
     (vit / "data.json").write_text('{"train": {"images": 90, "names": "x"}, "test": null}')
     (vit / "evaluations").mkdir()
-    record = {"task": "knn", "step": 7, "results": {"top1": 0.75, "k": {"20": 0.5}, "files": ["a"]}}
-    (vit / "evaluations" / "knn_7_x.json").write_text(json.dumps(record))
+    config, _, params, _ = load_network(vit)
+    own = {"of": "the teacher of anywhere, step 7", "fingerprint": fingerprint(config, params)}
+    results = {"top1": 0.75, "k": {"20": 0.5}, "files": ["a"]}
+    others = {"of": "another", "fingerprint": "0" * 16}
+    for name, weights in (("knn", own), ("linear", others), ("logistic", None)):
+        record = {"task": name, "step": 7, "results": results, "weights": weights}
+        (vit / "evaluations" / f"{name}_7_x.json").write_text(json.dumps(record))
     (vit / "evaluations" / "damaged.json").write_text("{")
+    (vit / "summary.json").write_text('{"steps": 7, "knn_top1": 0.25}')
     convert(vit, tmp_path / "hf", "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "digits: 90 images to train on." in card
     assert "| `batch_size` | 8 |" in card and "| `sop.cls.memory` | 64 |" in card
-    assert "| knn: top1 | 0.75 | 7 |" in card and "| knn: k.20 | 0.5 | 7 |" in card
+    assert "| knn: top1 | 0.75 |" in card and "| knn: k.20 | 0.5 |" in card
+    assert "| k-NN accuracy during training | 0.25 |" in card
+    assert "linear:" not in card and "logistic:" not in card
     assert str(vit.parent) not in card
+    words = " ".join(card.split())
+    assert f"with sop_jax {__version__}: the teacher after step 7." in words
+    assert "A ViT/4 (width 32, depth 2, heads 2) that" in words
+    assert "model.window" not in card and "`epochs`" not in card
+    config = json.loads((vit / "config.json").read_text())
+    (vit / "config.json").write_text(json.dumps(config | {"version": "0.5.0"}))
+    convert(vit, tmp_path / "student", "hf", key="student")
+    card = (tmp_path / "student" / "README.md").read_text()
+    words = " ".join(card.split())
+    assert "with sop_jax 0.5.0: the student after step 7." in words
+    assert "There are no measurements of this network." in words
+    assert "knn:" not in card and "during training" not in card
 
 
 def test_transformers_needs_a_network_that_it_has(tmp_path: pathlib.Path) -> None:
