@@ -45,7 +45,7 @@ def at_crop(trained: Trained) -> tuple[Trained, list[str]]:
         UserError: the crop is not a multiple of the patches.
     """
     size = view_of(trained.config).crop
-    config = ml_collections.ConfigDict(trained.config).unlock()
+    config = trained.config.copy_and_resolve_references().unlock()
     before, config.augment.global_size = config.augment.global_size, size
     leaves = dict(trained.leaves)
     words = []
