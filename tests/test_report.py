@@ -300,7 +300,7 @@ def hide_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_matplotlib(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "run", settings("sop"), {})
     hide_matplotlib(monkeypatch)
-    with pytest.raises(UserError, match=r"pip install -e .\[plot\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[plot\]'"):
         report.report(Asked([str(tmp_path / "run")]))
 
 
@@ -353,7 +353,7 @@ def test_a_run_without_matplotlib_goes_on(
     said = list[str]()
     hide_matplotlib(monkeypatch)
     make_reporter(tmp_path, lambda: 1e6, said)(True)
-    assert len(said) == 1 and "pip install -e .[plot]" in said[0]
+    assert len(said) == 1 and "pip install -e '.[plot]'" in said[0]
 
 
 @pytest.mark.medium

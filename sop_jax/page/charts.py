@@ -1,6 +1,6 @@
 """Charts: their style, their scales, and how they become part of a page.
 
-They are drawn by matplotlib, which is not installed with the package: `pip install -e .[plot]`.
+They are drawn by matplotlib, which is not installed with the package: `pip install -e '.[plot]'`.
 """
 
 import importlib.util
@@ -74,7 +74,7 @@ def check_plots() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             "figures need matplotlib, which is not installed. Expected the extra `plot` of the "
-            "package. Run: pip install -e .[plot]"
+            "package. Run: pip install -e '.[plot]'"
         )
 
 

@@ -145,7 +145,7 @@ def test_figures_without_matplotlib(monkeypatch, results, tmp_path):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
-    with pytest.raises(UserError, match=r"not installed.*pip install -e .\[plot\]"):
+    with pytest.raises(UserError, match=r"not installed.*pip install -e '.\[plot\]'"):
         draw(results, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
