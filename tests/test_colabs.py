@@ -68,7 +68,7 @@ def test_a_notebook_is_that_of_its_source_without_outputs(name: str) -> None:
     jupytext = pytest.importorskip("jupytext", reason="needs jupytext: pip install -e '.[test]'")
     book = notebook(name)
     source = jupytext.read(COLABS / f"{name}.md")
-    assert cells(book) == cells(source), "run jupytext --to ipynb colabs/*.md"
+    assert cells(book) == cells(source), "run jupytext --update --to ipynb colabs/*.md"
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from sop_jax.evaluation.retrieval import unit
+
 
 class Neighbours(NamedTuple):
     """The nearest images of each query, nearest first.
@@ -32,14 +34,10 @@ def neighbours(
         k: the number of neighbours.
         own: the row of the gallery that each query is itself, which is left out.
     """
-    cosines = _unit(queries) @ _unit(gallery).T
+    first, second = (unit(rows.astype(np.float32)) for rows in (queries, gallery))
+    cosines = first @ second.T
     if own is not None:
         cosines[np.arange(len(own)), own] = -np.inf
     k = min(k, len(gallery) - (own is not None))
     places = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
     return Neighbours(places, np.take_along_axis(cosines, places, axis=1))
-
-
-def _unit(rows: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n D"]:
-    rows = rows.astype(np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
