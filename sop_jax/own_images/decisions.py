@@ -186,6 +186,8 @@ def of_network(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
         given_epochs = run_length(config, survey.images).steps * config.batch_size / survey.images
         trial.steps, trial.epochs = None, max(given_epochs, wanted_epochs(survey.images))
         trial.accumulate = least_accumulate(trial, machine)
+        if "data.workers" not in given:  # they are chosen for the network, later
+            trial.data.workers = most_workers(machine)
         seconds = estimate(trial, survey, machine).seconds
         if seconds <= budget and fits(trial, machine):
             break
@@ -397,7 +399,8 @@ def of_workers(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
     trial = config.copy_and_resolve_references()
     trial.data.workers = 1
     input_of_one = estimate(trial, facts.survey, machine).input
-    workers = min(machine.cores, 32, math.ceil(1.5 * input_of_one / max(found.compute, 1e-9)))
+    needed = math.ceil(1.5 * input_of_one / max(found.compute, 1e-9))
+    workers = min(most_workers(machine), needed)
     local = config.batch_size // machine.devices
     while workers:
         trial.data.workers = workers
@@ -408,6 +411,11 @@ def of_workers(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:
             workers //= 2
     why = f"each makes {config.batch_size / max(input_of_one, 1e-9):.0f} images per second"
     return [Choice({"data.workers": workers, "data.threads": 4 if workers else 1}, why)]
+
+
+def most_workers(machine: Machine) -> int:
+    """Returns the most processes that make batches."""
+    return min(machine.cores, 32)
 
 
 def of_evaluation(config: ml_collections.ConfigDict, facts: Facts) -> list[Choice]:

@@ -138,8 +138,8 @@ class Bucket(epath.Path):
     def read_bytes(self) -> bytes:
         return self.local.read_bytes()
 
-    def write_text(self, text: str) -> None:
-        self.local.write_text(text)
+    def write_bytes(self, data: bytes) -> int:
+        return self.local.write_bytes(data)
 
 
 def test_progress_away_from_a_terminal_is_a_line_a_logged_step(

@@ -80,6 +80,12 @@ def test_more_images_get_larger_networks_memories_and_fewer_epochs() -> None:
     assert few.sop.teacher_temperature == (0.02, 0.02)
 
 
+def test_images_that_many_processes_make_in_time_do_not_shrink_the_network() -> None:
+    quick, slow = (config_for(survey(20_000, seconds=each), GPU) for each in (1e-3, 0.1))
+    assert size_of(slow.model).width == size_of(quick.model).width == 384
+    assert slow.data.workers == GPU.cores
+
+
 def test_small_images_are_not_enlarged_and_not_blurred() -> None:
     config = config_for(survey(side=32))
     assert (config.augment.global_size, config.model.patch) == (32, 4)

@@ -6,6 +6,7 @@ from surveys import GPU, LAPTOP, config_for, survey
 
 from sop_jax.compiled import flops
 from sop_jax.own_images import estimate
+from sop_jax.own_images.estimate import views_seconds
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training.assemble import assemble, fit_of_step, traced_step
 
@@ -48,3 +49,10 @@ def test_given_operations_replace_the_formula() -> None:
     assert (found.operations, found.compute) == (8e10, 1.0)
     config.model.family = "swin"
     assert estimate.estimate(config, survey(), LAPTOP, 8e10).memory is None
+
+
+def test_the_time_of_views_is_that_of_making_them() -> None:
+    """The function itself: elsewhere in these tests its result is fixed."""
+    few, many = (config_for(survey(), GPU, augment__local_crops=n).augment for n in (0, 40))
+    assert 0 < views_seconds(few, survey()) < views_seconds(many, survey()) < 60
+    assert views_seconds(many, survey()._replace(headers={})) == 0
