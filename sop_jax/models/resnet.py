@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models import layers
+from sop_jax.models.convolution import Convolution
 from sop_jax.models.layers import BatchNorm, Start, Statistics
-from sop_jax.models.linear import Precision
 
 STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
 GROWTH = 4  # output channels of a block per channel inside it
 
-# As for the transformers, but the products that `dots` stores are convolutions here.
+# As for the transformers, but most products that `dots` stores are convolutions here.
 REMATS = layers.REMATS | {
-    "dots": lambda operation, *_, **__: operation.name == "conv_general_dilated",
+    "dots": lambda operation, *_, **__: operation.name in ("conv_general_dilated", "dot_general"),
 }
 
 
@@ -50,69 +50,6 @@ def custom(config: ml_collections.ConfigDict) -> Size:
 def token_side(config: ml_collections.ConfigDict) -> int:
     """Returns the pixels on each side of the square that a token stands for."""
     return STRIDE
-
-
-class Convolution(nnx.Module):
-    """A convolution without bias, padded by half the kernel on every side, as in PyTorch."""
-
-    def __init__(self, inputs: int, outputs: int, side: int, stride: int, start: Start, key: Array):
-        self.stride, self.dtype, self.precision = stride, start.dtype, start.precision
-        # torchvision's initialization: He's normal one for ReLU, by the fan-out.
-        std = (2 / (side * side * outputs)) ** 0.5
-        self.kernel = nnx.Param(std * jax.random.normal(key, (side, side, inputs, outputs)))
-
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
-        """Returns the convolution in the layer's dtype."""
-        return convolve(x.astype(self.dtype), self.kernel[...], self.stride, self.precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(
-    x: Float[Array, "B H W I"],
-    kernel: Float[Array, "k k I O"],
-    stride: int,
-    precision: Precision = None,
-) -> Float[Array, "B h w O"]:
-    """Returns a convolution in the dtype of x; the gradient of the kernel is summed in float32.
-
-    As in `linear`, this gradient is not rounded before the devices add theirs up. To sum in
-    float32, its factors are converted to float32 first, which does not change their products.
-    """
-    return _convolve(x, kernel, stride, precision)
-
-
-def _convolve(x: Array, kernel: Array, stride: int, precision: Precision) -> Array:
-    pad = kernel.shape[0] // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.astype(x.dtype),
-        window_strides=(stride, stride),
-        padding=((pad, pad), (pad, pad)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
-
-
-def _forward(
-    x: Array, kernel: Array, stride: int, precision: Precision
-) -> tuple[Array, tuple[Array, Array]]:
-    # Not `convolve` itself, inside which rematerialisation would see no product it can store.
-    return _convolve(x, kernel, stride, precision), (x, kernel)
-
-
-def _backward(
-    stride: int, precision: Precision, saved: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    to_x = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, precision), x)
-    wide, wide_gradient = x.astype(kernel.dtype), gradient.astype(kernel.dtype)
-    to_kernel = jax.linear_transpose(
-        lambda kernel: _convolve(wide, kernel, stride, precision), kernel
-    )
-    return to_x(gradient)[0], to_kernel(wide_gradient)[0]
-
-
-convolve.defvjp(_forward, _backward)
 
 
 class Stem(nnx.Module):

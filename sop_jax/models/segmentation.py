@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models import Params, normalize, size_of, start_of, vit
+from sop_jax.models.convolution import Convolution
 from sop_jax.models.layers import BatchNorm, Start, Statistics
 from sop_jax.models.linear import Linear, linear
-from sop_jax.models.resnet import Convolution
 
 POOLS = (1, 2, 3, 6)  # the cells on each side of the grids of the pyramid pooling module
 ADAPTED = (16, 8)  # the patches for which there are adaptors

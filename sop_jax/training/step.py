@@ -311,6 +311,9 @@ def mean_over_parts(
     Returns:
         The mean of the first results, and the stack of the second results.
     """
+    if count == 1:  # without a loop, in which XLA's compiler for CPUs optimizes less
+        value, rest = function(jax.tree.map(lambda x: x[0], parts))
+        return value, jax.tree.map(lambda x: x[None], rest)
     shapes, _ = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 

@@ -21,7 +21,7 @@ from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
 from sop_jax.models import MEAN, STD, Model, Params, build
 from sop_jax.models.layers import Start
-from sop_jax.models.resnet import REMATS, ResNet, convolve, custom
+from sop_jax.models.resnet import REMATS, ResNet, custom
 from sop_jax.objectives.sop.settings import SOP
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training import checkpoint
@@ -211,38 +211,6 @@ def test_trains_as_pytorch(params: Params, peer: Any) -> None:
     for name, value in names_of_transformers(jax.device_get(state)).items():
         if "running" in name:
             np.testing.assert_allclose(value, theirs[name], atol=1e-5, rtol=1e-5, err_msg=name)
-
-
-# Parts
-
-
-@pytest.mark.medium
-@pytest.mark.parametrize(("side", "stride"), [(1, 2), (3, 1), (3, 2), (7, 2)])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_a_convolution_has_the_gradients_of_its_definition(
-    side: int, stride: int, size: tuple[int, int]
-) -> None:
-    """Compares it with a sum over the taps of the kernel, differentiated by JAX."""
-    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
-    kernel = jax.random.normal(jax.random.key(1), (side, side, 3, 4))
-    pad = side // 2
-
-    def taps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        h, w = ((length - 1) // stride + 1 for length in size)
-        return sum(
-            padded[:, i : i + stride * h : stride, j : j + stride * w : stride][:, :h, :w]
-            @ kernel[i, j]
-            for i in range(side)
-            for j in range(side)
-        )
-
-    def values(function: Any) -> Any:
-        out, pull = jax.vjp(function, x, kernel)
-        return out, *pull(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
-
-    found = jax.jit(lambda: values(lambda x, kernel: convolve(x, kernel, stride)))()
-    chex.assert_trees_all_close(found, jax.jit(lambda: values(taps))(), atol=1e-4)
 
 
 # The network
