@@ -29,7 +29,7 @@ from rows import append, read  # noqa: E402
 
 from sop_jax.data.sources import Source  # noqa: E402
 from sop_jax.evaluation.features import host_batches  # noqa: E402
-from sop_jax.evaluation.tables import standard_error  # noqa: E402
+from sop_jax.evaluation.tables import standard_error, text_of  # noqa: E402
 from sop_jax.evaluation.task import Subject, View  # noqa: E402
 from sop_jax.evaluation.tasks import TASKS  # noqa: E402
 from sop_jax.evaluation.tools import Toolbox  # noqa: E402
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, network: str, name: str, changes: dict[str
             interruption=interruption,
         )
         results = task.run(subject, inputs, settings, tools)
-    print(task.table(results, settings), file=sys.stderr)
+    print(text_of(task.table(results, settings)), file=sys.stderr)
     return results, step
 
 

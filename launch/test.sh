@@ -32,5 +32,5 @@ use_environment '.[test]' .venv-test
 ruff check .
 ruff format --check .
 mypy
-shellcheck launch/*.sh benchmarks/*.sh .ci/install .ci/run
+shellcheck launch/*.sh benchmarks/*.sh .ci/install .ci/run .ci/release
 python -m pytest -n 2 --dist=loadgroup -m "$tests" "$@"

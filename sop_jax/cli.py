@@ -93,6 +93,7 @@ def run(main: Callable[[], None], devices: bool = True, more: str | None = None)
             _exit(message, code)
         if hosts:
             hosts.stop()
+        _end_at_signals(0)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, more))
 
@@ -364,7 +365,19 @@ def _message_and_code(error: BaseException) -> tuple[str | None, int]:
 
 def _exit(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr, flush=True)
+    _end_at_signals(code)
     sys.exit(code)
+
+
+def _end_at_signals(code: int) -> None:
+    """Lets signals end the command at once: its work is done, and Python only tidies up.
+
+    Otherwise each Ctrl-C in what libraries do at exit would print a traceback.
+    """
+    sys.stdout.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) == _interrupt:
+            signal.signal(number, lambda *_: os._exit(code))
 
 
 def _parse(argv: Sequence[str], more: str | None) -> list[str]:

@@ -15,6 +15,10 @@ contains config.json, the network as step 0, and converted.json, which lists wha
 An export contains only the backbone. `hf` is a folder for AutoModel and AutoImageProcessor of
 transformers 4 and 5, with a model card; `timm` and `ibot` are files that load with `strict=True`;
 `stablehlo` and `onnx` are programs that need neither this package nor PyTorch.
+
+For example, after the quick start:
+
+    python -m sop_jax.convert --workdir=runs/digits --export=hf --to=runs/digits_hf
 """
 
 from collections.abc import Callable

@@ -14,6 +14,10 @@ By default they are in DIR/evaluations, or in evaluations/ next to FILE.
 
 --step=recorded takes what the run itself counted at its evaluations, with prototypes in
 --config.eval.tasks, from metrics.jsonl. docs/diagnosis.md explains every number.
+
+For example, after the quick start:
+
+    python -m sop_jax.diagnose --workdir=runs/digits
 """
 
 import hashlib
@@ -421,6 +425,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "step", None, "The checkpoints: N, N,M, all or recorded; the newest by default."
     )
+    cli.define_path("out", "The folder of the results; by default that of the run or file.")
+    cli.define_data(train_split="The split of the images.")
     flags.DEFINE_enum(
         "network", None, list(subjects.NETWORKS), "Whose prototypes; by default the teacher's."
     )
@@ -435,10 +441,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "seed", 0, "Draws images, anchors and the map.", lower_bound=0, upper_bound=2**32 - 1
     )
-    cli.define_path("out", "The folder of the results; by default that of the run or file.")
     flags.DEFINE_integer("batch_size", None, "The images per batch.", lower_bound=1)
     flags.DEFINE_integer(
         "heads", None, "The heads of a ViT in --weights whose size has no name.", lower_bound=1
     )
-    cli.define_data(train_split="The split of the images.")
     cli.run(main)

@@ -15,6 +15,10 @@ use, --data.source, --data.name, --data.train_split and --data.test_split do.
 
 Features are computed once and kept in DIR/evaluations/features, where an interrupted command
 continues. A measurement that is finished is not repeated: the same command prints it again.
+
+For example, after the quick start:
+
+    python -m sop_jax.evaluate --workdir=runs/digits --task=knn
 """
 
 import contextlib
@@ -37,6 +41,7 @@ from sop_jax.data.named import LOOKED_AT
 from sop_jax.data.sources import identity, stamp
 from sop_jax.errors import UserError, nearest
 from sop_jax.evaluation.fit import UNFINISHED
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import Subject, Task
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.evaluation.tools import Toolbox
@@ -366,7 +371,7 @@ def _show(
         images = [f"{key}: {x['images']} images" for key, x in record["data"].items() if _is(x)]
         names = [f"data.{key}={x}" for key, x in record["data"].items() if not _is(x)]
         print(", ".join(images + names))
-        print(task.table(record["results"], settings))
+        print(text_of(task.table(record["results"], settings)))
 
 
 def _is(value: Any) -> bool:
@@ -458,6 +463,10 @@ if __name__ == "__main__":
     cli.define_path("weights", "A file of weights that sop_jax.convert can read.")
     flags.DEFINE_string("task", "knn", f"What to measure: {', '.join([*TASKS, ALL])}.")
     cli.define_path("root", "With --task=all, the folder with the data of all tasks.")
+    cli.define_data(
+        train_split="The split of images whose labels are known.",
+        test_split="The split of images to classify.",
+    )
     flags.DEFINE_integer("step", None, "The checkpoint to evaluate; the newest by default.")
     flags.DEFINE_enum(
         "network", None, ["teacher", "student"], "Which network; by default the teacher."
@@ -471,9 +480,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("again", False, "Measure again what has been measured before.")
     flags.DEFINE_integer(
         "batch_size", None, "The images per batch; by default as in the run.", lower_bound=1
-    )
-    cli.define_data(
-        train_split="The split of images whose labels are known.",
-        test_split="The split of images to classify.",
     )
     cli.run(main)

@@ -15,6 +15,10 @@ Folders called train, val, valid, validation or test are splits: they are part o
 labels come from the folders in them. With --nosplits they are classes. The bytes of names that are
 not UTF-8 are surrogates in F.npz, which os.fsencode(name) converts back; F.csv contains the bytes
 themselves, and F.parquet a printable form such as caf\xe9.jpg.
+
+For example, after the quick start, of the pictures of the documents:
+
+    python -m sop_jax.extract --workdir=runs/digits --images=docs --out=features.npz
 """
 
 import csv

@@ -5,6 +5,10 @@ r"""Finds the images that are nearest to one, by the features of a network.
 Prints the names of the nearest images of FOLDER and their similarities, the cosines of their
 features, largest first. With --out it also draws them, each IMAGE with its nearest images in one
 row. --of can be repeated. An IMAGE that is itself in FOLDER is not one of its own nearest images.
+
+For example, after the quick start, among the pictures of the documents:
+
+    python -m sop_jax.nearest --workdir=runs/digits --images=docs --of=docs/report.png
 """
 
 import os
@@ -25,9 +29,9 @@ from sop_jax.data.given import Images, OneImage, is_one
 from sop_jax.data.thumbnails import thumbnail
 from sop_jax.errors import UserError
 from sop_jax.evaluation.contact_sheet import TILE, Tile, contact_sheet
-from sop_jax.evaluation.retrieval import unit
 from sop_jax.network import Network, load
 from sop_jax.parallel import hosts
+from sop_jax.pictures import neighbours as by_cosine
 from sop_jax.rules import COUNT
 
 
@@ -91,12 +95,11 @@ def _nearest(
     names: Sequence[str],
     query: Float[np.ndarray, " D"],
     k: int,
-    without: Sequence[int],
+    own: Sequence[int],
 ) -> list[Neighbour]:
-    cosines = unit(features) @ unit(query[None])[0]
-    order = np.argsort(-cosines, kind="stable")
-    chosen = order[~np.isin(order, without)][:k].tolist()
-    return [Neighbour(names[row], float(cosines[row]), row) for row in chosen]
+    found = by_cosine.neighbours(query[None], features, k, [own])
+    near = zip(found.places[0].tolist(), found.cosines[0].tolist(), strict=True)
+    return [Neighbour(names[row], cosine, row) for row, cosine in near]
 
 
 def _rows_of_file(images: Any, names: Sequence[str], of: Any) -> list[int]:

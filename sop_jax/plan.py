@@ -1,13 +1,17 @@
 """Reports whether a run fits its chips and what a step costs, before the chips are needed.
 
-    python -m sop_jax.plan --config=configs/imagenet_vitb16.py --topology=v5e:16x16
-    python -m sop_jax.plan --config=configs/digits.py
+    python -m sop_jax.plan --config=NAME --topology=v5e:16x16
+    python -m sop_jax.plan --config=NAME [--largest_batch]
 
 Compiles the train step of the run, either for a TPU topology, on a machine without TPUs
 (`pip install -e '.[tpu]'`), or for the devices of this machine. Prints a table and one JSON line.
 Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the memory that is
 available now. No data is needed: the number of images, which affects only the schedules, is taken
 to be that of ImageNet. --largest_batch finds the largest batch that fits.
+
+For example, for the devices of this machine:
+
+    python -m sop_jax.plan --config=digits
 """
 
 import importlib.util

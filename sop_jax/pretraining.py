@@ -78,8 +78,8 @@ def pretrain(
     hosts.enough_threads()
     keep_compiled()
     place = epath.Path(expand(os.fspath(workdir)))
-    config = choices.choose(os.fspath(images), place, settings)
+    config, seen = choices.chosen(os.fspath(images), place, settings)
     made = config_lib.read_config(place) if (place / "config.json").exists() else None
     check_used(config, list(settings), made)
-    summary = train(config, place)
+    summary = train(config, place, told=seen.survey.notes if seen else ())
     return Pretrained(summary, load(place))

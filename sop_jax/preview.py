@@ -2,7 +2,6 @@
 
 import math
 import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from sop_jax.compiled import flops
 from sop_jax.data.decode import decoding, load_image
 from sop_jax.data.pipeline import train_batches
 from sop_jax.data.sources import Source, open_source
-from sop_jax.errors import UserError
 from sop_jax.evaluation.contact_sheet import Tile, contact_sheet
 from sop_jax.models import MEAN
 from sop_jax.own_images import choices
@@ -57,12 +55,6 @@ def show(
     """
     check_config(config)
     resume.check_place(config, workdir)
-    images = os.path.realpath(config.data.path)
-    if config.data.source == "folder" and images in _parents(workdir):
-        raise UserError(
-            f"--workdir={workdir} is inside the folder of images, so the picture of views would "
-            "become one of them; name another folder for the run"
-        )
     status = resume.check_workdir(config, workdir)
     config = status.config
     check_writable(workdir, "--workdir")
@@ -85,14 +77,12 @@ def show(
         for line in lines:
             tell(f"  {line}")
     workdir.mkdir(parents=True, exist_ok=True)
-    draw_views(config, train, run.model.patch, workdir / PICTURE)
-    tell(f"\nThe first views of {SHOWN} images are drawn in {workdir / PICTURE}.")
+    if resume.is_among_images(config, workdir):
+        tell(f"\nNo views are drawn: in {workdir}, the picture would become one of the images.")
+    else:
+        draw_views(config, train, run.model.patch, workdir / PICTURE)
+        tell(f"\nThe first views of {SHOWN} images are drawn in {workdir / PICTURE}.")
     tell(_standing(workdir, run.steps))
-
-
-def _parents(path: epath.Path) -> list[str]:
-    """Returns the folders that contain a local path, with links resolved."""
-    return [str(parent) for parent in pathlib.Path(os.path.realpath(path)).parents]
 
 
 def _standing(workdir: epath.Path, steps: int) -> str:

@@ -13,6 +13,10 @@ features, attention, principal components of patches, and masked images. Several
 A run that trains may be reported on: its folder is only read. It writes the same page without
 pictures itself, at evaluations and at its end. --data.path names the new place of images that were
 moved. docs/report.md says how to read each part.
+
+For example, after the quick start:
+
+    python -m sop_jax.report --workdir=runs/digits
 """
 
 import functools

@@ -1,21 +1,23 @@
 """Pretrains a vision transformer on unlabelled images.
 
-    python -m sop_jax.train --images=FOLDER --workdir=runs/mine
-    python -m sop_jax.train --config=configs/digits.py --workdir=runs/digits
+    python -m sop_jax.train --images=FOLDER --workdir=DIR
+    python -m sop_jax.train --config=NAME --workdir=DIR [--config.KEY=VALUE ...]
 
 --images looks at a folder of your own images and chooses the settings; --config names a recipe. Any
 setting can be changed on the command line: --config.batch_size=128. --dry_run says what a run would
 do. Running the same command again resumes an interrupted run exactly, and leaves a finished run as
 it is.
+
+For example, on scikit-learn's digits, which need no download:
+
+    python -m sop_jax.train --config=digits --workdir=runs/digits
 """
 
 import contextlib
 import functools
-import importlib.util
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +50,13 @@ from sop_jax.monitor.journal import Journal
 from sop_jax.monitor.metrics import Progress, Writer, read_metrics
 from sop_jax.monitor.pace import PaceKeeper
 from sop_jax.monitor.profiling import Trace
+from sop_jax.monitor.sentences import (
+    curves_text,
+    run_text,
+    summarise,
+    summary_text,
+    warnings_of,
+)
 from sop_jax.monitor.trackers import TRACKERS, check_tracker
 from sop_jax.own_images import choices
 from sop_jax.parallel import hosts
@@ -56,6 +65,7 @@ from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devi
 from sop_jax.paths import check_writable, expand, write_whole
 from sop_jax.report import FILE as REPORT
 from sop_jax.report import reporter
+from sop_jax.schedules import Length
 from sop_jax.settings import PATHS, flatten
 from sop_jax.training import checkpoint, optim, resume
 from sop_jax.training.assemble import Run, assemble, compiled_step
@@ -67,7 +77,10 @@ MAX_PENDING = 100  # the most steps whose metrics are kept on the devices before
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, wait: float = 0.0
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    wait: float = 0.0,
+    told: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains to the end of a run, from its newest checkpoint if `workdir` has one.
 
@@ -77,6 +90,7 @@ def train(
             tensorboard/, checkpoints/ and summary.json, and, while it trains, the owner file of
             `sop_jax.training.owner`.
         wait: the seconds to wait if another run is using the workdir.
+        told: what the user was already told of the images, see `sources.notes`.
 
     Returns:
         The summary, as in summary.json.
@@ -100,7 +114,7 @@ def train(
         with owned(workdir, wait) as owner, contextlib.ExitStack() as opened:
             # Another run, for which this one waited, may have changed the workdir.
             interruption.starting = interrupted_start_text(workdir)
-            return train_owned(interruption, owner, opened, config, workdir)
+            return train_owned(interruption, owner, opened, config, workdir, told)
 
 
 def train_owned(
@@ -109,6 +123,7 @@ def train_owned(
     opened: contextlib.ExitStack,
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
+    told: Sequence[str],
 ) -> dict[str, Any]:
     """Does the work of `train` in a workdir that this run owns.
 
@@ -117,7 +132,7 @@ def train_owned(
     status = resume.check_workdir(config, workdir)  # again: see `train`
     if status.summary is not None:
         return report_finished(status, workdir)
-    parts = prepare(status, workdir)
+    parts = prepare(status, workdir, told)
     resumed = restore_or_initialize(parts, workdir)
     progress = Progress(resumed.step, parts.run.steps, shown=hosts.is_first())
     opened.callback(progress.close)
@@ -167,15 +182,18 @@ class Parts(NamedTuple):
 
     def describe(self, start: int) -> list[str]:
         """Returns a description of the run from step `start` on, and warnings about it."""
+        config, run = self.config, self.run
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.student))
+        length = Length(run.steps, run.epoch)
         return [
-            describe(self.config, self.run, self.train, self.test, start),
+            run_text(config, self.train, self.test, parameters, run.mesh.devices, start, length),
             *warnings_of(self.config, len(self.train), start),
             *optim.beyond_end(self.config, self.run.steps, self.run.epoch),
         ]
 
 
-def prepare(status: resume.Status, workdir: epath.Path) -> Parts:
-    """Opens the images and assembles the run.
+def prepare(status: resume.Status, workdir: epath.Path, told: Sequence[str]) -> Parts:
+    """Opens the images and assembles the run; its notes have nothing that was told before.
 
     Raises:
         UserError: the settings, the data, the devices or the disk space do not suit the run.
@@ -188,7 +206,8 @@ def prepare(status: resume.Status, workdir: epath.Path) -> Parts:
     data = resume.data_of(train, test)
     devices = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
     hosts.check_agreement({**resume.facts(data), **resume.file_facts(config), "devices": devices})
-    notes = [*status.notes, *sources.notes(train, test)]
+    found = [note for note in sources.notes(train, test) if note not in told]
+    notes = [*status.notes, *found]
     notes += resume.check_data(config, data, workdir)
     run = assemble(config, mesh, len(train))
     check_trace(config.profile_steps, run.steps)
@@ -664,100 +683,6 @@ def checkpoint_bytes(abstract: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def describe(
-    config: ml_collections.ConfigDict,
-    run: Run,
-    source: Source,
-    test: Source | None,
-    start: int,
-) -> str:
-    """Returns a description of the run from step `start` on, in one line for people."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.student))
-    devices = run.mesh.devices
-    views = f"{config.augment.global_crops}x{config.augment.global_size}"
-    if config.augment.local_crops:
-        views += f" + {config.augment.local_crops}x{config.augment.local_size}"
-    kind = devices.flat[0].device_kind
-    where = f"on {devices.size} {kind} device{'s' * (devices.size > 1)}"
-    if jax.process_count() > 1:
-        where += f" of {jax.process_count()} processes"
-    if config.accumulate > 1:
-        where += f" in {config.accumulate} microbatches"
-    if test is None:
-        evaluation = f"no k-NN accuracy: there is no split {config.data.test_split!r}"
-    elif not (source.has_labels and test.has_labels):
-        evaluation = "no k-NN accuracy: the images have no labels"
-    else:
-        evaluation = f"k-NN on {len(test)} test images"
-        if source.class_names is not None:
-            evaluation += f" of {len(source.class_names)} classes"
-    return (
-        f"{len(source)} images, views {views}; {count / 1e6:.1f} M parameters; batch "
-        f"{config.batch_size} {where}; steps {start} to {run.steps} "
-        f"({run.steps / run.epoch:.1f} epochs); {evaluation}."
-    )
-
-
-def warnings_of(config: ml_collections.ConfigDict, images: int, start: int) -> list[str]:
-    """Returns warnings about a batch size and a trace that are valid, but probably not intended."""
-    words = []
-    if images < config.batch_size:
-        words.append(
-            f"warning: there are only {images} images, fewer than the batch of {config.batch_size},"
-            " so that every batch shows some of them more than once. Check data.path; if these are "
-            f"all images, set --config.batch_size to {images} or less"
-        )
-    first, last = config.profile_steps
-    if 0 < last <= start:
-        words.append(
-            f"warning: nothing will be traced, because the steps of profile_steps={first},{last} "
-            f"are done: the run continues after step {start}"
-        )
-    return words
-
-
-def summarise(rows: list[dict[str, Any]], steps: int, compile_s: float) -> dict[str, Any]:
-    """Returns the summary of a finished run.
-
-    Args:
-        rows: the logged rows.
-        steps: the number of steps of the run.
-        compile_s: the seconds that compiling took in the last start.
-    """
-    first, final = (rows[0], rows[-1]) if rows else ({}, {})
-    speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
-    return {
-        "knn_top1": final.get("knn_top1"),
-        "knn_top1_untrained": first.get("knn_top1") if first.get("step") == 0 else None,
-        "knn_k": final.get("knn_k"),
-        "loss": final.get("loss"),
-        "steps": steps,
-        "images_per_s": float(np.median(speeds)) if speeds else None,
-        "wall_s": final.get("wall_s"),
-        "compile_s": compile_s,
-    }
-
-
-def curves_text(tracker: str, workdir: epath.Path) -> str:
-    """Returns where the curves of a run are."""
-    if tracker == "wandb":
-        return f"curves: in Weights & Biases; {workdir / 'wandb.json'} names the run"
-    curves = f"curves: tensorboard --logdir {shlex.quote(str(workdir))}"
-    if importlib.util.find_spec("tensorboard") is None:
-        curves += " (after pip install tensorboard)"
-    return curves
-
-
-def summary_text(summary: dict[str, Any], curves: str) -> str:
-    """Returns the summary in words for people, and where the curves are."""
-    minutes = f"{summary['steps']} steps in {(summary['wall_s'] or 0) / 60:.1f} minutes"
-    before, after = summary["knn_top1_untrained"], summary["knn_top1"]
-    if before is None or after is None:
-        return f"{minutes}; {curves}"
-    accuracy = f"k-NN accuracy {100 * before:.1f} % untrained, {100 * after:.1f} % now"
-    return f"{accuracy}; {minutes}; {curves}"
-
-
 def main() -> None:
     """Trains the run that the flags describe."""
     args = flags.FLAGS
@@ -776,7 +701,7 @@ def main() -> None:
     if args.dry_run:
         preview.show(expand_paths(config), workdir, seen, full)
     else:
-        train(config, workdir, args.wait)
+        train(config, workdir, args.wait, seen.survey.notes if seen else ())
 
 
 if __name__ == "__main__":

@@ -128,3 +128,30 @@ def read_only() -> Iterator[pathlib.Path]:
         finally:
             os.seteuid(user)
             folder.chmod(0o755)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of an untrained network that maps different images to different features."""
+    from runs import APART, make_run  # here, because types are checked in later imports only
+
+    workdir = tmp_path_factory.mktemp("small") / "run"
+    make_run(workdir, **APART, **{"eval.batch_size": 16})
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def small_network(small_run: pathlib.Path) -> Any:
+    """The network of `small_run`."""
+    from sop_jax.network import load
+
+    return load(small_run)
+
+
+@pytest.fixture
+def colour_tree(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder with red and green images, each in a folder of its class."""
+    from datasets import colours
+
+    colours(tmp_path / "data", labelled=True)
+    return tmp_path / "data" / "val"

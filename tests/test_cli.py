@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from documented import example
 
 pytestmark = pytest.mark.medium
 
@@ -20,7 +21,7 @@ RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
 )
 
 COMMAND = """
-import errno, gc, logging, os, signal, sys, time
+import atexit, errno, gc, logging, os, signal, sys, time
 from absl import flags
 from ml_collections import config_flags
 from sop_jax import cli, errors
@@ -66,6 +67,12 @@ def fail(how):
         gc.callbacks.append(callback)
         gc.collect()
         time.sleep(60)
+    if how == "interrupt the end":
+        atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))
+        return
+    if how == "interrupt an end":
+        fail("interrupt the end")
+        fail("interrupt")
     if how == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -407,6 +414,17 @@ def test_an_error_of_the_run(command: pathlib.Path, how: str, message: str, code
     assert result.returncode == code
 
 
+@pytest.mark.parametrize(
+    ("how", "message", "code"),
+    [("interrupt the end", "", 0), ("interrupt an end", "interrupted\n", 130)],
+)
+def test_ctrl_c_while_python_exits_ends_the_command(
+    command: pathlib.Path, how: str, message: str, code: int
+) -> None:
+    result = run(command, WORKDIR, f"--fail={how}")
+    assert (result.stderr, result.returncode) == (message, code)
+
+
 def test_an_error_of_the_program_keeps_its_traceback(command: pathlib.Path) -> None:
     result = run(command, WORKDIR, "--fail=bug")
     assert "Traceback" in result.stderr and "ZeroDivisionError: a bug" in result.stderr
@@ -453,6 +471,10 @@ def test_help_of_every_command_lists_its_flags_and_is_no_error() -> None:
         found = re.findall(r"^  --(?:\[no\])?([\w.]+)", shown[command], re.MULTILINE)
         assert set(flags.split()) <= set(found), command
         assert f"python -m sop_jax.{command}" in shown[command]
+        main = shown[command].partition("\nFlags:\n")[2].partition("\nMore flags:")[0]
+        assert 3 <= len(re.findall(r"^  --", main, re.MULTILINE)) <= 5
+        file = ROOT / "sop_jax" / f"{command.replace('.', '/')}.py"
+        assert example(file).lines and all(line in shown[command] for line in example(file).lines)
         assert max(map(len, shown[command].splitlines())) <= 100
         assert "repeat this option" not in shown[command] and "ENUM" not in shown[command]
     assert "--network=teacher|student\n      Which network" in shown["evaluate"]

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from datasets import colours, pack
 from etils import epath
 from PIL import Image
 from runs import APART, LENGTH, make_config, make_run
@@ -328,19 +329,6 @@ def test_command_names_the_tasks_it_knows(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def colours(root: pathlib.Path, labelled: bool) -> None:
-    """Makes train and test splits of two classes, red and blue, or a folder without classes."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 5)) if labelled else ((".", 12),):
-        for channel, name in enumerate(("red", "green")):
-            folder = root / split / (name if labelled else "")
-            folder.mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = rng.integers(0, 60, (20, 24, 3)).astype(np.uint8)
-                pixels[..., channel] += 180
-                Image.fromarray(pixels).save(folder / f"{name}{i}.png")
-
-
 def test_moved_data_is_found_by_its_flag(tmp_path: pathlib.Path) -> None:
     folder = {"data.source": "folder", "data.path": "/moved/away", "data.test_split": "val"}
     make_run(tmp_path / "run", **folder)
@@ -434,18 +422,6 @@ def test_a_flag_that_names_data_is_never_ignored(
     make_run(tmp_path, steps=())  # the data is opened before the checkpoint
     with pytest.raises(UserError, match=message):
         record(tmp_path, data=data)
-
-
-def pack(root: pathlib.Path, file: pathlib.Path) -> None:
-    """Writes the images of `colours` to one file."""
-    arrays: dict[str, Any] = {"class_names": np.array(["green", "red"])}
-    for split in ("train", "val"):
-        images = sorted((root / split).rglob("*.png"))
-        records = [image.read_bytes() for image in images]
-        arrays[f"{split}_blob"] = np.frombuffer(b"".join(records), np.uint8)
-        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, records)])
-        arrays[f"{split}_labels"] = np.array([image.parent.name == "red" for image in images], int)
-    np.savez(file, **arrays)
 
 
 def test_a_converted_network_is_evaluated_on_any_data(

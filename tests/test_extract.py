@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from datasets import colours
 from PIL import Image
-from test_evaluate import colours, make_run
+from runs import make_run
 
 from sop_jax.data.folders import folder_source
 from sop_jax.errors import UserError

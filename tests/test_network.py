@@ -12,7 +12,6 @@ import pytest
 from checkpoints import save_pth, vit
 from PIL import Image
 from runs import APART, make_run
-from test_evaluate import colours
 
 import sop_jax
 from sop_jax.convert import convert
@@ -47,95 +46,85 @@ def test_every_public_name_is_what_its_module_has() -> None:
     assert sop_jax.load is load
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("run")
-    make_run(workdir, **APART, **{"eval.batch_size": 16})
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def network(run: pathlib.Path) -> Network:
-    return load(run)
-
-
-@pytest.fixture
-def tree(tmp_path: pathlib.Path) -> pathlib.Path:
-    colours(tmp_path / "data", labelled=True)
-    return tmp_path / "data" / "val"
-
-
-def arrays(tree: pathlib.Path) -> list[np.ndarray]:
-    return [np.asarray(Image.open(file)) for file in sorted(tree.rglob("*.png"))]
+def arrays(colour_tree: pathlib.Path) -> list[np.ndarray]:
+    return [np.asarray(Image.open(file)) for file in sorted(colour_tree.rglob("*.png"))]
 
 
 @pytest.mark.medium
 def test_features_are_those_of_the_command(
-    run: pathlib.Path, network: Network, tree: pathlib.Path
+    small_run: pathlib.Path, small_network: Network, colour_tree: pathlib.Path
 ) -> None:
-    export(run, open_images([str(tree)]), tree / "f.npz", patches=True)
-    with np.load(tree / "f.npz") as found:
+    export(small_run, open_images([str(colour_tree)]), colour_tree / "f.npz", patches=True)
+    with np.load(colour_tree / "f.npz") as found:
         expected = dict(found)
-    features, names = network.features(tree, names=True)
+    features, names = small_network.features(colour_tree, names=True)
     assert features.dtype == np.float32
     np.testing.assert_array_equal(features, expected["features"])
     assert names == expected["names"].tolist()
-    patches = network.patch_features(str(tree))
+    patches = small_network.patch_features(str(colour_tree))
     assert patches.shape == (10, 4, 4, 32) and patches.dtype == np.float32
     np.testing.assert_array_equal(
         patches.reshape(10, 16, 32).astype(np.float16), expected["patch_features"]
     )
-    assert (network.step, network.config.augment.global_size) == (7, 16)
-    assert not np.allclose(load(run, step=3).features(tree), features)
-    assert repr(network) == f"<sop_jax.Network: the teacher of {run}, step 7>"
+    assert (small_network.step, small_network.config.augment.global_size) == (7, 16)
+    assert not np.allclose(load(small_run, step=3).features(colour_tree), features)
+    assert repr(small_network) == f"<sop_jax.Network: the teacher of {small_run}, step 7>"
 
 
 @pytest.mark.medium
 def test_arrays_files_and_pillow_images_have_the_features_of_the_folder(
-    network: Network, tree: pathlib.Path
+    small_network: Network, colour_tree: pathlib.Path
 ) -> None:
-    expected = network.features(tree)
-    files = sorted(tree.rglob("*.png"))
-    given: list[Any] = [arrays(tree), np.stack(arrays(tree)), files, [Image.open(f) for f in files]]
+    expected = small_network.features(colour_tree)
+    files = sorted(colour_tree.rglob("*.png"))
+    given: list[Any] = [
+        arrays(colour_tree),
+        np.stack(arrays(colour_tree)),
+        files,
+        [Image.open(f) for f in files],
+    ]
     for images in given:
-        np.testing.assert_array_equal(network.features(images), expected)
-    backwards, names = network.features(files[::-1], names=True)
+        np.testing.assert_array_equal(small_network.features(images), expected)
+    backwards, names = small_network.features(files[::-1], names=True)
     np.testing.assert_array_equal(backwards, expected[::-1])
     assert names == [str(file) for file in files[::-1]]
     # One image is a batch of its own size, whose sums may be rounded in another way.
-    for one in (files[3], arrays(tree)[3], files[3].read_bytes()):
-        np.testing.assert_allclose(network.features(one), expected[3:4], atol=1e-5)
+    for one in (files[3], arrays(colour_tree)[3], files[3].read_bytes()):
+        np.testing.assert_allclose(small_network.features(one), expected[3:4], atol=1e-5)
 
 
 @pytest.mark.medium
-def test_the_last_batch_compiles_nothing(run: pathlib.Path, network: Network) -> None:
+def test_the_last_batch_compiles_nothing(small_run: pathlib.Path, small_network: Network) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 20, 20, 3), dtype=np.uint8)
-    own = load(run, batch_size=8)
+    own = load(small_run, batch_size=8)
     found = own.features(images)
     program = own._programs["features"]
     assert program._cache_size() == 1  # type: ignore[attr-defined]
-    np.testing.assert_allclose(found, network.features(images), atol=1e-5)
+    np.testing.assert_allclose(found, small_network.features(images), atol=1e-5)
     own.features(images[:9])
     assert program._cache_size() == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.medium
-def test_one_device_gives_what_all_give(run: pathlib.Path, network: Network) -> None:
+def test_one_device_gives_what_all_give(small_run: pathlib.Path, small_network: Network) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
-    own = load(run, devices=jax.local_devices()[3:4])
+    own = load(small_run, devices=jax.local_devices()[3:4])
     (leaf, *_) = jax.tree.leaves(own._params)
     assert leaf.devices() == {jax.local_devices()[3]}
-    np.testing.assert_allclose(own.features(images), network.features(images), atol=1e-5)
+    np.testing.assert_allclose(own.features(images), small_network.features(images), atol=1e-5)
 
 
 @pytest.mark.medium
 def test_attention_is_that_of_the_image_token(
-    run: pathlib.Path, network: Network, tree: pathlib.Path, tmp_path: pathlib.Path
+    small_run: pathlib.Path,
+    small_network: Network,
+    colour_tree: pathlib.Path,
+    tmp_path: pathlib.Path,
 ) -> None:
-    _, model, params, _ = load_network(run)
+    _, model, params, _ = load_network(small_run)
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     weights = np.asarray(model.attention(params, jnp.asarray(images)))
-    found = network.attention(images)
+    found = small_network.attention(images)
     assert found.shape == (3, 2, 4, 4) and found.dtype == np.float32
     np.testing.assert_allclose(found.reshape(3, 2, 16), weights[:, :, 0, 1:], atol=1e-6)
     assert (found.sum((2, 3)) < 1).all()
@@ -149,24 +138,24 @@ def test_attention_is_that_of_the_image_token(
 
 @pytest.mark.medium
 def test_unreadable_images_are_left_out_of_folders_and_refused_in_lists(
-    network: Network, tree: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    small_network: Network, colour_tree: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    expected = network.features(tree)
-    (tree / "red" / "red1.png").write_bytes(b"no image")
-    (tree / "notes.txt").write_text("")
-    features, names = network.features(tree, names=True)
+    expected = small_network.features(colour_tree)
+    (colour_tree / "red" / "red1.png").write_bytes(b"no image")
+    (colour_tree / "notes.txt").write_text("")
+    features, names = small_network.features(colour_tree, names=True)
     np.testing.assert_array_equal(features, np.delete(expected, 6, axis=0))
     assert len(names) == 9 and "red/red1.png" not in names
     shown = capfd.readouterr().err
     assert "1 image cannot be read" in shown and "red/red1.png: it is not an image" in shown
     assert "ignored 1 .txt" in shown or ".txt" in shown
-    files = [tree / "red" / "red0.png", tree / "red" / "red1.png", b"nothing"]
+    files = [colour_tree / "red" / "red0.png", colour_tree / "red" / "red1.png", b"nothing"]
     with pytest.raises(UserError, match=r"(?s)^2 of 3 images .*red1.png: it is not.*\[2\]: it is"):
-        network.features(files)
-    for file in tree.rglob("*.png"):
+        small_network.features(files)
+    for file in colour_tree.rglob("*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match="none of the 10 images can be read"):
-        network.features(tree)
+        small_network.features(colour_tree)
 
 
 @pytest.mark.medium
@@ -199,22 +188,24 @@ def test_a_network_without_patches_says_so(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.medium
-def test_only_a_network_of_the_run_is_loaded(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert "the student of" in load(run, key="student").name
+def test_only_a_network_of_the_run_is_loaded(
+    small_run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    assert "the student of" in load(small_run, key="student").name
     with pytest.raises(UserError, match="no network 'foo' in .*: teacher, student"):
-        load(run, key="foo")
+        load(small_run, key="foo")
     with pytest.raises(UserError, match="no network 'foo' in .*: teacher, student"):
-        convert(run, tmp_path / "net", key="foo")
+        convert(small_run, tmp_path / "net", key="foo")
     assert not (tmp_path / "net").exists()
 
 
 @pytest.mark.medium
-def test_pillow_images_without_a_known_white_say_what_helps(network: Network) -> None:
+def test_pillow_images_without_a_known_white_say_what_helps(small_network: Network) -> None:
     image = Image.fromarray(np.ones((20, 20), np.float32))
     with pytest.raises(UserError, match=r"(?s)\[0\]: .*which of .*pass such images as uint8"):
-        network.features(image)
+        small_network.features(image)
     with pytest.raises(UserError, match="leave them out$"):
-        network.features(b"no image")
+        small_network.features(b"no image")
 
 
 @pytest.mark.parametrize("size", [0, -1, True])

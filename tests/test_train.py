@@ -41,11 +41,13 @@ from sop_jax.data.sources import open_source
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.monitor import metrics
 from sop_jax.monitor.pace import Pace, PaceKeeper
+from sop_jax.monitor.sentences import curves_text, run_text, summary_text, warnings_of
 from sop_jax.objectives.sop.health import PATIENCE
 from sop_jax.parallel.mesh import make_mesh
+from sop_jax.schedules import Length
 from sop_jax.settings import flatten
 from sop_jax.training import assemble as assembly
-from sop_jax.training import checkpoint, owner
+from sop_jax.training import checkpoint, owner, resume
 from sop_jax.training.assemble import assemble
 
 pytestmark = pytest.mark.medium
@@ -189,8 +191,21 @@ def test_labels_of_a_packed_file_without_class_names_are_announced(tmp_path: pat
     config.data.update(train_split="train", test_split="test")
     source, test = (open_source(config.data, split) for split in ("train", "test"))
     assert source is not None
-    run = assemble(config, make_mesh(1), images=100)
-    assert train.describe(config, run, source, test, 0).endswith("; k-NN on 4 test images.")
+    devices, length = np.array(jax.devices()[:1]), Length(steps=10, epoch=5.0)
+    words = run_text(config, source, test, 2_600_000, devices, 3, length)
+    assert "4 images, " in words and "; 2.6 M parameters; " in words
+    assert words.endswith("; steps 3 to 10 (2.0 epochs); k-NN on 4 test images.")
+
+
+def test_what_was_told_of_the_images_is_not_told_again(tmp_path: pathlib.Path) -> None:
+    paint(tmp_path / "images", 4)
+    (tmp_path / "images" / "notes.txt").write_text("no image")
+    config = folder_config(tmp_path / "images")
+    workdir = epath.Path(tmp_path / "run")
+    status = resume.check_workdir(config, workdir)
+    (note,) = train.prepare(status, workdir, told=()).notes
+    assert "notes.txt" in note or ".txt" in note
+    assert train.prepare(status, workdir, told=[note]).notes == []
 
 
 # The files of a run
@@ -1366,10 +1381,10 @@ def test_says_that_the_input_is_the_bottleneck(
 
 def test_fewer_images_than_a_batch_and_a_trace_that_is_over_are_reported() -> None:
     config = small_config(batch_size=32, profile_steps=(3, 4))
-    few, over = train.warnings_of(config, 3, start=4)
+    few, over = warnings_of(config, 3, start=4)
     assert few.startswith("warning: there are only 3 images, fewer than the batch of 32")
     assert "the steps of profile_steps=3,4 are done" in over
-    assert train.warnings_of(config, 32, start=3) == []
+    assert warnings_of(config, 32, start=3) == []
 
 
 def test_a_read_only_workdir_is_reported_before_anything_else(read_only: pathlib.Path) -> None:
@@ -1381,10 +1396,10 @@ def test_a_read_only_workdir_is_reported_before_anything_else(read_only: pathlib
 def test_the_command_for_the_curves_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     summary = {"steps": 1, "wall_s": 1.0, "knn_top1": None, "knn_top1_untrained": None}
     workdir = epath.Path("runs/it's mine; & more")
-    words = train.summary_text(summary, train.curves_text("tensorboard", workdir))
+    words = summary_text(summary, curves_text("tensorboard", workdir))
     command = words.partition("curves: ")[2]
     assert shlex.split(command) == ["tensorboard", "--logdir", str(workdir)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert train.summary_text(summary, train.curves_text("tensorboard", workdir)).endswith(
+    assert summary_text(summary, curves_text("tensorboard", workdir)).endswith(
         "(after pip install tensorboard)"
     )

@@ -5,6 +5,10 @@
 ROOT contains one folder per split, each with one folder per class (ImageNet's layout), or any
 other images, which then form a single split `train`; with --splits= no folder is a split. The bytes
 of the files and of their names are copied unchanged.
+
+For example, of the pictures of the documents:
+
+    python -m sop_jax.data.prepare --images=docs --out=runs/data --name=pictures
 """
 
 import errno

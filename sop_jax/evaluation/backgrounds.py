@@ -28,7 +28,7 @@ from sop_jax.data.named import name_folder
 from sop_jax.errors import UserError
 from sop_jax.evaluation.features import pooled
 from sop_jax.evaluation.heads import Head, classify, read_head
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Subject, Task, Tools, View
 from sop_jax.evaluation.views import view_of
 from sop_jax.rules import COUNT, TEXT
@@ -160,7 +160,7 @@ def predict(
     return best if to_nine is None else np.asarray(to_nine)[best]
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies in percent, and the paper's."""
     rows: list[list[Any]] = [["variant", "here %", *PAPER]]
     for place, name in enumerate(VARIANTS):
@@ -168,10 +168,11 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
     same, random = VARIANTS.index("mixed_same"), VARIANTS.index("mixed_rand")
     gaps = (values[same] - values[random] for values in PAPER.values())
     rows.append(["BG-gap", percent(result["bg_gap"]), *gaps])
-    lines = [aligned(rows), "The methods' numbers are those of ViT-B in table 6 of the SOP paper"]
+    where = "The methods' numbers are those of ViT-B in table 6 of the SOP paper"
+    parts: list[Part] = [rows, where]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    return parts
 
 
 TASK = Task(

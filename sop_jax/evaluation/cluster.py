@@ -25,7 +25,7 @@ from sop_jax.data.subsets import Subset, labels_of
 from sop_jax.errors import UserError
 from sop_jax.evaluation.agreement import agreement
 from sop_jax.evaluation.splits import open_split
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Subject, Task, Tools, check_unused
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
@@ -243,17 +243,17 @@ NAMES = {
 }
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the scores in percent. The SOP and MaSSL papers have no such numbers."""
     found = (
         f"{result['clusters']} clusters of {result['images']} images of {result['classes']} classes"
     )
     rows: list[list[Any]] = [["score", "%"]]
     rows += [[text, percent(result[name])] for name, text in NAMES.items()]
-    lines = [found, aligned(rows)]
+    parts: list[Part] = [found, rows]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    return parts
 
 
 TASK = Task(

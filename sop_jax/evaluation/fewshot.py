@@ -28,7 +28,7 @@ from sop_jax.evaluation.logistic import (
     prepare,
 )
 from sop_jax.evaluation.splits import Splits, sources_of
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Subject, Task, Tools
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.rules import COUNT, POSITIVE, one_of, some
@@ -129,21 +129,21 @@ def run(
     return result | {"converged": converged, "images": images, "unreadable": unreadable}
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies in percent by the number of images per class."""
     rows: list[Sequence[Any]] = [["images per class", "top-1 %", "std", "per class %", "std"]]
     for shots in settings.shots:
         names = [f"top1_{shots}", f"top1_{shots}_std"]
         names += [f"mean_per_class_{shots}", f"mean_per_class_{shots}_std"]
         rows.append([str(shots), *(percent(result[name]) for name in names)])
-    lines = [aligned(rows), f"mean and standard deviation of {settings.draws} draws"]
+    parts: list[Part] = [rows, f"mean and standard deviation of {settings.draws} draws"]
     if mean_per_class(settings.set):
-        lines.append("the papers report the mean per class for this data set")
+        parts.append("the papers report the mean per class for this data set")
     if not result["converged"]:
-        lines.append("NOT all converged; allow more iterations with --eval.iterations")
+        parts.append("NOT all converged; allow more iterations with --eval.iterations")
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    return parts
 
 
 TASK = Task(

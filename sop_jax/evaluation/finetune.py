@@ -47,7 +47,7 @@ from sop_jax.evaluation.splits import (
     open_transfer_set,
     sources_of,
 )
-from sop_jax.evaluation.tables import aligned, papers_text, percent
+from sop_jax.evaluation.tables import Part, Table, papers_table, percent
 from sop_jax.evaluation.task import Subject, Task, Tools, View
 from sop_jax.evaluation.views import view_of
 from sop_jax.models import Model, Params, build
@@ -592,7 +592,7 @@ def _frequencies(train: Source, name: str, classes: int) -> np.ndarray | None:
     return np.bincount(labels[labels >= 0], minlength=classes)
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies in percent, and the papers'."""
     errors = ("top1", "mean_per_class")
     names = {
@@ -609,23 +609,22 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
         error = percent(result[f"{name}_error"]) if name in errors else ""
         if result[name] is not None:
             rows.append([words, percent(result[name]), error])
-    lines = [f"recipe {settings.recipe}, learning rate {result['lr']:g}", aligned(rows)]
+    first = f"recipe {settings.recipe}, learning rate {result['lr']:g}"
+    parts: list[Part] = [first, rows]
     if len(settings.lr) > 1:
         tried = zip(settings.lr, result["top1_by_lr"], strict=True)
-        lines += [
-            "",
-            aligned([["learning rate", "top-1 %"]] + [[f"{a:g}", percent(b)] for a, b in tried]),
-        ]
+        by_lr: Table = [["learning rate", "top-1 %"], *([f"{a:g}", percent(b)] for a, b in tried)]
+        parts += ["The learning rates that were tried:", by_lr]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
     if settings.set in PAPER_TRANSFER:
         title = transfer.SETS[settings.set].title
         numbers = {"ViT-B/16": PAPER_TRANSFER[settings.set]}
-        lines += ["", f"{title}, top-1 %, from the SOP paper:", papers_text(numbers)]
+        parts += [f"{title}, top-1 %, from the SOP paper:", papers_table(numbers)]
     elif not settings.set and settings.percent in PAPER:
         what = f"ImageNet-1k, {settings.percent:g} % of the labels, top-1 %, from the SOP paper:"
-        lines += ["", what, papers_text(PAPER[settings.percent])]
-    return "\n".join(lines)
+        parts += [what, papers_table(PAPER[settings.percent])]
+    return parts
 
 
 TASK = Task(

@@ -15,7 +15,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.accuracy import NEVER
 from sop_jax.evaluation.features import in_chunks, on_devices, unit
 from sop_jax.evaluation.splits import Splits, few_labels, open_splits, sources_of
-from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
+from sop_jax.evaluation.tables import Part, papers_table, percent, standard_error
 from sop_jax.evaluation.task import Features, Subject, Task, Tools
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
@@ -235,10 +235,10 @@ def vote(
     return votes, ~jnp.any(jnp.tril(same, -1), axis=2)
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies by k in percent, the best one marked, and the papers'."""
     if result["top1"] is None:
-        return "no accuracy: there are no labels, or no images to classify"
+        return ["no accuracy: there are no labels, or no images to classify"]
     rows: list[list[Any]] = [["k", "top-1 %", "top-5 %", ""]]
     used = [] if result["k"] in settings.k else [result["k"]]  # all train images
     for k in [*settings.k, *used]:
@@ -246,16 +246,13 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
         best = "best" if result["k"] == k else ""
         rows.append([k, *values, "(fewer train images)" if None in values else best])
     error = 100 * standard_error(result["top1"], result["images"])
-    lines = [aligned(rows), f"standard error of the best: {error:.2f}"]
+    parts: list[Part] = [rows, f"standard error of the best: {error:.2f}"]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
     if papers := PAPER.get(settings.percent):
-        lines += [
-            "",
-            "ImageNet-1k, top-1 % of the best k, from the SOP paper:",
-            papers_text(papers),
-        ]
-    return "\n".join(lines)
+        title = "ImageNet-1k, top-1 % of the best k, from the SOP paper:"
+        parts += [title, papers_table(papers)]
+    return parts
 
 
 TASK = Task(

@@ -32,7 +32,7 @@ from sop_jax.evaluation.features import in_chunks, pooled
 from sop_jax.evaluation.fit import Problem, fit
 from sop_jax.evaluation.heads import Head, write_head
 from sop_jax.evaluation.splits import Splits, count_labels, open_splits, sources_of
-from sop_jax.evaluation.tables import aligned, papers_text, percent, standard_error
+from sop_jax.evaluation.tables import Part, papers_table, percent, standard_error
 from sop_jax.evaluation.task import Features, Subject, Task, Tools, View
 from sop_jax.evaluation.views import AUTO, VIEW_RULES, view_of, view_settings
 from sop_jax.models import Params
@@ -341,7 +341,7 @@ def _keep(params: Params, head: int, view: View, subject: Subject, tools: Tools,
     write_head(tools.folder / file, Head(weights, bias, view, subject.fingerprint))
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies in percent, how the classifier was selected, and the papers'."""
     rows: list[Sequence[Any]] = [["selected on", "top-1 %", "top-5 %", "rate", "epoch", "error"]]
     for suffix, name in (("", "test images"), ("_held_out", "held-out train images")):
@@ -351,11 +351,11 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
         error = 100 * standard_error(top1, result["images"])
         rate = f"{result[f'rate{suffix}']:g}"
         rows.append([name, percent(top1), percent(top5), rate, result[f"epoch{suffix}"], error])
-    lines = [f"{result['classes']} classes; {result['view']}", aligned(rows)]
+    parts: list[Part] = [f"{result['classes']} classes; {result['view']}", rows]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    lines += ["", "ImageNet-1k, top-1 %, selected on test images, in the SOP paper:"]
-    return "\n".join([*lines, papers_text(PAPER)])
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    title = "ImageNet-1k, top-1 %, selected on test images, in the SOP paper:"
+    return [*parts, title, papers_table(PAPER)]
 
 
 TASK = Task(

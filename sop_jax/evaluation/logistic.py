@@ -38,7 +38,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation import accuracy
 from sop_jax.evaluation.features import in_chunks, on_devices, unit
 from sop_jax.evaluation.splits import Splits, open_transfer_set, sources_of
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Features, Subject, Task, Tools, View
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
@@ -411,7 +411,7 @@ def _count(
     return jax.lax.with_sharding_constraint(counted, everywhere)
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the accuracies in percent, and how the strength was chosen."""
     rows: list[Sequence[Any]] = [["", "%", "error"]]
     for name, error in (
@@ -425,22 +425,22 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
         if result[name] is not None:
             rows.append([name, percent(result[name]), percent(result.get(error))])
     by = "the test images" if result["protocol"] == "ibot" else "validation images"
-    lines = [
-        aligned(rows),
+    parts: list[Part] = [
+        rows,
         f"strength {result['strength']:g}, best of {len(result['by_strength'])} on {by}",
     ]
     if not result["converged"]:
-        lines.append(
+        parts.append(
             f"NOT converged after {result['iterations']} iterations; allow more with "
             "--eval.iterations"
         )
     if others := [x for x, _, converged in result["by_strength"] if not converged]:
-        lines.append(f"not converged for the strengths {', '.join(f'{x:g}' for x in others)}")
+        parts.append(f"not converged for the strengths {', '.join(f'{x:g}' for x in others)}")
     if mean_per_class(settings.set):
-        lines.append("the papers report the mean per class for this data set")
+        parts.append("the papers report the mean per class for this data set")
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    return parts
 
 
 TASK = Task(

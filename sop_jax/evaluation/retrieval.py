@@ -35,7 +35,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation import ranking
 from sop_jax.evaluation.contact_sheet import TILE, Tile, contact_sheet
 from sop_jax.evaluation.scales import SCALES
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import (
     POOLS,
     Features,
@@ -311,12 +311,12 @@ def _small(images: Source, record: int, config: ml_collections.ConfigDict) -> np
 # The task
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns mAP and mP@k in percent, and the papers' mAP."""
     if settings.images:
         where = f"are in {', '.join(result['files'])}" if result["files"] else "were not saved"
         found = f"{result['neighbours']} nearest neighbours of each of {result['images']} images"
-        return "\n".join([f"{found} {where}", *_unreadable("folder", result["unreadable"])])
+        return [f"{found} {where}", *_unreadable("folder", result["unreadable"])]
     names = ["map", *(f"mp_at_{k}" for k in ranking.CUTOFFS)]
     rows: list[list[Any]] = [["set", "protocol", "mAP", *(f"mP@{k}" for k in ranking.CUTOFFS)]]
     notes = []
@@ -328,7 +328,7 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
     paper: list[list[Any]] = [["ViT-B/16", "Oxford M", "H", "Paris M", "H"]]
     paper += [[method, *values] for method, values in PAPER.items()]
     title = "mAP in table 5 of the SOP paper:"
-    return "\n".join([aligned(rows), *notes, "", title, aligned(paper)])
+    return [rows, *notes, title, paper]
 
 
 def _unreadable(name: str, count: int) -> list[str]:

@@ -33,7 +33,7 @@ from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
 from sop_jax.evaluation import areas, sliding
 from sop_jax.evaluation.fit import Loss, Problem, fit
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Subject, Task, Tools, check_unused
 from sop_jax.models import Params, segmentation, size_of
 from sop_jax.models.positions import resize_positions
@@ -648,20 +648,13 @@ def write_weights(folder: epath.Path, params: Params) -> str:
     return ", ".join(exported.not_exported)
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns the scores in percent, and those of the papers with the same head."""
     names = ("mIoU", "mAcc", "aAcc")
     rows: list[list[Any]] = [["", *names], ["this network", *(percent(result[x]) for x in names)]]
     papers: list[list[Any]] = [["", "mIoU", "mAcc"]]
     papers += [[name, *row] for name, row in PAPER[settings.head].items()]
-    return "\n".join(
-        [
-            aligned(rows),
-            "",
-            "ViT-B/16 pretrained on ImageNet-1k, in percent, from the SOP paper:",
-            aligned(papers),
-        ]
-    )
+    return [rows, "ViT-B/16 pretrained on ImageNet-1k, in percent, from the SOP paper:", papers]
 
 
 def sources_of(inputs: Inputs) -> dict[str, Source | None]:

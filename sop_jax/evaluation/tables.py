@@ -1,7 +1,21 @@
-"""Tables of results for people."""
+"""Results for people: sentences and tables, and these as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+Table = Sequence[Sequence[Any]]  # rows of cells; the first row names the columns
+Part = str | Table  # a sentence, which is the title of the table after it if it ends with a colon
+
+
+def text_of(parts: Sequence[Part]) -> str:
+    """Returns sentences and tables as lines, with an empty line before the title of a table."""
+    lines: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            lines += [""] * bool(lines and part.endswith(":")) + [part]
+        else:
+            lines.append(aligned(part))
+    return "\n".join(lines)
 
 
 def aligned(rows: Sequence[Sequence[Any]]) -> str:
@@ -25,11 +39,11 @@ def cell_text(cell: Any) -> str:
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
-def papers_text(numbers: Mapping[str, Mapping[str, float]]) -> str:
+def papers_table(numbers: Mapping[str, Mapping[str, float]]) -> Table:
     """Returns the numbers of papers by network and method as a table."""
     methods = list(dict.fromkeys(name for own in numbers.values() for name in own))
     rows = [[network, *map(own.get, methods)] for network, own in numbers.items()]
-    return aligned([["", *methods], *rows])
+    return [["", *methods], *rows]
 
 
 def percent(share: float | None) -> float | None:

@@ -1,7 +1,7 @@
 """The interface of evaluations: a task, the network that it measures, and the tools it uses."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from jaxtyping import Float16, Float32, Int32
 
 from sop_jax.data.sources import Source
 from sop_jax.errors import UserError
+from sop_jax.evaluation.tables import Part
 from sop_jax.models import Model, Params
 from sop_jax.rules import Rule
 
@@ -181,7 +182,7 @@ class Task(NamedTuple):
         rules: the values that each setting can have.
         open: opens the data.
         run: measures a network.
-        table: maps the result and the settings to a table for people, with the papers' numbers.
+        table: maps the result and the settings to tables for people, with the papers' numbers.
         place: the name of its data's folder below `--root`.
         sources: maps the inputs to the sources by split, which identify the data in the results.
         paths: the settings that are paths, in which `~` is expanded.
@@ -197,7 +198,7 @@ class Task(NamedTuple):
     rules: Mapping[str, Rule]
     open: Open
     run: Run
-    table: Callable[[Mapping[str, Any], ml_collections.ConfigDict], str]
+    table: Callable[[Mapping[str, Any], ml_collections.ConfigDict], Sequence[Part]]
     place: str
     sources: Callable[[Any], Mapping[str, Source | None]]
     paths: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from sop_jax.errors import UserError
 from sop_jax.evaluation.cluster import SPLITS, name_of
 from sop_jax.evaluation.scatter import Points, draw_html, draw_png
 from sop_jax.evaluation.splits import open_split
+from sop_jax.evaluation.tables import Part
 from sop_jax.evaluation.task import Subject, Task, Tools
 from sop_jax.evaluation.views import VIEW_RULES, view_of, view_settings
 from sop_jax.parallel import hosts
@@ -165,16 +166,16 @@ def _save(folder: epath.Path, points: Points) -> None:
     write_whole(folder / "tsne.csv", as_csv(points))
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns where the map is, and how well it keeps the neighbours of the features."""
     where = f"is in {', '.join(result['files'])}" if result["files"] else "was not saved"
-    lines = [
+    parts: list[Part] = [
         f"a map of {result['images']} images {where}",
         f"Kullback-Leibler divergence: {result['divergence']:.3f}",
     ]
     if result["unreadable"]:
-        lines.append(f"{result['unreadable']} images could not be read and were left out")
-    return "\n".join(lines)
+        parts.append(f"{result['unreadable']} images could not be read and were left out")
+    return parts
 
 
 TASK = Task(

@@ -29,7 +29,7 @@ from sop_jax.data.davis import Clip
 from sop_jax.data.listed import ListedFiles
 from sop_jax.errors import UserError
 from sop_jax.evaluation import overlap, propagation
-from sop_jax.evaluation.tables import aligned, percent
+from sop_jax.evaluation.tables import Part, percent
 from sop_jax.evaluation.task import Subject, Task, Tools
 from sop_jax.parallel import hosts
 from sop_jax.paths import write_whole
@@ -343,7 +343,7 @@ def summary(scores: Sequence[Scores]) -> dict[str, float | None]:
     return {"JF_mean": (means["J_mean"] + means["F_mean"]) / 2, **means}
 
 
-def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str:
+def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> list[Part]:
     """Returns J&F, J and F in percent by clip, their means, and those of the papers."""
     clips = result["clips"].items()
     mean = (f"mean of {result['objects']} objects", result)
@@ -358,7 +358,7 @@ def table(result: Mapping[str, Any], settings: ml_collections.ConfigDict) -> str
     ]
     paper = [["DAVIS-2017 val", *rows[0][1:]], *([name, *values] for name, values in PAPER.items())]
     title = "table 4 of the SOP paper:"
-    return "\n".join([aligned(rows), *lost, "", title, aligned(paper)])
+    return [rows, *lost, title, paper]
 
 
 TASK = Task(

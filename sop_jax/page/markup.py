@@ -45,12 +45,6 @@ def details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def preformatted(text: str, label: str) -> str:
-    """Returns a text whose columns are aligned by spaces; the keyboard can scroll it."""
-    lines = "\n".join(map(escape, text.split("\n")))
-    return f'<pre tabindex="0" role="group" aria-label="{escape(label)}">{lines}</pre>'
-
-
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, shown: bool = True
 ) -> str:
@@ -154,7 +148,12 @@ figure svg { width: 100%; max-width: 560px; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
 figcaption { color: var(--faint); font-size: 14px; max-width: 85ch; }
 .charts figcaption { max-width: 560px; }
-pre { background: var(--panel); padding: 10px; overflow-x: auto; font-size: 13px; margin: 6px 0; }
+.charts:has(> :only-child) { columns: auto; }
+.charts > :only-child { display: grid; grid-template-rows: auto 1fr; column-gap: 40px;
+  grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
+.charts > :only-child svg { grid-row: 1 / span 2; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 56px; }
+.beside > div { max-width: 100%; }
 summary { cursor: pointer; color: var(--link); font-size: 14px; }
 .gallery td, .gallery th { border: 0; padding: 4px; text-align: center; vertical-align: top;
   white-space: normal; max-width: 124px; font-size: 12px; line-height: 1.3; }
@@ -183,11 +182,10 @@ summary { cursor: pointer; color: var(--link); font-size: 14px; }
   nav, .skip, .tip, details:not([open]) { display: none; }
   .charts { columns: 2 240px; column-gap: 24px; }
   .charts figure, .map, tr, .words li { break-inside: avoid; }
-  .scroll, pre { overflow: visible; }
+  .scroll { overflow: visible; }
   th, td { white-space: normal; padding: 3px 6px; font-size: 9pt; }
   tbody th { min-width: 11em; }
   h2, h3, h4, caption, thead { break-after: avoid; }
-  pre { white-space: pre-wrap; }
   * { print-color-adjust: exact; }
 }
 </style>

@@ -221,7 +221,8 @@ def _grid_of_neighbours(
     gallery_of, queries_of = sources[0], sources[-1]
     known, asked = found[0], found[-1]
     rows = np.sort(np.random.default_rng(1).permutation(len(asked.index))[:shown])
-    near = neighbours(asked.vectors[rows], known.vectors, NEAREST, rows if same else None)
+    themselves = [[row] for row in rows.tolist()] if same else []
+    near = neighbours(asked.vectors[rows], known.vectors, NEAREST, themselves)
     lines = []
     right = total = 0
     for row, places, cosines in zip(rows, near.places, near.cosines, strict=True):

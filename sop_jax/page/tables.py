@@ -8,6 +8,7 @@ import ml_collections
 from etils import epath
 
 from sop_jax.data.folders import printable
+from sop_jax.evaluation.tables import Part, cell_text
 from sop_jax.evaluation.tasks import TASKS
 from sop_jax.models import FAMILIES
 from sop_jax.monitor.metrics import time_text
@@ -97,13 +98,13 @@ def evaluations(run: Shown, several: bool) -> tuple[str, list[str]]:
         record = read_result(path)
         try:
             assert record is not None
-            title, text = _result(record)
+            title, content = _result(record)
         except Exception as error:  # a file that another version, or no version, wrote
             name = printable(path.name)
             notes.append(f"{name} cannot be read as a result ({type(error).__name__}).")
             continue
         title = f"{run.name}: {title}" if several else title
-        parts.append(f"<h3>{markup.escape(title)}</h3>" + markup.preformatted(text, title))
+        parts.append(f"<h3>{markup.escape(title)}</h3>" + _as_html(content, title))
     return "".join(parts), notes
 
 
@@ -122,8 +123,27 @@ def read_result(path: epath.Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _result(record: dict[str, Any]) -> tuple[str, str]:
-    """Returns the title and the table of a result."""
+def _as_html(parts: Sequence[Part], title: str) -> str:
+    """Returns sentences and tables; those with titles, such as the papers', are beside the rest."""
+    blocks, caption = [""], ""
+    for part in parts:
+        if isinstance(part, str) and part.endswith(":"):
+            caption = part.removesuffix(":")
+        elif isinstance(part, str):
+            blocks[-1] += markup.paragraph(part)
+        else:
+            cells = [
+                [None if cell is None else cell_text(cell) for cell in row] for row in part[1:]
+            ]
+            columns = [str(name) for name in part[0]]
+            blocks += [""] * bool(caption)
+            blocks[-1] += markup.table(columns, cells, caption or title, shown=bool(caption))
+            caption = ""
+    return f'<div class="beside">{"".join(f"<div>{block}</div>" for block in blocks)}</div>'
+
+
+def _result(record: dict[str, Any]) -> tuple[str, list[Part]]:
+    """Returns the title of a result, and its sentences and tables."""
     task = TASKS[record["task"]]
     settings = task.settings()
     given = {
@@ -140,5 +160,4 @@ def _result(record: dict[str, Any]) -> tuple[str, str]:
         for split, one in record["data"].items()
         if isinstance(one, dict) and "images" in one
     )
-    text = task.table(record["results"], settings)
-    return title, "\n".join([*[images] * bool(images), text])
+    return title, [*[images] * bool(images), *task.table(record["results"], settings)]

@@ -1,5 +1,6 @@
 """The nearest images of images."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ def neighbours(
     queries: Float[np.ndarray, "n D"],
     gallery: Float[np.ndarray, "N D"],
     k: int,
-    own: Int[np.ndarray, " n"] | None = None,
+    own: Sequence[Sequence[int]] = (),
 ) -> Neighbours:
     """Returns the k nearest images by cosine; all of them if there are fewer.
 
@@ -32,12 +33,13 @@ def neighbours(
         queries: features of any norm.
         gallery: features of the images that are searched.
         k: the number of neighbours.
-        own: the row of the gallery that each query is itself, which is left out.
+        own: for each query the rows of the gallery that are itself, which are left out; () if
+            none is.
     """
     first, second = (unit(rows.astype(np.float32)) for rows in (queries, gallery))
     cosines = first @ second.T
-    if own is not None:
-        cosines[np.arange(len(own)), own] = -np.inf
-    k = min(k, len(gallery) - (own is not None))
-    places = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-    return Neighbours(places, np.take_along_axis(cosines, places, axis=1))
+    for row, places in enumerate(own):
+        cosines[row, list(places)] = -np.inf
+    k = min(k, len(gallery) - max(map(len, own), default=0))
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return Neighbours(nearest, np.take_along_axis(cosines, nearest, axis=1))

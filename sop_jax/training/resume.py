@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ class Status(NamedTuple):
 
 
 def check_place(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Checks that the folder of a run is not a file, and not that of its images.
+    """Checks that the folder of a run is not a file, and not in the folder of its images.
+
+    A run that an earlier version began in a folder below the images may continue there.
 
     Raises:
         UserError: it is one of them.
@@ -55,6 +58,19 @@ def check_place(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             f"--workdir={workdir} is also data.path, so the run would write among the images; name "
             "another folder for the run"
         )
+    if is_among_images(config, workdir) and not (workdir / "config.json").exists():
+        raise UserError(
+            f"--workdir={workdir} is inside the folder of images, so pictures of the run would "
+            "become some of them; name another folder for the run"
+        )
+
+
+def is_among_images(config: ml_collections.ConfigDict, workdir: epath.Path) -> bool:
+    """Returns whether the folder of a run is below the folder of its images."""
+    if config.data.source != "folder" or not config.data.path:
+        return False
+    parents = pathlib.Path(os.path.realpath(workdir)).parents
+    return pathlib.Path(os.path.realpath(config.data.path)) in parents
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: epath.Path) -> Status:

@@ -4,25 +4,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from datasets import write_pairs
 from PIL import Image
 
 from sop_jax.data import ade20k
 from sop_jax.data.ade20k import IGNORED, Pair, open_pairs, train_crop
 from sop_jax.errors import UserError
-
-
-def write_pairs(root: pathlib.Path, count: int = 3, classes: int = 5) -> pathlib.Path:
-    """Writes pairs of random blocks, in the layout of the benchmark."""
-    rng = np.random.default_rng(0)
-    for split in ade20k.SPLITS:
-        for kind in ("images", "annotations"):
-            (root / kind / split).mkdir(parents=True)
-        for i in range(count):
-            mask = np.kron(rng.integers(0, classes + 1, (6, 8)), np.ones((8, 8))).astype(np.uint8)
-            image = rng.integers(0, 256, (48, 64, 3)).astype(np.uint8)
-            Image.fromarray(image).save(root / "images" / split / f"ADE_{i:04}.jpg")
-            Image.fromarray(mask).save(root / "annotations" / split / f"ADE_{i:04}.png")
-    return root
 
 
 def replace_mask(root: pathlib.Path, mask: np.ndarray) -> None:

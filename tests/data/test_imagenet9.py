@@ -1,20 +1,13 @@
 """ImageNet-9: variants, labels and the map of ImageNet's classes, and what is refused."""
 
 import json
-import pathlib
 
 import pytest
-from PIL import Image
+from datasets import write_tree
 
 from sop_jax.data.decode import decode
 from sop_jax.data.imagenet9 import open_variants, read_map
 from sop_jax.errors import UserError
-
-
-def write_tree(root: pathlib.Path, files: list[str]) -> None:
-    for file in files:
-        (root / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 6)).save(root / file, "JPEG")
 
 
 def test_labels_are_the_numbers_of_the_folders(tmp_path):

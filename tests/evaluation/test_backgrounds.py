@@ -14,6 +14,7 @@ from sop_jax.data.imagenet9 import open_variant, read_map
 from sop_jax.errors import UserError
 from sop_jax.evaluation import backgrounds
 from sop_jax.evaluation.heads import Head, write_head
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import View
 
 WIDTH = 16  # of the network's features
@@ -26,7 +27,7 @@ def measure(root: pathlib.Path, head: pathlib.Path | str) -> tuple[dict[str, Any
     config = copy.deepcopy(untrained().config)
     inputs = backgrounds.open_inputs(config, settings, {"path": str(root)})
     result = backgrounds.run(untrained(), inputs, settings, toolbox())
-    return result, backgrounds.table(result, settings)
+    return result, text_of(backgrounds.table(result, settings))
 
 
 def write_random(path: pathlib.Path, classes: int, width: int = WIDTH, **fields: Any) -> Head:

@@ -19,6 +19,7 @@ from sop_jax.data.sources import DigitsSource
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import cluster
+from sop_jax.evaluation.tables import text_of
 from sop_jax.parallel.interruption import Interruption
 
 DIGITS = {"source": "digits"}
@@ -30,7 +31,7 @@ def measure(data: dict[str, str], **changes: Any) -> tuple[dict[str, Any], str]:
     settings.update({} if "assignments" in changes else {"starts": 2}, **changes)
     inputs = cluster.open_inputs(copy.deepcopy(untrained().config), settings, data)
     result = cluster.run(untrained(), inputs, settings, toolbox())
-    return result, cluster.table(result, settings)
+    return result, text_of(cluster.table(result, settings))
 
 
 @pytest.mark.medium

@@ -23,6 +23,7 @@ from sop_jax.data.subsets import Subset
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import finetune, fit
 from sop_jax.evaluation.finetune import TASK
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.models import build
@@ -278,7 +279,7 @@ def test_a_network_learns_the_digits():
     assert found["images"] == 360 and found["unreadable"] == 0
     assert found["head"] is None  # all classes are frequent
     json.dumps(found)
-    text = TASK.table(found, settings)
+    text = text_of(TASK.table(found, settings))
     assert "top-1" in text and "84.2" in text and "recipe vits" in text
 
 
@@ -287,7 +288,7 @@ def test_the_best_of_several_rates_is_reported():
     found, settings = tune(lr=(1e-7, 2e-3), epochs=2)
     assert found["lr"] == 2e-3 and found["top1_by_lr"][0] < found["top1_by_lr"][1]
     assert found["top1"] == found["top1_by_lr"][1]
-    assert "1e-07" in TASK.table(found, settings)
+    assert "1e-07" in text_of(TASK.table(found, settings))
 
 
 @pytest.mark.medium
@@ -303,7 +304,7 @@ def test_recipes_run_to_the_end(changes):
     found, settings = tune(**QUICK | {"epochs": 2} | changes)
     assert 0 <= found["top1"] <= 1 and found["images"] == 360
     share = "10 %" if settings.recipe == "semi10" else "100 %"
-    assert f"{share} of the labels" in TASK.table(found, settings)
+    assert f"{share} of the labels" in text_of(TASK.table(found, settings))
 
 
 @pytest.mark.slow
@@ -374,7 +375,7 @@ def test_the_recipe_of_cifar10_on_some_of_its_images(shared):
     tools = Toolbox(subject(config), make_mesh(), shown=False)
     found = TASK.run(subject(config), inputs, settings, tools)
     assert found["images"] == 100 and found["metric"] == "top1"
-    assert "99.3" in TASK.table(found, settings)
+    assert "99.3" in text_of(TASK.table(found, settings))
 
 
 SHORT = QUICK | {"epochs": 2, "batch_size": 480, "lr": (1e-3, 1e-2), "mixup": 0.8, "cutmix": 1.0}

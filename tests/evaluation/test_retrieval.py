@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from datasets import picture, write_small_set
 from etils import epath
 from PIL import Image
 from subjects import toolbox, untrained
@@ -20,6 +21,7 @@ from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import ranking, retrieval, scales, store
 from sop_jax.evaluation.scales import at_scales
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import View
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.parallel.mesh import make_mesh
@@ -35,19 +37,13 @@ def measure(
     settings.update(longest=LONGEST, **changes)
     inputs = retrieval.open_inputs(untrained().config, settings, data)
     result = retrieval.run(untrained(), inputs, settings, box or toolbox())
-    return result, retrieval.table(result, settings)
+    return result, text_of(retrieval.table(result, settings))
 
 
 def view(**changes: Any) -> View:
     return retrieval.view(untrained().config, retrieval.settings())._replace(
         longest=LONGEST, **changes
     )
-
-
-def picture(seed: int, height: int = 24, width: int = 32) -> Image.Image:
-    """Returns large random squares, which survive JPEG and scaling."""
-    squares = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
-    return Image.fromarray(squares).resize((width, height), Image.Resampling.NEAREST)
 
 
 def write_oxford(root: pathlib.Path, shared: pathlib.Path) -> pathlib.Path:
@@ -93,21 +89,6 @@ def test_oxford_from_files_to_scores(tmp_path, shared):
     assert easy > 5 * ranking.evaluate(chance, truth, "E").mean_ap
     assert text.splitlines()[1].split()[:3] == ["roxford5k", "E", f"{100 * easy:.2f}"]
     assert "42.70" in text  # the paper's
-
-
-def write_small_set(root: pathlib.Path, name: str = "roxford5k") -> pathlib.Path:
-    """Writes a set of six images, two for each of three queries, which show the same."""
-    folder = root / name
-    (folder / "jpg").mkdir(parents=True)
-    none: list[int] = []
-    entries = [dict(easy=[i], hard=[i + 3], junk=none) for i in range(3)]
-    names = dict(imlist=[f"i{i}" for i in range(6)], qimlist=["q0", "q1", "q2"])
-    (folder / f"gnd_{name}.pkl").write_bytes(pickle.dumps(names | dict(gnd=entries)))
-    for i in range(6):
-        picture(i % 3).save(folder / "jpg" / f"i{i}.jpg")
-    for i in range(3):
-        picture(i).save(folder / "jpg" / f"q{i}.jpg")
-    return folder
 
 
 def test_both_sets_are_ranked(tmp_path):

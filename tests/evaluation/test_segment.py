@@ -20,6 +20,7 @@ from sop_jax.check import check_rules
 from sop_jax.data import ade20k
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import areas, fit, segment
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.models import build
@@ -100,7 +101,7 @@ def measured(ade: pathlib.Path, tools: Toolbox, **changes: Any) -> dict[str, Any
     asked, own = settings(**changes), subject()
     inputs = segment.open_inputs(own.config, asked, {"path": str(ade)})
     result = segment.run(own, inputs, asked, tools)
-    assert "this network" in segment.table(result, asked)
+    assert "this network" in text_of(segment.table(result, asked))
     return result
 
 

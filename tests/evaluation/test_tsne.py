@@ -19,6 +19,7 @@ from test_evaluate import make_run
 
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluation import tsne
+from sop_jax.evaluation.tables import text_of
 from sop_jax.parallel.interruption import Interruption
 
 DIGITS = {"source": "digits"}
@@ -34,7 +35,7 @@ def opened(**changes: Any) -> tuple[Any, tsne.Inputs]:
 def measure(folder: pathlib.Path | None, **changes: Any) -> tuple[dict[str, Any], str]:
     settings, inputs = opened(**changes)
     result = tsne.run(untrained(), inputs, settings, toolbox(folder))
-    return result, tsne.table(result, settings)
+    return result, text_of(tsne.table(result, settings))
 
 
 @pytest.mark.medium

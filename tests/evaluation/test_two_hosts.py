@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import processes
 import pytest
+from datasets import write_small_set
 from PIL import Image
 from test_evaluate import make_run
-from test_retrieval import write_folder, write_small_set
+from test_retrieval import write_folder
 
 from sop_jax.evaluation.heads import Head, write_head
 from sop_jax.evaluation.task import View

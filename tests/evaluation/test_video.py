@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+from datasets import write_clip
 from etils import epath
-from PIL import Image
 from small import small_config
 from test_evaluate import make_run
 
@@ -24,6 +24,7 @@ from sop_jax.data import davis
 from sop_jax.errors import Interrupted, UserError
 from sop_jax.evaluate import Asked, evaluate
 from sop_jax.evaluation import video
+from sop_jax.evaluation.tables import text_of
 from sop_jax.evaluation.task import Subject
 from sop_jax.evaluation.tools import Toolbox
 from sop_jax.parallel import hosts
@@ -43,22 +44,6 @@ def subject() -> Subject:
         lambda leaf: put(np.asarray(leaf), replicated(make_mesh())), model.init(jax.random.key(0))
     )
     return Subject("small", config, model, params, "fingerprint", None)
-
-
-def write_clip(root: pathlib.Path, name: str, frames: int, masks: int | None = None) -> None:
-    """Writes two coloured squares that move to the right by a pixel per frame."""
-    for folder in (davis.FRAMES, davis.MASKS):
-        (root / folder / name).mkdir(parents=True)
-    noise = np.random.default_rng(0).integers(0, 60, (64, 128, 3))
-    for number in range(frames):
-        pixels, mask = noise.astype(np.uint8), np.zeros((64, 128), np.uint8)
-        for identity, top in ((1, 6), (2, 34)):
-            area = np.s_[top : top + 24, 16 + number : 48 + number]
-            pixels[area], mask[area] = [0, 255 * (identity == 1), 255 * (identity == 2)], identity
-        Image.fromarray(pixels).save(root / davis.FRAMES / name / f"{number:05d}.jpg", quality=95)
-        if masks is None or number < masks:
-            path = root / davis.MASKS / name / f"{number:05d}.png"
-            path.write_bytes(davis.encode_mask(mask))
 
 
 @pytest.fixture
@@ -216,9 +201,8 @@ def test_objects_that_are_too_small_are_reported(subject: Subject, root: pathlib
     assert swan["lost"] == [3] and swan["objects"] == 3 and result["objects"] == 5
     assert [row["J_mean"] > 0.5 for row in swan["scores"]][:2] == [True, True]
     settings = video.settings()
-    assert "swan: too small for the grid of tokens, and lost: object 3" in video.table(
-        result, settings
-    )
+    lost = "swan: too small for the grid of tokens, and lost: object 3"
+    assert lost in video.table(result, settings)
 
 
 def test_clips_without_masks_or_of_two_frames_have_no_scores(
@@ -297,7 +281,7 @@ def test_the_table_has_the_numbers_of_the_paper() -> None:
     scores = dict.fromkeys(("JF_mean", *SCORES), 0.5)
     clip = {"frames": 3, "objects": 1, "lost": [], **scores}
     result = {**scores, "objects": 1, "clips": {"bear": clip, "swan": clip | {"JF_mean": None}}}
-    lines = video.table(result, video.settings()).splitlines()
+    lines = text_of(video.table(result, video.settings())).splitlines()
     assert lines[1].split() == ["bear", "50.00", "50.00", "50.00"]
     assert lines[2].split() == ["swan", "-", "50.00", "50.00"]
     assert lines[-1].split() == ["SOP", "ViT-B/16", "63.30", "61.70", "65.00"]

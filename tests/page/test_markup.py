@@ -29,7 +29,6 @@ def test_everything_is_escaped() -> None:
         markup.contents([("name", BAD)]),
         markup.figure("", BAD),
         markup.details(BAD, ""),
-        markup.preformatted(BAD, BAD),
         markup.table([BAD, BAD], [[BAD, BAD]], BAD),
         markup.page(BAD, ""),
     ]
@@ -56,11 +55,6 @@ def test_a_table_names_its_rows_and_columns() -> None:
     assert "<caption>Losses</caption>" in text and "<td>–</td>" in text
     own = {"class": "scroll", "tabindex": "0", "role": "group", "aria-label": "Losses"}
     assert ("div", own) in found
-
-
-def test_lines_stay_lines() -> None:
-    text = markup.preformatted("a  b\n<c>", "letters")
-    assert text.endswith(">a  b\n&lt;c&gt;</pre>") and 'aria-label="letters"' in text
 
 
 @pytest.mark.parametrize(

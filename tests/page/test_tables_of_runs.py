@@ -76,6 +76,9 @@ def test_evaluations_have_the_papers_numbers(tmp_path: pathlib.Path) -> None:
     text, notes = tables.evaluations(shown(workdir=str(tmp_path)), several=False)
     assert not notes and "<h3>knn, step 1,200</h3>" in text
     assert "train: 2,500 images" in text and "75.3" in text  # of SOP with ViT-S/16
+    assert '<th scope="col">top-1 %</th>' in text and "<pre" not in text
+    assert "<caption>ImageNet-1k, top-1 % of the best k, from the SOP paper</caption>" in text
+    assert '<caption class="unseen">knn, step 1,200</caption>' in text
     named, _ = tables.evaluations(shown(workdir=str(tmp_path)), several=True)
     assert "<h3>a: knn, step 1,200</h3>" in named
 

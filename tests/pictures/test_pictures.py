@@ -27,7 +27,7 @@ def test_neighbours_are_sorted_by_cosine() -> None:
 
 def test_an_image_is_not_its_own_neighbour() -> None:
     gallery = rows(5)
-    found = neighbours(gallery[[3, 1]], gallery, 9, np.array([3, 1]))
+    found = neighbours(gallery[[3, 1]], gallery, 9, [[3], [1]])
     assert found.places.shape == (2, 4)
     assert 3 not in found.places[0] and 1 not in found.places[1]
     assert np.isfinite(found.cosines).all()

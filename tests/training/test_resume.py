@@ -33,6 +33,24 @@ def check(config: ml_collections.ConfigDict, tmp_path: pathlib.Path) -> resume.S
     return resume.check_workdir(config, epath.Path(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("inside", [".", "runs/mine"])
+def test_a_run_does_not_begin_among_its_images(tmp_path: pathlib.Path, inside: str) -> None:
+    own = small_config(data=dict(source="folder", path=str(tmp_path)))
+    workdir = epath.Path(tmp_path / inside)
+    with pytest.raises(UserError, match="name another folder for the run"):
+        resume.check_place(own, workdir)
+    resume.check_place(own, epath.Path(f"{tmp_path}-run"))
+
+
+def test_a_run_that_began_among_its_images_goes_on(tmp_path: pathlib.Path) -> None:
+    own = small_config(data=dict(source="folder", path=str(tmp_path)))
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    resume.check_place(own, epath.Path(workdir))
+    assert resume.is_among_images(own, epath.Path(workdir))
+
+
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_prior_that_changed_in_its_file_is_noticed(
     config: ml_collections.ConfigDict, tmp_path: pathlib.Path, finished: bool
