@@ -67,15 +67,50 @@ class Board:
             flush_secs=_BOARD_INTERVAL,
             filename_suffix=f".{resume_step}",  # two runs may start in the same second
         )
+        events: Any = self._board.file_writer.event_writer
+        self._events = _Events(events._ev_writer)
+        events._ev_writer = events._worker._record_writer = self._events
 
     def log(self, step: int, scalars: Mapping[str, int | float]) -> None:
-        """Adds one event per number."""
+        """Adds one event per number; raises the error of an earlier one that was not written."""
+        if self._events.error:
+            raise self._events.error
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; raises the error of an event that was not written."""
         self._board.close()
+        if self._events.error:
+            raise self._events.error
+
+
+class _Events:
+    """Event files that keep their first error, after which they write no more.
+
+    tensorboardX writes in a thread. If the disk is full, that would end, and the thread that adds
+    events would wait for it for ever.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.error: Exception | None = None
+
+    def write_event(self, event: Any) -> None:
+        self._try(lambda: self._writer.write_event(event))
+
+    def flush(self) -> None:
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self.error is None:
+            try:
+                act()
+            except Exception as error:  # each kind of storage raises its own
+                self.error = error
 
 
 class Wandb:

@@ -1,5 +1,7 @@
 """Curves in other places than metrics.jsonl, and what happens if these fail."""
 
+import errno
+import itertools
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX.event_file_writer import EventsWriter
 
 from sop_jax.errors import UserError
 from sop_jax.monitor import metrics, trackers
@@ -129,6 +132,28 @@ def test_a_tracker_that_fails_is_reported_once_and_ends_nothing(
     runs[1].finish = fail  # type: ignore[method-assign]
     write(writer, 10)
     assert len(notes) == 2
+
+
+@pytest.mark.parametrize("good", [5, 65])  # events; a row has 40, and tensorboardX's queue 10
+def test_curves_on_a_full_disk_are_reported_once_and_hold_nothing_up(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, good: int
+) -> None:
+    written, write_event = itertools.count(), EventsWriter.write_event
+
+    def write_until_full(self: EventsWriter, event: Any) -> Any:
+        if next(written) >= good:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_event(self, event)
+
+    monkeypatch.setattr(EventsWriter, "write_event", write_until_full)
+    notes: list[str] = []
+    writer = metrics.Writer(tmp_path, note=notes.append)
+    for step in range(1, 4):
+        writer.write(step, {f"value {i}": 0.5 for i in range(40)})
+    writer.close()
+    (note,) = notes
+    assert "has failed and gets no more rows" in note and "No space left on device" in note
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_what_is_missing_is_told_at_the_start(
