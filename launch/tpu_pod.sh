@@ -69,15 +69,16 @@ runtime="${runtime:-$software}"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 
-# The commands that run on the hosts. A training holds the lock while it runs. uv installs Python
-# because that of the hosts is too old.
+# The commands that run on the hosts. A training holds the lock while it runs. uv, which installs
+# Python where that of the hosts is too old, checks what it downloads.
+uv=uv==0.13.9
 idle="flock --nonblock run.lock true"
 setup="mkdir -p sop_jax && cd sop_jax \
 && { $idle || { echo a training is running here; exit 1; }; } \
 && tar -xzf ../sop_jax.tgz \
-&& { [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh; } \
-&& { [ -x .venv/bin/python ] || ~/.local/bin/uv venv --quiet --python=3.12 .venv; } \
-&& ~/.local/bin/uv pip install --quiet -e '.[tpu,gcs]'"
+&& { [ -x .$uv/bin/uv ] || python3 -m pip install --quiet --target=.$uv $uv; } \
+&& { [ -x .venv/bin/python ] || .$uv/bin/uv venv --quiet --python='>=3.11,<3.13' .venv; } \
+&& .$uv/bin/uv pip install --quiet -e '.[tpu,gcs]'"
 training="$(printf '%q ' .venv/bin/python -m sop_jax.train --wait=600 ${train[@]+"${train[@]}"})"
 training="$(printf %q "$training; echo \$? > run.exit")"
 start="cd sop_jax && { flock --nonblock 9 || { echo it is already running; exit 0; }; \

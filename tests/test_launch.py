@@ -85,9 +85,16 @@ UV = (
 [[ "$1" != venv ]] || { mkdir -p .venv/bin && cp "$WORLD/bin/python" .venv/bin/python; }
 """
 )
-CURL = """#!/usr/bin/env bash
-echo 'mkdir -p ~/.local/bin && cp "$WORLD/bin/uv" ~/.local/bin/uv'
+# Installs uv in the folder that is asked for.
+PIP = (
+    RECORD
+    + """
+for argument; do
+  [[ "$argument" != --target=* ]] || folder="${argument#--target=}"
+done
+mkdir -p "$folder/bin" && cp "$WORLD/bin/uv" "$folder/bin/uv"
 """
+)
 
 
 class World:
@@ -118,7 +125,7 @@ class World:
 
     def cloud(self, *endings: str, state: str = "") -> None:
         """Simulates gcloud with a slice, whose trainings end as given, and succeed after that."""
-        self.put(gcloud=GCLOUD, python=TRAINING_PROGRAM, uv=UV, curl=CURL, pkill=RECORD)
+        self.put(gcloud=GCLOUD, python=TRAINING_PROGRAM, uv=UV, python3=PIP, pkill=RECORD)
         (self.folder / "endings").write_text("".join(f"{ending}\n" for ending in endings))
         if state:
             (self.folder / "state").write_text(f"{state}\n")
@@ -291,7 +298,7 @@ def test_a_dry_run_needs_nothing_and_starts_nothing(world: World, script: str) -
     arguments = ["--dry-run", *NEEDED[script], *TRAINING]
     bare = world.run(script, *arguments)
     world.put(**dict.fromkeys(("gcloud", "kubectl", "python", "srun", "scontrol"), RECORD))
-    world.put(nvidia_smi=RECORD, uv=RECORD, curl=RECORD)
+    world.put(nvidia_smi=RECORD, uv=RECORD, python3=RECORD)
     again = world.run(script, *arguments)
     assert not world.calls()
     assert not bare.stderr and not again.stderr
@@ -605,6 +612,8 @@ class TestTpu:
         assert (world.folder / "host/sop_jax/configs/digits.py").exists()
         uv = [call for call in world.calls() if call[0] == "uv"]
         assert uv[-1] == ["uv", "pip", "install", "--quiet", "-e", ".[tpu,gcs]"]
+        (pip,) = [call for call in world.calls() if call[0] == "python3"]
+        assert re.fullmatch(r"uv==[0-9.]+", pip[-1])
 
     def test_prepare(self, world: World) -> None:
         world.cloud(state="READY")
