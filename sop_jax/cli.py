@@ -6,7 +6,6 @@ or the data was lost. A command that computes on devices can run as several proc
 `--coordinator`, `--processes` and `--process`; if one of them fails, the others end too.
 """
 
-import errno
 import gc
 import importlib.util
 import io
@@ -19,7 +18,7 @@ import textwrap
 import threading
 import traceback
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -29,7 +28,7 @@ from ml_collections.config_flags import config_path
 
 from sop_jax import paths
 from sop_jax.data.named import LOOKED_AT
-from sop_jax.errors import LOST, Interrupted, Lost, UserError, nearest
+from sop_jax.errors import LOST, Interrupted, Lost, UserError, chain, is_full_disk, nearest
 from sop_jax.settings import MAY_BE_EMPTY, PATHS, flatten
 
 FLAGS = flags.FLAGS
@@ -40,8 +39,6 @@ MAIN_FLAGS = 5  # `--help` lists so many first: a command defines the flags that
 
 _STANDS_FOR: dict[str, str] = {}  # recipes by the flag that stands for one, see `define_config`
 _SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_settings`, by section
-
-_FULL_DISK = ("no space left on device", "disk quota exceeded")
 
 
 def run(main: Callable[[], None], devices: bool = True, more: str | None = None) -> None:
@@ -359,7 +356,7 @@ def _message_and_code(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, Interrupted):
         return str(error), 130
     message = _message(error)
-    code = LOST if any(isinstance(link, Lost) for link in _chain(error)) else 1
+    code = LOST if any(isinstance(link, Lost) for link in chain(error)) else 1
     return (message if message is None else f"error: {message}"), code
 
 
@@ -602,11 +599,11 @@ def _usage(error: Exception, sections: Mapping[str, config_dict.ConfigDict]) -> 
 
 def _message(error: BaseException) -> str | None:
     """Returns the message for an error that the user can fix, or None for one of the program."""
-    chain = list(_chain(error))
-    for link in chain:
+    links = list(chain(error))
+    for link in links:
         if isinstance(link, UserError):
             return str(link)
-    if any(_is_full_disk(link) for link in chain):
+    if is_full_disk(error):
         place = next((name for name in ("out", "workdir") if name in FLAGS), None)
         where = f"writing to {FLAGS[place].value}" if place else "writing"
         then = ", which resumes from the last good checkpoint" if place == "workdir" else ""
@@ -614,7 +611,7 @@ def _message(error: BaseException) -> str | None:
             f"the disk is full: no space was left while {where}. Free some space and run the same "
             f"command again{then}."
         )
-    if reason := next((str(link) for link in chain if _is_out_of_memory(link)), None):
+    if reason := next((str(link) for link in links if _is_out_of_memory(link)), None):
         first = re.sub(r"^RESOURCE_EXHAUSTED:? *", "", reason.strip()).splitlines() or [""]
         return f"out of memory{': ' * bool(first[0])}{first[0].rstrip('.')}. {_less_memory()}"
     return None
@@ -634,19 +631,6 @@ def _less_memory() -> str:
     return "Free some memory, or use a machine or a device with more memory."
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    yield error
-    following = error.__cause__ or error.__context__
-    if following is not None:
-        yield from _chain(following)
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     of_jax = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
     return isinstance(error, MemoryError) or (of_jax and "RESOURCE_EXHAUSTED" in str(error))
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(text in str(error).lower() for text in _FULL_DISK)  # as TensorStore reports it

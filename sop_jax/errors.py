@@ -1,7 +1,8 @@
 """Exceptions that the commands report without a traceback, and suggestions for mistyped names."""
 
 import difflib
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
 
 LOST = 75  # exit code when a process or the data is lost; the same command resumes the run
 
@@ -27,11 +28,29 @@ class Interrupted(UserError):
 
 
 class Lost(UserError):
-    """A process that the run needs is gone. A restart may succeed; the exit code is LOST."""
+    """A process or storage that the run needs fails. A restart may succeed; the code is LOST."""
 
 
 class Unreachable(Lost):
     """Data that existed when the run started can no longer be reached."""
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error, and those that led to it."""
+    yield error
+    following = error.__cause__ or error.__context__
+    if following is not None:
+        yield from chain(following)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Returns whether an error is due to a full disk or a quota that is used up."""
+    words = ("no space left on device", "disk quota exceeded")  # as TensorStore reports it
+    return any(
+        (isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT))
+        or any(text in str(link).lower() for text in words)
+        for link in chain(error)
+    )
 
 
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:

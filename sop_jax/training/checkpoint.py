@@ -5,10 +5,11 @@ during a write therefore leaves the earlier checkpoints intact, and nothing that
 for a checkpoint.
 """
 
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -19,12 +20,15 @@ import tensorstore
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sop_jax.errors import UserError
+from sop_jax.errors import Lost, UserError, is_full_disk
 
 _NAME = "state"  # of the state within a checkpoint
 _SUMS = "sums"  # of the checksums within its metadata
 _SHOWN_LEAVES = 10  # leaves listed in an error
+_POLL = 1.0  # seconds between two looks at a save that has not ended
 _RENAMED = {"carried": "memories"}  # parts of a state, and their names in earlier versions
+
+_errors: list[BaseException] = []  # of the newest save of this process, as Orbax logs them
 
 
 class NotFiniteError(UserError, FloatingPointError):
@@ -51,12 +55,14 @@ class Checkpoints:
         keep: list[Any] = [policies.LatestN(keep_last)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
+        self._folder = _folder(workdir)
         self._orbax = ocp.training.Checkpointer(
-            _folder(workdir),
+            self._folder,
             preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
         self._running: ocp.AsyncResponse[bool] | None = None
+        self._failed = False  # whether a save has failed, which other processes may not know
 
     def save(self, step: int, state: Any) -> None:
         """Starts to write `state`, and returns when it has been copied and may be donated.
@@ -65,6 +71,7 @@ class Checkpoints:
 
         Raises:
             NotFiniteError: the state is not finite; nothing was written.
+            Lost: this save or the previous one failed, but not because the disk is full.
         """
         self.wait()
         finite, sums = _inspect(state)
@@ -75,22 +82,51 @@ class Checkpoints:
                 f"infinity in {_some(bad, ', ')}. The last good checkpoint was kept. Try a lower "
                 "learning rate, a longer warm-up or float32 compute in a new --workdir."
             )
-        self._running = self._orbax.save_checkpointables_async(
-            step, {_NAME: _as_dicts(state)}, force=True, custom_metadata={_SUMS: sums}
-        )
+        _errors.clear()
+        with self._failures_in_words():
+            self._running = self._orbax.save_checkpointables_async(
+                step, {_NAME: _as_dicts(state)}, force=True, custom_metadata={_SUMS: sums}
+            )
 
     def wait(self) -> None:
         """Blocks until the running save is committed, and raises its error if it failed."""
         running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        with self._failures_in_words():
+            while running is not None:
+                try:
+                    running.result(timeout=_POLL)
+                    return
+                except TimeoutError:
+                    # Orbax raises this only after ten minutes in which other processes wait too.
+                    if _errors:
+                        raise _errors[0] from None
 
     def close(self) -> None:
         """Waits for the running save, raises its error if it failed, and frees the threads."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            if not self._failed:  # else Orbax would wait for the other processes
+                with self._failures_in_words():
+                    self._orbax.close()
+
+    @contextlib.contextmanager
+    def _failures_in_words(self) -> Iterator[None]:
+        """Replaces the error of a save, which each kind of storage has its own of.
+
+        A full disk and the loss of another process have messages elsewhere.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            if is_full_disk(error) or isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            reason = str(error).strip().partition("\n")[0][:300]
+            raise Lost(
+                f"a checkpoint could not be saved in {self._folder}: {reason}. The same command "
+                "resumes from the last good checkpoint"
+            ) from error
 
 
 def steps(workdir: epath.PathLike) -> list[int]:
@@ -394,4 +430,8 @@ def _quieten_orbax() -> None:
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    if "orbax" not in record.pathname:
+        return True
+    if record.module == "async_checkpointer" and record.exc_info and record.exc_info[1]:
+        _errors.append(record.exc_info[1])
+    return False
