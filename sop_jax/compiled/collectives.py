@@ -1,8 +1,19 @@
 """Reads the collectives of a compiled program, what its devices send each other, from its HLO."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from sop_jax.compiled.program import (
+    Computation,
+    Instruction,
+    called_computations,
+    parse_program,
+    shape_bytes,
+    trip_count,
+    tuple_elements,
+)
 
 KINDS = (
     "all-gather",
@@ -13,8 +24,6 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-
-_CALLS = "calls|to_apply|called_computations|branch_computations|(?:true|false)_computation"
 
 
 class Collective(NamedTuple):
@@ -35,29 +44,6 @@ class Collective(NamedTuple):
     bytes: int
     times: int | None
     name: str
-
-
-class Instruction(NamedTuple):
-    """One instruction of a program.
-
-    Attributes:
-        name: its name, without %.
-        shape: the shape of its result, possibly of a tuple.
-        opcode: what it does, such as "fusion".
-        operands: the names of its operands.
-        literal: the text in the parentheses: the operands, or a constant.
-        attributes: the text behind the parentheses.
-    """
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    literal: str
-    attributes: str
-
-
-Computation = dict[str, Instruction]  # by name; the root is the last one
 
 
 def collectives(text: str) -> list[Collective]:
@@ -82,18 +68,26 @@ def collectives(text: str) -> list[Collective]:
             if channel[1] in chains:
                 continue
             chains.add(channel[1])
-        if not _groups_of_one(attributes):
+        if group_size(attributes, devices=2) > 1:
             found.append(collective)
     return found
 
 
-def _groups_of_one(attributes: str) -> bool:
-    """Whether each group of devices of a collective has only one device."""
+def group_size(attributes: str, devices: int) -> int:
+    """Returns the number of devices in each group of a collective.
+
+    Args:
+        attributes: those of its instruction.
+        devices: the number of all devices, which are one group if none is written.
+    """
     # Groups are written in three ways: {{0},{1}}, [2,1]<=[2], mesh['a'=4,'b'=1] {'b'}.
     if named := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{('[^}:]*)\}", attributes):
         sizes = dict(re.findall(r"('\w+')=(\d+)", named[1]))
-        return all(sizes[axis] == "1" for axis in named[2].split(","))
-    return bool(re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)", attributes))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+    return int(counted[1]) if counted else devices
 
 
 def _walk(
@@ -116,7 +110,7 @@ def _walk(
         if kind in KINDS:
             if kind == "all-reduce" and place.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # TPUs write it as an all-reduce in such a computation
-            size = _bytes(instruction, computations[place])
+            size = collective_bytes(instruction, computations[place])
             yield Collective(kind, size, times, name), attributes
         elif instruction.opcode == "while":
             trips = trip_count(computations, computations[place], instruction)
@@ -129,73 +123,7 @@ def _walk(
                 yield from _walk(computations, called, times, name)
 
 
-def called_computations(instruction: Instruction, attribute: str = _CALLS) -> list[str]:
-    """Returns the names of the computations in an attribute of an instruction."""
-    lists = re.findall(rf"\b(?:{attribute})=(%[\w.\-]+|\{{[^}}]*\}})", instruction.attributes)
-    return [name for names in lists for name in names_in(names)]
-
-
-def names_in(text: str) -> list[str]:
-    """Returns the names of instructions or computations in a text."""
-    return re.findall(r"%([\w.\-]+)", text)
-
-
-# The text ---------------------------------------------------------------------------------------
-
-
-def parse_program(text: str) -> tuple[dict[str, Computation], str]:
-    """Returns the computations of a compiled program by name, and the name of its entry.
-
-    Args:
-        text: the HLO of the program, from `compiled.as_text()`.
-
-    Raises:
-        ValueError: the text is not the HLO of a compiled program.
-    """
-    computations: dict[str, Computation] = {}
-    current: Computation = {}
-    entry = None
-    for line in text.splitlines():
-        if line.startswith(("%", "ENTRY %")) and line.endswith("{"):
-            name = names_in(line)[0]
-            current = computations[name] = {}
-            entry = name if line.startswith("ENTRY") else entry
-        elif match := re.match(r"  (?:ROOT )?%([\w.\-]+) = ", line):
-            shape, rest = _split_shape(line[match.end() :])
-            opcode, rest = rest.split("(", 1)
-            end = _closing(rest)
-            literal, attributes = rest[:end], rest[end + 1 :]
-            current[match[1]] = Instruction(
-                match[1], shape, opcode, tuple(names_in(literal)), literal, attributes
-            )
-    if entry is None:
-        raise ValueError(
-            "the text is not a compiled program: expected an ENTRY computation, as in "
-            "`compiled.as_text()`"
-        )
-    return computations, entry
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """Splits a text into the shape at its start, possibly of a tuple, and the rest."""
-    end = _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
-    return text[:end], text[end:].lstrip()
-
-
-def _closing(text: str) -> int:
-    """Returns the position of the parenthesis that closes one opened just before the text."""
-    depth = 1
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"the text is not a compiled program: a parenthesis is open in {text[:80]}")
-
-
-# Bytes ------------------------------------------------------------------------------------------
-
-
-def _bytes(instruction: Instruction, computation: Computation) -> int:
+def collective_bytes(instruction: Instruction, computation: Computation) -> int:
     """Returns the bytes of the operands or of the results of a collective, whichever are more."""
     given = sum(shape_bytes(computation[name].shape) for name in instruction.operands)
     parts = tuple_elements(instruction.shape)
@@ -204,113 +132,3 @@ def _bytes(instruction: Instruction, computation: Computation) -> int:
             given, shape_bytes(parts[1])
         )  # the parts are operands, results, perhaps contexts
     return max(given, shape_bytes(instruction.shape))
-
-
-def tuple_elements(shape: str) -> list[str]:
-    """Returns the shapes of the elements of a tuple, or the shape itself if it is no tuple."""
-    if not shape.startswith("("):
-        return [shape]
-    parts, depth, start = [], 0, 1
-    for match in re.finditer(r"[()\[\]{},]", shape):
-        if match[0] == "," and depth == 1:
-            parts.append(shape[start : match.start()].strip())
-            start = match.end()
-        elif match[0] != ",":
-            depth += 1 if match[0] in "([{" else -1
-    return [*parts, shape[start:-1].strip()]
-
-
-def shape_bytes(shape: str) -> int:
-    """Returns the bytes of an array, or of all arrays of a tuple together."""
-    total = 0
-    for dtype, sizes in re.findall(r"\b([a-z]\w*)\[([\d,<= ]*)\]", shape):
-        bits = re.match(r"[a-z]+(\d+)", dtype)
-        count = 1
-        for size in re.findall(r"\d+", sizes):
-            count *= int(size)
-        if dtype not in ("token", "opaque"):
-            total += (count * (int(bits[1]) if bits else 8) + 7) // 8  # a pred takes one byte
-    return total
-
-
-# Loops ------------------------------------------------------------------------------------------
-
-
-class _Carry(NamedTuple):
-    """An element of the tuple that a loop carries."""
-
-    element: int
-
-
-def trip_count(
-    computations: dict[str, Computation], outer: Computation, loop: Instruction
-) -> int | None:
-    """Returns the number of iterations of a loop, as noted by XLA or inferred from its counter.
-
-    XLA for CPUs notes it and libtpu does not: of the loops in the train step of configs/digits.py,
-    24 of 24 are noted for 8 CPU devices and none of 7 for a v5e:2x2, where all 7 are inferred.
-
-    Args:
-        computations: all computations of the program.
-        outer: the computation with the loop.
-        loop: the `while` instruction.
-
-    Returns:
-        The number; None if it is neither noted nor inferred.
-    """
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
-        return int(known[1])
-    condition = computations[called_computations(loop, "condition")[0]]
-    compared, sides = _operation(computations, condition, _root(condition))
-    if compared is None or "direction=LT" not in compared.attributes:
-        return None
-    carry, bound = sides
-    if not (isinstance(carry, _Carry) and isinstance(bound, int)):
-        return None
-    body = computations[called_computations(loop, "body")[0]]
-    added, terms = _operation(computations, body, body[_root(body).operands[carry.element]])
-    start = _value(outer, outer[outer[loop.operands[0]].operands[carry.element]])
-    steps = [term for term in terms if isinstance(term, int)]
-    if added is None or added.opcode != "add" or carry not in terms or not steps:
-        return None
-    if not isinstance(start, int) or steps[0] <= 0:
-        return None
-    return max(0, -((start - bound) // steps[0]))
-
-
-def _root(computation: Computation) -> Instruction:
-    return next(reversed(computation.values()))
-
-
-def _operation(
-    computations: dict[str, Computation], computation: Computation, result: Instruction
-) -> tuple[Instruction | None, list[int | _Carry | None]]:
-    """Returns the binary operation that computes a result, possibly in a fusion, and its inputs."""
-    inputs = [_value(computation, computation[name]) for name in result.operands]
-    if result.opcode != "fusion":
-        return (result, inputs) if len(inputs) == 2 else (None, [])
-    fused = computations[called_computations(result, "calls")[0]]
-    operation = _root(fused)
-    numbers = []
-    for name in operation.operands:
-        number = _value(fused, fused[name])
-        if fused[name].opcode == "parameter":
-            number = inputs[int(fused[name].literal)]
-        numbers.append(number)
-    return (operation, numbers) if len(numbers) == 2 else (None, [])
-
-
-def _value(computation: Computation, instruction: Instruction) -> int | _Carry | None:
-    """Returns a constant, or an element of the carry, or None for anything else."""
-    while instruction.opcode in ("copy", "bitcast", "convert"):
-        instruction = computation[instruction.operands[0]]
-    if instruction.opcode == "constant":
-        return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
-    if instruction.opcode == "get-tuple-element":
-        index = re.search(r"index=(\d+)", instruction.attributes)
-        source = computation[instruction.operands[0]]
-        if index and source.opcode == "parameter":
-            return _Carry(int(index[1]))
-        if index and source.opcode == "tuple":
-            return _value(computation, computation[source.operands[int(index[1])]])
-    return None
