@@ -8,6 +8,9 @@ The step is the one that training compiles, with its state donated, on random pi
 are already on the devices. With `--peer` both steps alternate, `--rounds` times, each time in a new
 process, so that each has a peak memory of its own. The last line is JSON.
 
+`utilisation` is the share of the rate of a large matrix product that the operations of the model
+take, without those that the backward pass repeats to save memory.
+
 Parts are the functions that the step itself calls, each compiled and timed on its own: the
 teacher's forward pass, the targets (the search of prototypes and the push of the memories), the
 losses with their backward pass, and the update. The student is the rest of the step. Parts do not
@@ -19,6 +22,7 @@ import argparse
 import ast
 import functools
 import json
+import os
 import re
 import resource
 import statistics
@@ -41,14 +45,13 @@ from ceilings import matrix_rate, seconds  # noqa: E402
 from sop_jax import config as config_lib  # noqa: E402
 from sop_jax.check import check_config  # noqa: E402
 from sop_jax.compiled.cache import keep_compiled  # noqa: E402
-from sop_jax.compiled.flops import flops  # noqa: E402
 from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.objectives.objective import Outputs  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
 from sop_jax.settings import flatten  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
-from sop_jax.training.assemble import Run, assemble  # noqa: E402
+from sop_jax.training.assemble import Run, assemble, attention_of, model_flops  # noqa: E402
 from sop_jax.training.step import embed_views, update  # noqa: E402
 
 ARCHS = {"vit_tiny": "ti", "vit_small": "s", "vit_base": "b", "vit_large": "l"}
@@ -224,7 +227,7 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
     peak = peak_bytes()  # before the parts are timed, which need more memory
     step_s = statistics.median(taken)
     device = jax.devices()[0]
-    operations = flops(run.train_step, run.abstract, run.batch, off)
+    operations = model_flops(config, run)
     ceiling = matrix_rate(args.dtype) * mesh.devices.size
     result = {
         "arch": args.arch,
@@ -233,6 +236,8 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
         "dtype": args.dtype,
         "device": f"{mesh.devices.size} x {device.device_kind}",
         "jax": jax.__version__,
+        "attention": attention_of(config, device),
+        "flags": os.environ.get("XLA_FLAGS", ""),
         "step_s": round(step_s, 5),
         "step_s_range": [round(min(taken), 5), round(max(taken), 5)],
         "images_per_s": round(args.batch / step_s, 3),

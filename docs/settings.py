@@ -121,6 +121,10 @@ MEANINGS = {
         "all."
     ),
     "model.attention": "What computes attention: XLA, cuDNN, or cuDNN where it works.",
+    "model.unroll": (
+        "Whether the layers of a ViT are compiled one by one rather than as a loop, which is "
+        "estimated to be faster on GPUs and needs more memory."
+    ),
     "model.dtype": "The type of the computation; parameters are float32.",
     "model.precision": "The precision of matrix products in float32.",
     "head.layers": "Linear layers; with 0, embeddings are the tokens.",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sop_jax.network import Network, load
     from sop_jax.pretraining import Pretrained, pretrain
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "Network",

@@ -50,6 +50,9 @@ BEFORE: dict[str, dict[str, Any]] = {
     "0.6.0": {
         "tracker": "tensorboard",  # this does not change the results
     },
+    "0.7.0": {
+        "model.unroll": "no",
+    },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json
 
@@ -76,6 +79,7 @@ RESUMABLE = (
     "accumulate",
     "model.remat",
     "model.attention",
+    "model.unroll",
 )
 
 _ANY_LENGTH = ("eval.tasks", "eval.knn_k")  # lists that can have any number of items
@@ -175,6 +179,7 @@ def paper() -> ml_collections.ConfigDict:
             position_std=0.02,  # of positional embeddings
             remat="products",  # none | products | dots | full: how much is recomputed
             attention="auto",  # auto (cudnn where it works) | xla | cudnn
+            unroll="auto",  # vit: auto (on GPUs, except with remat=full) | yes | no: the layers
             dtype="bfloat16",  # of the computation; parameters are float32
             precision="float32",  # of matrix products in float32: float32 | high | default
         )

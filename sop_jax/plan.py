@@ -1,13 +1,18 @@
 """Reports whether a run fits its chips and what a step costs, before the chips are needed.
 
     python -m sop_jax.plan --config=NAME --topology=v5e:16x16
+    python -m sop_jax.plan --config=NAME --topology=h100:2x8
     python -m sop_jax.plan --config=NAME [--largest_batch]
 
-Compiles the train step of the run, either for a TPU topology, on a machine without TPUs
-(`pip install -e '.[tpu]'`), or for the devices of this machine. Prints a table and one JSON line.
-Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the memory that is
-available now. No data is needed: the number of images, which affects only the schedules, is taken
-to be that of ImageNet. --largest_batch finds the largest batch that fits.
+Compiles the train step of the run, for TPUs or GPUs that need not exist (`pip install -e '.[tpu]'`
+or, in an environment of its own, `'.[cuda]'`), or for the devices of this machine. Prints a table
+and one JSON line. Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the
+memory that is available now. No data is needed: the number of images, which affects only the
+schedules, is taken to be that of ImageNet. --largest_batch finds the largest batch that fits.
+
+For GPUs the table also has an estimate of the step from the compiled program, see
+`sop_jax.compiled.roofline`. It is not a measurement: it ranks programs, and a run is likely to be
+slower.
 
 For example, for the devices of this machine:
 
@@ -21,7 +26,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import jax
@@ -32,14 +37,23 @@ from sop_jax import cli
 from sop_jax.check import check_config, check_used
 from sop_jax.compiled import flops
 from sop_jax.compiled.collectives import Collective, collectives
-from sop_jax.compiled.device_memory import CHIPS, GIB, bytes_limit, compile_and_compare
-from sop_jax.errors import UserError
+from sop_jax.compiled.device_memory import (
+    CHIPS,
+    GIB,
+    bytes_limit,
+    compile_and_compare,
+    is_described_gpu,
+)
+from sop_jax.compiled.gpus import GPUS, Gpu, described_gpus
+from sop_jax.compiled.roofline import Operation, estimate
+from sop_jax.errors import UserError, nearest
 from sop_jax.objectives.methods import method_of
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.training.assemble import Run, assemble, traced_step
+from sop_jax.training.assemble import Run, assemble, model_flops, traced_step
 
 IMAGES = 1_281_167  # in the train split of ImageNet
 MIB = 2**20
+TPUS = ("v4", "v5e", "v5p", "v6e")
 SCOPES = ("teacher", "targets", "student", "losses", "update", "health")  # of every train step
 
 
@@ -59,9 +73,13 @@ class Plan(NamedTuple):
         limit: the bytes that a program can use; None if the device does not report them.
         fits: whether the step fits; None if that is unknown.
         flops: the operations of matrix products per step, over all chips, by scope of the step.
-        rate: the peak operations per second of a chip; None for devices other than TPUs.
+        rate: the peak operations per second of a chip; None if its kind is not known.
         collectives: the collectives of the compiled step; empty if it did not compile.
         compile_s: the seconds that compiling took.
+        estimate: the operations of the compiled step with the time that each may take, for GPUs
+            that are only described; empty for other devices.
+        model_flops: the operations of `flops` without those that a backward pass repeats; None
+            where nothing is estimated.
     """
 
     mesh: dict[str, int]
@@ -77,6 +95,8 @@ class Plan(NamedTuple):
     rate: float | None
     collectives: list[Collective]
     compile_s: float
+    estimate: list[Operation]
+    model_flops: float | None
 
     @property
     def chips(self) -> int:
@@ -85,7 +105,25 @@ class Plan(NamedTuple):
 
 
 def described_devices(topology: str) -> list[Any]:
-    """Returns the chips of a TPU topology such as v5e:16x16, one device each; none need exist.
+    """Returns the chips of a topology such as v5e:16x16 or h100:2x8; none need exist.
+
+    Raises:
+        UserError: there is no such topology, or its compiler is not installed.
+    """
+    kind = topology.partition(":")[0]
+    if kind in GPUS:
+        return described_gpus(topology)
+    if kind.startswith(("v", "tpu")):
+        return described_tpus(topology)
+    names = [*TPUS, *GPUS]
+    raise UserError(
+        f"--topology={topology} names a chip that is not known here{nearest(kind, names)}; choose "
+        f"one of {', '.join(names)}, with a size, such as v5e:16x16, h100:8 or h200:2x8"
+    )
+
+
+def described_tpus(topology: str) -> list[Any]:
+    """Returns the chips of a TPU topology such as v5e:16x16, one device each.
 
     Raises:
         UserError: libtpu is not installed or does not support the topology, or the memory of these
@@ -141,11 +179,17 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
     traced = traced_step(run)
     memory = state_bytes(run)
     sent: list[Collective] = []
+    operations: list[Operation] = []
+    gpu, chip = gpu_of(device), CHIPS.get(device.device_kind)
     began = time.monotonic()
     fit = compile_and_compare(traced.lower(), list(mesh.devices.flat))
     if fit.compiled is not None:
         memory |= program_bytes(fit.compiled.memory_analysis(), sum(memory.values()))
-        sent = collectives(fit.compiled.as_text())
+        text = fit.compiled.as_text()
+        sent = collectives(text)
+        if gpu is not None:
+            hosts = len({device.process_index for device in mesh.devices.flat})
+            operations = estimate(text, gpu, mesh.devices.size, hosts)
     return Plan(
         mesh=dict(mesh.shape),
         kind=device.device_kind,
@@ -157,18 +201,33 @@ def plan(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan:
         limit=fit.limit,
         fits=fit.fits,
         flops=flops.by_scope(traced.jaxpr, (*SCOPES, *method.scopes)),
-        rate=CHIPS[device.device_kind].rate if device.device_kind in CHIPS else None,
+        rate=gpu.matrix if gpu else chip.rate if chip else None,
         collectives=sent,
         compile_s=time.monotonic() - began,
+        estimate=operations,
+        model_flops=model_flops(config, run) if operations else None,
     )
 
 
-def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan | None:
+def gpu_of(device: Any) -> Gpu | None:
+    """Returns the kind of a GPU that is only described, None for other devices."""
+    if not is_described_gpu(device):
+        return None
+    return next(gpu for gpu in GPUS.values() if gpu.description == device.device_kind)
+
+
+def largest_batch(
+    config: ml_collections.ConfigDict, devices: list[Any], known: Plan | None = None
+) -> Plan | None:
     """Returns the plan with the largest batch that fits, or None if one image per chip is too many.
 
-    The search starts from the largest batch that the objective supports, or else from all images
-    of an epoch, and halves it until it fits, because the compiler rejects large programs quickly.
-    Then it bisects. The number of microbatches stays the same.
+    The search ends at the largest batch that the objective supports, or else at all images of an
+    epoch. The number of microbatches stays the same.
+
+    Args:
+        config: the settings.
+        devices: as in `plan`.
+        known: the plan of this config, if there is one.
 
     Raises:
         UserError: as in `plan`, or the devices do not report how much memory they have.
@@ -181,27 +240,94 @@ def largest_batch(config: ml_collections.ConfigDict, devices: list[Any]) -> Plan
             "largest batch is unknown; name a --topology"
         )
     unit, method = mesh.devices.size * config.accumulate, method_of(config)
-    best = None
 
-    def fits(images: int) -> bool:
-        nonlocal best
+    def planned(images: int) -> Plan:
         trial = config.copy_and_resolve_references()
         trial.batch_size = images * unit
         trial.update_from_flattened_dict(dict(method.any_batch))
         found = plan(trial, devices)
         print(f"batch {trial.batch_size}: {fit_text(found)}", file=sys.stderr, flush=True)
+        return found
+
+    most, _ = method.batch_limit(config) or (IMAGES, "")
+    if is_described_gpu(devices[0]):
+        first = known.batch_size // unit if known else max(1, min(config.batch_size, most) // unit)
+        return by_interpolation(planned, first, most // unit, known)
+    return by_bisection(planned, most // unit)
+
+
+def by_bisection(planned: Callable[[int], Plan], most: int) -> Plan | None:
+    """Returns the plan with the most images, up to `most`, that fits; None if there is none.
+
+    The search starts from `most` and halves it until it fits, because compilers of TPUs reject
+    large programs quickly. Then it bisects.
+
+    Args:
+        planned: maps the images of a chip and microbatch to the plan.
+        most: the largest number to try.
+    """
+    best = None
+
+    def fits(images: int) -> bool:
+        nonlocal best
+        found = planned(images)
         best = found if found.fits else best
         return bool(found.fits)
 
-    most, _ = method.batch_limit(config) or (IMAGES, "")
-    too_many = most // unit + 1
-    enough = too_many - 1
+    too_many, enough = most + 1, most
     while enough and not fits(enough):
         too_many, enough = enough, enough // 2
     while too_many - enough > 1:
         middle = (enough + too_many) // 2
         enough, too_many = (middle, too_many) if fits(middle) else (enough, middle)
     return best
+
+
+def by_interpolation(
+    planned: Callable[[int], Plan], first: int, most: int, known: Plan | None = None
+) -> Plan | None:
+    """Returns what `by_bisection` does, from as few compilations as memory is linear in images.
+
+    The compiler of GPUs does not reject large programs, so that every trial takes minutes.
+
+    Args:
+        planned: as in `by_bisection`.
+        first: the number to try first.
+        most: the largest number to try.
+        known: the plan of `first`, if there is one.
+    """
+    tried = {first: known or planned(first)}
+    while True:
+        enough = max((n for n in tried if tried[n].fits), default=0)
+        too_many = min((n for n in tried if not tried[n].fits), default=most + 1)
+        guess = min(max(interpolated(tried), enough), too_many - 1)
+        if guess in tried or guess == 0:
+            return tried.get(guess)
+        tried[guess] = planned(guess)
+
+
+def interpolated(tried: dict[int, Plan]) -> int:
+    """Returns the largest number of images that fits, if memory is linear in it.
+
+    From a single plan, arguments are taken to be constant and temporary arrays to be proportional.
+    """
+
+    def wanted(images: int) -> int:
+        size = tried[images].wanted
+        assert isinstance(size, int)
+        return size
+
+    limit = next(iter(tried.values())).limit
+    assert limit is not None
+    nearest_two = sorted(tried, key=lambda images: abs(wanted(images) - limit))[:2]
+    one, other = min(nearest_two), max(nearest_two)
+    if one == other:
+        slope = tried[one].memory["activations"] / one
+    else:
+        slope = (wanted(other) - wanted(one)) / (other - one)
+    if slope <= 0:  # the compiler chose another plan for the larger batch
+        slope = wanted(other) / other
+    return math.floor(one + (limit - wanted(one)) / slope)
 
 
 def state_bytes(run: Run) -> dict[str, int]:
@@ -302,6 +428,8 @@ def table(found: Plan) -> str:
             count = "?" if times is None else str(times)
             amount = "?" if size is None else f"{size / MIB:.3f}"
             lines.append(f"  {kind:<18}{where or 'elsewhere':<16}{count:>10}{amount:>12}{note}")
+    if found.estimate:
+        lines += ["", *estimate_table(found)]
     lines.append("")
     if found.bound:
         bound, key = found.bound
@@ -311,6 +439,81 @@ def table(found: Plan) -> str:
         fit_text(found),
     ]
     return "\n".join(lines)
+
+
+COSTLY = 10  # the number of operations that the table of an estimate names
+
+
+def estimate_table(found: Plan) -> list[str]:
+    """Returns the lines of the table with the estimate of the step."""
+    total, numbers = sum(o.total for o in found.estimate), estimated(found)
+    lines = [
+        f"{'ESTIMATE of the step, not a measurement':<44}{'ms':>8}{'share':>8}",
+        f"  {'step':<42}{1000 * total:>8.2f}",
+    ]
+    for heading, parts in (("scope", numbers["by_scope"]), ("kind", numbers["by_kind"])):
+        lines.append(f"by {heading}")
+        lines += [
+            f"  {name or 'elsewhere':<42}{ms:>8.2f}{ms / 1000 / total:>8.1%}"
+            for name, ms in parts.items()
+        ]
+    lines.append(f"the {COSTLY} most costly operations, with how often each runs")
+    lines += [
+        f"  {row['source'] or row['instruction']:<42.42}{row['ms']:>8.2f}{row['share']:>8.1%}"
+        f"  {row['times']:>4} x {row['kind']}"
+        for row in numbers["most_costly"]
+    ]
+    lines += [
+        f"  {numbers['images_per_s']:.0f} images/s, {numbers['mfu']:.1%} of the peak of "
+        f"{(found.rate or 0) / 1e12:.0f} TFLOP/s per chip ({numbers['model_tflop']:.3f} TFLOP of "
+        "the model), "
+        f"{numbers['gb_moved']:.0f} GB moved, {numbers['launches']} kernels.",
+        f"  Collectives take {numbers['exposed_ms']:.2f} ms while nothing else runs, and "
+        f"{numbers['hidden_ms']:.2f} ms beside kernels.",
+        "  It assumes the rates that large kernels reach, and does not see caches, tiles,",
+        "  autotuning, the host, the input or clocks under load. It ranks programs; a run is",
+        "  likely to be slower.",
+    ]
+    return lines
+
+
+def estimated(found: Plan) -> dict[str, Any]:
+    """Returns the estimate of the step as numbers, for one chip unless they say otherwise."""
+    operations = found.estimate
+    total = sum(o.total for o in operations)
+    scopes: dict[str, float] = defaultdict(float)
+    kinds: dict[str, float] = defaultdict(float)
+    for operation in operations:
+        scopes[flops.scope(operation.name, found.flops)] += 1000 * operation.total
+        kinds[operation.kind] += 1000 * operation.total
+
+    def ranked(parts: dict[str, float]) -> dict[str, float]:
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
+
+    sent = [o for o in operations if o.kind == "collectives"]
+    return {
+        "ms": 1000 * total,
+        "images_per_s": found.batch_size / total,
+        "mfu": (found.model_flops or 0) / found.chips / (found.rate or math.inf) / total,
+        "model_tflop": (found.model_flops or 0) / 1e12,
+        "gb_moved": sum(o.times * o.bytes for o in operations if o.kind != "collectives") / 1e9,
+        "launches": sum(o.times for o in operations if o.kind != "collectives"),
+        "by_scope": ranked(scopes),
+        "by_kind": ranked(kinds),
+        "exposed_ms": 1000 * sum(o.total for o in sent),
+        "hidden_ms": 1000 * sum(o.times * o.hidden for o in sent),
+        "most_costly": [
+            {
+                "source": o.source,
+                "instruction": o.instruction,
+                "kind": o.kind,
+                "times": o.times,
+                "ms": 1000 * o.total,
+                "share": o.total / total,
+            }
+            for o in sorted(operations, key=lambda o: -o.total)[:COSTLY]
+        ],
+    }
 
 
 def fit_text(found: Plan) -> str:
@@ -324,8 +527,12 @@ def fit_text(found: Plan) -> str:
 
 def record(found: Plan) -> dict[str, Any]:
     """Returns the plan as an object for JSON."""
+    numbers = found._asdict()
+    if not found.estimate:
+        del numbers["estimate"], numbers["model_flops"]
     return {
-        **found._asdict(),
+        **numbers,
+        **({"estimate": estimated(found)} if found.estimate else {}),
         "bound": found.bound[0] if found.bound else None,
         "collectives": [
             {"kind": kind, "where": where, "times": times, "bytes": size}
@@ -354,6 +561,9 @@ def main() -> None:
     if found is None:
         found = plan(args.config, devices)
     print(table(found))
+    if found.fits is False and is_described_gpu(devices[0]) and not args.largest_batch:
+        best = largest_batch(args.config, devices, found)
+        print(f"The largest batch that fits is {best.batch_size if best else 0}.")
     print(json.dumps(record(found)))
     if found.fits is False:
         sys.exit(1)
@@ -364,7 +574,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "topology",
         "",
-        "The TPUs to plan for, such as v5e:16x16; by default the devices of this machine.",
+        "The TPUs or GPUs to plan for, such as v5e:16x16, h100:8 or h200:2x8 (hosts x GPUs); by "
+        "default the devices of this machine.",
     )
     flags.DEFINE_bool("largest_batch", False, "Find the largest batch that fits.")
     cli.run(main, devices=False)

@@ -111,6 +111,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.position_std": REAL,
     "model.remat": ("magic",),
     "model.attention": ("magic",),
+    "model.unroll": ("magic", True),
     "model.dtype": ("magic", "float16"),
     "model.precision": ("magic",),
     "head.layers": WHOLE,

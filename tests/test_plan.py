@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import layouts
@@ -15,6 +17,8 @@ from small import small_config
 
 from sop_jax import plan as plan_lib
 from sop_jax.compiled.collectives import Collective
+from sop_jax.compiled.gpus import GPUS
+from sop_jax.compiled.roofline import Operation
 from sop_jax.errors import UserError
 from sop_jax.objectives.methods import METHODS
 from sop_jax.plan import GIB, Plan, largest_batch, plan, record, table, traffic
@@ -58,6 +62,8 @@ def made(**changes: object) -> Plan:
         rate=1e12,
         collectives=[],
         compile_s=1.0,
+        estimate=[],
+        model_flops=None,
     )
     return Plan(**values | changes)
 
@@ -188,6 +194,66 @@ def test_table_and_record_have_the_same_numbers() -> None:
     ]
 
 
+def test_the_estimate_of_a_step_is_called_one() -> None:
+    def operation(scope: str, kind: str, seconds: float, **values: Any) -> Operation:
+        name = f"jit(step)/transpose(jvp({scope}))/while/body/dot"
+        return Operation("fusion.1", name, f"models/{scope}.py:7", kind, 2, seconds, **values)
+
+    operations = [
+        operation("student", "fusions", 0.004, bytes=1e9),
+        operation("teacher", "matrix products, bfloat16", 0.0005, flops=1e12),
+        operation("student", "collectives", 0.0005, hidden=0.002),
+    ]
+    found = made(estimate=operations, model_flops=4e12, rate=1e15)
+    words = " ".join(table(found).split())
+    for text in (
+        "ESTIMATE of the step, not a measurement ms share step 10.00",
+        "by scope student 9.00 90.0% teacher 1.00 10.0%",
+        "by kind fusions 8.00 80.0%",
+        "models/student.py:7 8.00 80.0% 2 x fusions",
+        "6400 images/s, 5.0% of the peak of 1000 TFLOP/s per chip (4.000 TFLOP of the model)",
+        "Collectives take 1.00 ms while nothing else runs, and 4.00 ms beside kernels.",
+        "does not see caches",
+    ):
+        assert text in words
+    numbers = json.loads(json.dumps(record(found)))["estimate"]
+    assert numbers["ms"] == pytest.approx(10) and numbers["gb_moved"] == pytest.approx(2)
+    assert numbers["most_costly"][0]["source"] == "models/student.py:7"
+    assert "estimate" not in record(made()) and "ESTIMATE" not in table(made())
+
+
+@pytest.mark.parametrize(
+    ("first", "most", "expected", "trials"), [(8, 500, 92, 3), (200, 500, 92, 3), (8, 40, 40, 2)]
+)
+def test_memory_of_gpus_is_interpolated(first: int, most: int, expected: int, trials: int) -> None:
+    """Here it is linear, with a part that one plan does not show."""
+    tried = []
+
+    def pretend(images: int) -> Plan:
+        tried.append(images)
+        wanted = 5 * GIB + images * GIB // 2 + 1
+        memory = {"parameters": 4 * GIB, "activations": wanted - 4 * GIB}
+        return made(
+            batch_size=images,
+            memory=memory,
+            wanted=wanted,
+            limit=51.5 * GIB,
+            fits=wanted <= 51.5 * GIB,
+        )
+
+    found = plan_lib.by_interpolation(pretend, first, most)
+    assert found and found.batch_size == expected
+    assert len(tried) == len(set(tried)) <= trials
+
+
+def test_a_gpu_that_is_too_small_for_one_image_has_no_largest_batch() -> None:
+    def pretend(images: int) -> Plan:
+        memory = {"activations": images * GIB}
+        return made(wanted=(9 + images) * GIB, limit=8.0 * GIB, memory=memory, fits=False)
+
+    assert plan_lib.by_interpolation(pretend, 4, 10) is None
+
+
 def test_a_step_that_does_not_compile_is_reported_as_too_large() -> None:
     words = table(made(wanted=40 * GIB, fits=False, memory={"parameters": 2 * GIB}))
     assert words.endswith("fits: no, 40.00 GiB per chip of 16.00 GiB")
@@ -236,6 +302,37 @@ def test_a_method_without_a_limit_bounds_no_batch(monkeypatch: pytest.MonkeyPatc
     assert record(unbound)["bound"] is None
 
 
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("h10:8", "names a chip that is not known here; did you mean h100?; choose one of v4, v5e"),
+        ("h100:16", "does not exist: a host has at most 8"),
+        ("foo", "names a chip that is not known here; choose one of v4, v5e, v5p, v6e, a100_40"),
+    ],
+)
+def test_a_chip_or_size_that_does_not_exist_is_refused(topology: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        plan_lib.described_devices(topology)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the compiler of GPUs, in an environment of its own: pip install -e '.[cuda]'",
+)
+def test_a_small_step_compiles_for_two_hosts_of_gpus() -> None:
+    ended = run(
+        *("--config=configs/digits.py", "--topology=h100:2x2", "--config.model.dtype=bfloat16"),
+        timeout=600,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["kind"] == "NVIDIA H100 80GB HBM3"
+    assert found["limit"] == 0.75 * GPUS["h100"].memory and found["fits"]
+    assert 0 < found["estimate"]["mfu"] < 0.5
+    assert found["estimate"]["exposed_ms"] > 0
+
+
 def test_without_libtpu_the_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu.*pip install -e '\.\[tpu\]'"):
@@ -261,7 +358,6 @@ def run(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("topology", "words"),
     [
-        ("foo", "libtpu does not support --topology=foo"),
         ("v5e:3x5", "libtpu does not support --topology=v5e:3x5"),
         ("v3:2x2", "memory is not known here: TPU v3; choose one of v4, v5e, v5p and v6e"),
         ("v5e:4x6", "batch_size 512 cannot be split over 24 devices"),

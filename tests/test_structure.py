@@ -10,8 +10,8 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports only from the layers above its own, or from its own package.
 LAYERS = [
-    {"errors", "rules", "schedules", "settings", "compiled"},
-    {"paths"},
+    {"errors", "rules", "schedules", "settings"},
+    {"paths", "compiled"},
     {"data", "weights", "parallel"},
     {"models", "monitor"},
     {"objectives"},

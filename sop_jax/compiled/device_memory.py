@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from sop_jax.compiled.gpus import WITHOUT_DEVICE, described_limit
+
 GIB = 2**30
 
 
@@ -69,7 +71,7 @@ def compile_and_compare(lowered: Any, devices: list[Any]) -> Fit:
     """
     limit = bytes_limit(devices)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(WITHOUT_DEVICE if is_described_gpu(devices[0]) else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -88,8 +90,12 @@ def bytes_limit(devices: list[Any]) -> float | None:
     """Returns the bytes that programs may use on each of some devices of the same kind.
 
     For TPUs, this is the number in CHIPS. CPU devices share the memory of their machine, so each
-    has an equal share of what is available now plus what JAX's arrays already take. Other devices
-    report the number themselves; None if they do not.
+    has an equal share of what is available now plus what JAX's arrays already take. A GPU that is
+    only described has what JAX's allocator would take of it. Other devices report the number
+    themselves; None if they do not.
+
+    Raises:
+        UserError: for a described GPU, the environment is one with which no run starts.
     """
     device = devices[0]
     if device.device_kind in CHIPS:
@@ -98,8 +104,16 @@ def bytes_limit(devices: list[Any]) -> float | None:
         free = available_bytes()
         here = sum(device.process_index == jax.process_index() for device in devices)
         return None if free is None else (free + held_bytes()) / max(1, here)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if is_described_gpu(device):
+        return described_limit(device.device_kind)
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    limit = (here[0].memory_stats() or {}).get("bytes_limit")  # other processes' do not report it
     return None if limit is None else float(limit)
+
+
+def is_described_gpu(device: Any) -> bool:
+    """Whether a device is a GPU that is only described, see `gpus.described_gpus`."""
+    return device.platform == "gpu" and device.client.runtime_type == "compile_only_runtime"
 
 
 def held_bytes() -> int:

@@ -1,7 +1,9 @@
 """Counts the floating-point operations of a function from its jaxpr.
 
-As is usual, only matrix products and convolutions are counted: 2mnk for m x k times k x n.
-Elementwise operations, reductions, sorts and decompositions count as zero.
+As is usual, only matrix products and convolutions are counted: 2mnk for m x k times k x n; those of
+cuDNN's attention are the two of its forward pass and the four of its backward pass, which also
+computes the weights again. Elementwise operations, reductions, sorts and decompositions count as
+zero.
 """
 
 import math
@@ -77,6 +79,8 @@ def _count_eqn(eqn: JaxprEqn, path: str, zeros: dict[str, float]) -> dict[str, f
     if primitive in ("dot_general", "conv_general_dilated"):
         product = _dot(eqn) if primitive == "dot_general" else _convolution(eqn)
         return zeros | {scope(path, zeros): product}
+    if primitive.startswith("dot_product_attention_"):
+        return zeros | {scope(path, zeros): _attention(eqn)}
     bodies = [_count(body, path, zeros) for body in jaxprs_in_params(params)]
     if not bodies:
         return zeros
@@ -108,6 +112,12 @@ def _convolution(eqn: Any) -> float:
     kernel, output_axis = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec[0]
     summed = math.prod(kernel) // kernel[output_axis]
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * summed
+
+
+def _attention(eqn: Any) -> float:
+    """Returns the operations of cuDNN's attention, of queries [B Q N h] and keys [B T N h]."""
+    query, key = (variable.aval.shape for variable in eqn.invars[:2])
+    return (2 if "_fwd" in eqn.primitive.name else 4) * 2.0 * math.prod(query) * key[1]
 
 
 def _devices(params: dict[str, Any]) -> int:

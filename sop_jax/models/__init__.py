@@ -77,7 +77,16 @@ FAMILIES = {
         token_side=swin.token_side,
         backbone=swin.Swin,
         check_size=swin.check_size,
-        unused=("patch", "depth", "heads", "registers", "layer_scale", "pool", "positions"),
+        unused=(
+            "patch",
+            "depth",
+            "heads",
+            "registers",
+            "layer_scale",
+            "pool",
+            "positions",
+            "unroll",
+        ),
     ),
     "resnet": Family(
         sizes=resnet.SIZES,
@@ -87,7 +96,7 @@ FAMILIES = {
         check_size=lambda size: None,
         unused=(
             *("patch", "window", "depth", "heads", "stage_heads", "registers", "layer_scale"),
-            *("pool", "positions", "position_std", "norm_eps"),
+            *("pool", "positions", "position_std", "norm_eps", "unroll"),
         ),
         patches=False,
         batch_norm=True,
@@ -223,7 +232,9 @@ def token_side(config: ml_collections.ConfigDict) -> int:
     return FAMILIES[config.family].token_side(config)
 
 
-def start_of(config: ml_collections.ConfigDict, implementation: Implementation = "xla") -> Start:
+def start_of(
+    config: ml_collections.ConfigDict, implementation: Implementation = "xla", unroll: bool = False
+) -> Start:
     """Returns the options of the layers of `config.model`."""
     return Start(
         jnp.dtype(config.dtype),
@@ -232,6 +243,7 @@ def start_of(config: ml_collections.ConfigDict, implementation: Implementation =
         config.norm_eps,
         implementation,
         precision_of(config),
+        unroll,
     )
 
 
@@ -240,6 +252,7 @@ def build(
     image_size: int,
     gather: Callable[[Any], Any] = lambda params: params,
     implementation: Implementation = "xla",
+    unroll: bool = False,
 ) -> Model:
     """Returns the network of `config.model` and `config.head`.
 
@@ -248,13 +261,14 @@ def build(
         image_size: the pixels on each side of the images for which its positions are made.
         gather: gathers parameters that are split over devices; called for one layer at a time.
         implementation: the implementation of a ViT's attention, see `models.attention`.
+        unroll: whether the layers of a ViT are unrolled, see `Start`.
 
     Raises:
         UserError: the family or its size is unknown, or the head does not fit the backbone.
     """
     size, patch = size_of(config.model), token_side(config.model)
     family = FAMILIES[config.model.family]
-    start = start_of(config.model, implementation)
+    start = start_of(config.model, implementation, unroll)
 
     def make(key: Key[Array, ""]) -> Network:
         rngs = nnx.Rngs(params=key)

@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sop_jax.errors import UserError
+from sop_jax.models.gelu import gelu
 from sop_jax.models.layers import BatchNorm, Start, Statistics, dense
 
 
@@ -59,7 +60,7 @@ class Head(nnx.Module):
             x = getattr(self, f"fc{i}")(x)
             if self.batch_norm:
                 x, moved[f"bn{i}"] = getattr(self, f"bn{i}")(x, training)
-            x = jax.nn.gelu(x, approximate=False)
+            x = gelu(x)
         if self.layers:
             x = getattr(self, f"fc{self.layers}")(x)
         return (unit(x) if self.normalized else x.astype(jnp.float32)), moved

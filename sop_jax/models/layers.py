@@ -8,16 +8,29 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from sop_jax.models.attention import Implementation
-from sop_jax.models.linear import Linear, Precision
+from sop_jax.models.linear import PRODUCT, Linear, Precision
 from sop_jax.parallel.mesh import is_gathered
+
+
+def is_product(primitive: Any, *_: Any, name: str | None = None, **__: Any) -> bool:
+    """Whether an operation is the output of a linear layer, for policies of `jax.checkpoint`."""
+    return name == PRODUCT
+
+
+def is_attention(primitive: Any, *_: Any, dimension_numbers: Any = None, **__: Any) -> bool:
+    """Whether an operation is a product within attention, or all of it by cuDNN."""
+    if primitive.name == "dot_general":  # those of linear layers have no batch axes
+        return bool(dimension_numbers[1][0])
+    return primitive.name.startswith("dot_product_attention_fwd")
+
 
 # What a layer stores for the backward pass, which computes the rest again, by `model.remat`.
 # Parameters that were gathered from other devices are always gathered again: if they were stored,
 # all of them would be in memory at the same time.
 REMATS = {
     "none": lambda *operation, **details: not is_gathered(*operation, **details),
-    "products": jax.checkpoint_policies.dots_saveable,  # all matrix products, attention's too
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # those of linear layers
+    "products": jax.checkpoint_policies.save_from_both_policies(is_product, is_attention),
+    "dots": is_product,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -42,6 +55,9 @@ class Start(NamedTuple):
         eps: added to the variance in every LayerNorm.
         attention: the implementation of attention, see `models.attention`.
         precision: the precision of all products, see `models.linear`.
+        unroll: whether the layers of a ViT follow one another in the program rather than in a
+            loop, so that the compiler can fuse their parts; it compiles for longer and needs more
+            memory.
     """
 
     dtype: jnp.dtype
@@ -50,6 +66,7 @@ class Start(NamedTuple):
     eps: float = 1e-6
     attention: Implementation = "xla"
     precision: Precision = None
+    unroll: bool = False
 
 
 def drop_rates(last: float, depth: int) -> tuple[float, ...]:

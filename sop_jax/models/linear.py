@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 Precision = jax.lax.Precision | None  # None for the fastest one of the device
@@ -22,6 +23,9 @@ PRECISIONS: dict[str, Precision] = {
 def precision_of(config: ml_collections.ConfigDict) -> Precision:
     """Returns the precision of a network's products; `config.precision` affects float32 only."""
     return PRECISIONS[config.precision] if config.dtype == "float32" else None
+
+
+PRODUCT = "product"  # the checkpoint name of the outputs of linear layers, with their bias
 
 
 class Linear(nnx.Linear):
@@ -56,8 +60,9 @@ def _linear(x: Array, kernel: Array, bias: Array | None, precision: Precision) -
 def _forward(
     x: Array, kernel: Array, bias: Array | None, precision: Precision
 ) -> tuple[Array, tuple]:
-    # Not `linear` itself, inside which rematerialisation would see no product that it can store.
-    return _linear(x, kernel, bias, precision), (x, kernel, None if bias is None else ())
+    # Not `linear` itself, inside which rematerialisation would see nothing that it can store.
+    outputs = checkpoint_name(_linear(x, kernel, bias, precision), PRODUCT)
+    return outputs, (x, kernel, None if bias is None else ())
 
 
 def _backward(

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from sop_jax.errors import UserError
 from sop_jax.models.attention import attend
+from sop_jax.models.gelu import gelu
 from sop_jax.models.layers import REMATS, Start, dense, drop_path, layer_norm
 
 # Turns per side of the image, of the fastest and of the slowest rotation (the authors' code).
@@ -99,7 +100,7 @@ class CrossBlock(nnx.Module):
         drop = jnp.float32(rate)
         mixed = self.attention(self.norm1(x), places, context, context_places)
         x = x + drop_path(mixed, drop, first)
-        mlp = self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+        mlp = self.fc2(gelu(self.fc1(self.norm2(x))))
         return x + drop_path(mlp, drop, second)
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Key
 from sop_jax.errors import UserError
 from sop_jax.models import Params, normalize, size_of, start_of, vit
 from sop_jax.models.convolution import Convolution
+from sop_jax.models.gelu import gelu
 from sop_jax.models.layers import BatchNorm, Start, Statistics
 from sop_jax.models.linear import Linear, linear
 
@@ -191,7 +192,7 @@ class Pyramid(nnx.Module):
         if self.patch == 8:
             return [first, maps[1], pooled(maps[2], 2), pooled(maps[3], 4)], {}
         first, moved = self.fpn1["1"](first, training)
-        first = self.fpn1["3"](jax.nn.gelu(first, approximate=False))
+        first = self.fpn1["3"](gelu(first))
         levels = [first, self.fpn2["0"](maps[1]), maps[2], pooled(maps[3], 2)]
         return levels, {"pyramid": {"fpn1": {"1": moved}}}
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from sop_jax.errors import UserError
 from sop_jax.models.attention import attend
+from sop_jax.models.gelu import gelu
 from sop_jax.models.layers import (
     REMATS,
     Start,
@@ -230,7 +231,7 @@ class Block(nnx.Module):
         """Adds both residual branches, each dropped for samples whose draw is below `rate`."""
         attention, mlp = (None, None) if draws is None else draws.T
         x = x + drop_path(self.attention(x, grid, shift), rate, attention)
-        hidden = jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False)
+        hidden = gelu(self.fc1(self.norm2(x)))
         return x + drop_path(self.fc2(hidden), rate, mlp)
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from sop_jax.errors import UserError
-from sop_jax.models.attention import attend
+from sop_jax.models.attention import attend, padded_length
+from sop_jax.models.gelu import gelu
 from sop_jax.models.layers import (
     REMATS,
     Start,
@@ -95,13 +96,18 @@ class Block(nnx.Module):
         self.fc1 = dense(width, 4 * width, start, rngs)
         self.fc2 = dense(4 * width, width, start, rngs)
 
-    def attention(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the multi-head self-attention of normalized tokens."""
+    def attention(self, x: Float[Array, "B T D"], length: int | None) -> Float[Array, "B T D"]:
+        """Returns the multi-head self-attention of normalized tokens, the first `length`."""
         batch, tokens, width = x.shape
         q, k, v = jnp.moveaxis(
             self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
         )
-        mixed = attend(q, k, v, implementation=self.implementation, precision=self.precision)
+        mixed = attend(
+            *(q, k, v),
+            implementation=self.implementation,
+            precision=self.precision,
+            length=length,
+        )
         return self.proj(mixed.reshape(batch, tokens, width))
 
     def attention_weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B h T T"]:
@@ -117,17 +123,22 @@ class Block(nnx.Module):
 
     def mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the output of two linear layers with exact GELU between them."""
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return self.fc2(gelu(self.fc1(x)))
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         rate: Float[Array, ""],
         draws: Float[Array, "B 2"] | None,
+        length: int | None = None,
     ) -> Float[Array, "B T D"]:
-        """Adds both residual branches, each dropped for samples whose draw is below `rate`."""
+        """Adds both residual branches, each dropped for samples whose draw is below `rate`.
+
+        Tokens after the first `length` are padding, which other tokens do not see.
+        """
         attention, mlp = (None, None) if draws is None else draws.T
-        x = x + drop_path(scaled(self.attention(self.norm1(x)), self.ls1), rate, attention)
+        mixed = self.attention(self.norm1(x), length)
+        x = x + drop_path(scaled(mixed, self.ls1), rate, attention)
         return x + drop_path(scaled(self.mlp(self.norm2(x)), self.ls2), rate, mlp)
 
 
@@ -161,6 +172,7 @@ class ViT(nnx.Module):
         patch, side = config.patch, image_size // config.patch
         self.width, self.patch, self.grid, self.dtype = width, patch, (side, side), start.dtype
         self.remat, self.gather, self.positions = config.remat, gather, config.positions
+        self.implementation, self.unroll = start.attention, start.unroll
         self.rates = drop_rates(config.drop_path, depth)
         self.patch_embed = patch_embedding(patch, width, start, rngs)
         normal = nnx.initializers.normal(start.position_std)
@@ -248,16 +260,21 @@ class ViT(nnx.Module):
             every: whether the second array has the outputs; without it, it is empty (b = 0).
         """
         graph, layers = nnx.split(self.blocks)
-        depth = len(self.rates)
+        depth, length = len(self.rates), x.shape[1]
         draws = None if keys is None else drop_draws(keys, depth)
+        padding = padded_length(length, self.implementation) - length  # once, for all layers
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
 
         def layer(x: Array, inputs: tuple) -> tuple[Array, Array]:
             params, rate, layer_draws = inputs
-            x = nnx.merge(graph, self.gather(params))(x, rate, layer_draws)
-            return x, x if every else x[:0]
+            block = nnx.merge(graph, self.gather(params))
+            x = block(x, rate, layer_draws, length if padding else None)
+            return x, x[:, :length] if every else x[:0, :length]
 
         layer = jax.checkpoint(layer, prevent_cse=False, policy=REMATS[self.remat])
-        return jax.lax.scan(layer, x, (layers, jnp.array(self.rates), draws))
+        inputs = (layers, jnp.array(self.rates), draws)
+        x, states = jax.lax.scan(layer, x, inputs, unroll=depth if self.unroll else 1)
+        return x[:, :length], states
 
     def maps(
         self,

@@ -20,6 +20,9 @@ PRECISIONS = {
 
 GROUP = 64  # scores per group, see `top_k`
 
+# Queries at a time. GPUs multiply more of them faster; caches of processors prefer fewer.
+CHUNK, CHUNK_GPU = 256, 1024
+
 
 def nearest(
     queries: Float[Array, "Q d"],
@@ -30,7 +33,7 @@ def nearest(
     allowed: Bool[Array, " N"] | None = None,
     own: Int[Array, " Q"] | None = None,
     precision: str = "float32",
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "Q k"], Int[Array, "Q k"]]:
     """Finds the k rows with the largest inner product with each query.
 
@@ -48,13 +51,15 @@ def nearest(
         allowed: which rows may be found; all by default.
         own: for each query, the index of a row that it must not find.
         precision: a key of PRECISIONS.
-        chunk: the number of queries at a time.
+        chunk: the number of queries at a time; by default CHUNK_GPU on GPUs and CHUNK elsewhere.
 
     Returns:
         Scores in float32, the largest first, and the indices of their rows; rows with equal scores
         are in the order of their indices. Both are split over the devices by query.
     """
     devices, axes = mesh.devices.size, mesh.axis_names
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    count = chunk or (CHUNK_GPU if gpu else CHUNK)
     padding = -len(queries) % devices  # the merge is split by query
     padded = jnp.pad(queries, ((0, padding), (0, 0)))
     padded_own = None if own is None else jnp.pad(own, (0, padding))
@@ -64,7 +69,7 @@ def nearest(
     ) -> tuple[Array, Array]:
         first = jax.lax.axis_index(axes) * len(rows)
         own = None if own is None else own - first
-        found = nearest_local(queries, rows, k, allowed, own, precision, chunk)
+        found = nearest_local(queries, rows, k, allowed, own, precision, count)
         # Packed as integers in one array: if the result of a sort goes directly into a collective,
         # XLA for CPUs sorts all scores, which is some twenty times slower.
         packed = jnp.stack(

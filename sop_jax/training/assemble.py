@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from sop_jax.compiled.device_memory import Fit, compile_and_compare, in_gib
+from sop_jax.compiled.flops import count
 from sop_jax.errors import UserError
-from sop_jax.models import FAMILIES, Model, build, has_batch_norm, size_of
+from sop_jax.models import FAMILIES, Model, build, has_batch_norm, size_of, token_side
 from sop_jax.models.attention import Implementation, choose
 from sop_jax.objectives.methods import method_of
 from sop_jax.objectives.objective import Objective
@@ -79,11 +80,9 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
             f"the run has {length.steps:.3g} steps; expected at most {MAX_STEPS}, because a state "
             "counts them in int32; choose fewer with --config.epochs or --config.steps"
         )
-    implementation: Implementation = "xla"
-    if FAMILIES[config.model.family].cudnn:
-        size = size_of(config.model)
-        implementation = choose(config.model, size.width // size.heads, mesh.devices.flat[0])
-    model = build(config, config.augment.global_size, gatherer(mesh), implementation)
+    device, implementation = mesh.devices.flat[0], attention_of(config, mesh.devices.flat[0])
+    unroll = unrolls(config.model, device)
+    model = build(config, config.augment.global_size, gatherer(mesh), implementation, unroll)
     batch = abstract_batch(config, mesh, model.patch)
     grid = batch["mask"].shape[2:]
     objective = method_of(config).build(config, model.dim, mesh, length, grid)
@@ -110,10 +109,45 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
     )
 
 
+def attention_of(config: ml_collections.ConfigDict, device: Any) -> Implementation:
+    """Returns the implementation of attention that a run uses on its devices.
+
+    Raises:
+        UserError: cuDNN's implementation is requested but does not work on the device.
+    """
+    if not FAMILIES[config.model.family].cudnn:
+        return "xla"
+    size, patch, augment = size_of(config.model), token_side(config.model), config.augment
+    tokens = [
+        1 + config.model.registers + (side // patch) ** 2
+        for side in (augment.global_size, augment.local_size)
+    ]
+    return choose(config.model, size.width // size.heads, device, tokens)
+
+
+def unrolls(model: ml_collections.ConfigDict, device: Any) -> bool:
+    """Whether the layers of a run's network are unrolled; `auto` does so on GPUs."""
+    if model.unroll == "auto":
+        return device.platform == "gpu" and model.remat != "full"
+    return model.unroll == "yes"
+
+
 def traced_step(run: Run) -> Any:
     """Returns the step traced for the shapes of the run, not yet compiled."""
     measure = jax.ShapeDtypeStruct((), jnp.bool, sharding=replicated(run.mesh))
     return run.train_step.trace(run.abstract, run.batch, measure)
+
+
+def model_flops(config: ml_collections.ConfigDict, run: Run) -> float:
+    """Returns the operations of a step's matrix products, without those that are done twice.
+
+    The backward pass repeats some of the forward pass to save memory (`model.remat`), which is no
+    progress. Utilisation is the share of a device's peak that the other operations take.
+    """
+    whole = config.copy_and_resolve_references()
+    whole.model.remat, whole.model.attention = "none", "xla"
+    images = round(run.epoch * config.batch_size)
+    return count(traced_step(assemble(whole, run.mesh, images)).jaxpr)
 
 
 def compiled_step(

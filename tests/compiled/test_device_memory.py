@@ -86,11 +86,34 @@ def test_processors_share_what_is_left_and_what_they_hold(monkeypatch: pytest.Mo
 
 def test_other_devices_report_their_own_limit() -> None:
     def device(kind: str, stats: dict[str, int] | None) -> Any:
-        return SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: stats)
+        return SimpleNamespace(
+            device_kind=kind,
+            platform="gpu",
+            client=SimpleNamespace(runtime_type="tfrt"),
+            process_index=0,
+            memory_stats=lambda: stats,
+        )
 
     assert bytes_limit([device("NVIDIA H100", {"bytes_limit": 60 * GIB})]) == 60 * GIB
     assert bytes_limit([device("NVIDIA H100", None)]) is None
     assert bytes_limit([device("TPU v4", None)]) == 30.75 * GIB
+
+
+def test_the_memory_of_another_process_is_that_of_ones_own() -> None:
+    """A device of another process does not say how much it has."""
+
+    def device(process: int, stats: Any) -> Any:
+        client = SimpleNamespace(runtime_type="tfrt")
+        return SimpleNamespace(
+            device_kind="NVIDIA H100",
+            platform="gpu",
+            client=client,
+            process_index=process,
+            memory_stats=stats,
+        )
+
+    others = device(1, lambda: pytest.fail("not addressable"))
+    assert bytes_limit([others, device(0, lambda: {"bytes_limit": GIB})]) == GIB
 
 
 def test_arrays_count_on_every_device_that_has_them() -> None:

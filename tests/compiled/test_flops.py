@@ -137,3 +137,24 @@ def test_scopes_add_up_to_all_operations() -> None:
         "": 2 * PRODUCT,
     }
     assert flops.count(jaxpr) == sum(shares.values())
+
+
+def test_attention_by_cudnn_counts_as_its_products() -> None:
+    """Its primitives are traced here without cuDNN, which JAX asks for its version."""
+
+    def attention(name: str, outputs: int) -> jax.extend.core.Primitive:
+        primitive = jax.extend.core.Primitive(f"dot_product_attention_{name}_wrapper")
+        primitive.multiple_results = True
+        primitive.def_abstract_eval(lambda q, *_: [q] * outputs)
+        return primitive
+
+    def step(q: jax.Array, k: jax.Array) -> Any:
+        (mixed,) = attention("fwd", 1).bind(q, k, k)
+        with jax.named_scope("student"):
+            return attention("bwd", 3).bind(q, k, k, mixed)
+
+    q = jax.ShapeDtypeStruct((2, 6, 3, 8), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((2, 10, 3, 8), jnp.bfloat16)
+    product = 2 * 2 * 3 * 6 * 10 * 8
+    found = flops.by_scope(jax.make_jaxpr(step)(q, k), ["student"])
+    assert found == {"": 2 * product, "student": 4 * product}
