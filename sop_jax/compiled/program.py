@@ -115,8 +115,8 @@ def sources(text: str, package: str = "sop_jax/") -> dict[int, str]:
     files, frames = tables.get("FileNames", {}), tables.get("StackFrames", {})
     places = {number: _numbers(row) for number, row in tables.get("FileLocations", {}).items()}
     found: dict[int, str] = {}
-    for number, row in frames.items():  # the parents of a frame come before it
-        frame = _numbers(row)
+    for number, fields in frames.items():  # the parents of a frame come before it
+        frame = _numbers(fields)
         place = places[frame["file_location_id"]]
         _, inside, file = files[place["file_name_id"]].rpartition(package)
         if inside:

@@ -307,7 +307,7 @@ def _fusion(body: Computation) -> Work:
     """Returns the work of a fusion, which computes and reads only the elements that it needs."""
     needed, scalar = _needed(body), 0.0
     products: dict[str, float] = defaultdict(float)
-    moved = _written(body, next(reversed(body)))
+    moved = float(_written(body, next(reversed(body))))
     for instruction in body.values():
         opcode, count = instruction.opcode, needed[instruction.name]
         if opcode == "parameter":
