@@ -14,8 +14,12 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     `jax.nn.gelu(x, approximate=False)` is the same, by the complementary error function, which
     takes GPUs several times as many operations, in two kernels for the gradient.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     return (wide * _below(wide)).astype(x.dtype)
+
+
+def _wide(x: Array) -> Array:
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _below(x: Array) -> Array:
@@ -26,7 +30,7 @@ def _below(x: Array) -> Array:
 @gelu.defjvp
 def _tangent(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     density = jnp.exp(-0.5 * wide**2) * (1 / math.sqrt(2 * math.pi))
     slope = _below(wide) + wide * density
     return gelu(x), (slope * tangent.astype(wide.dtype)).astype(x.dtype)
