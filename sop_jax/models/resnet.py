@@ -21,10 +21,14 @@ from sop_jax.models.layers import BatchNorm, Start, Statistics
 STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
 GROWTH = 4  # output channels of a block per channel inside it
 
-# As for the transformers, but most products that `dots` stores are convolutions here.
-REMATS = layers.REMATS | {
-    "dots": lambda operation, *_, **__: operation.name in ("conv_general_dilated", "dot_general"),
-}
+
+def is_product(primitive: Any, *_: Any, **details: Any) -> bool:
+    """Whether an operation is a convolution, for policies of `jax.checkpoint`."""
+    return primitive.name == "conv_general_dilated" or layers.is_product(primitive, **details)
+
+
+# As for the transformers, but most products are convolutions here.
+REMATS = layers.REMATS | {"products": is_product, "dots": is_product}
 
 
 class Size(NamedTuple):
