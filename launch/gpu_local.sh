@@ -19,6 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/arguments.sh
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
+# shellcheck source=launch/flags.sh
+source launch/flags.sh
 parse gpu_local.sh "" "" "$@"
 need config workdir
 check_config
@@ -27,4 +29,5 @@ check_config
 
 call nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
 call use_environment ".[$(gpu_extras)]"
+call use_gpu_flags
 call exec python -m sop_jax.train --processes=1 "${train[@]}"

@@ -42,6 +42,8 @@ fi
 source launch/arguments.sh
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
+# shellcheck source=launch/flags.sh
+source launch/flags.sh
 parse gpu_slurm.sh "" "" "$@"
 need config workdir
 check_config
@@ -59,6 +61,7 @@ tasks="${SLURM_NTASKS_PER_NODE:-}" gpus="${SLURM_GPUS_ON_NODE:-}"
   die "$tasks tasks and $gpus GPUs per node: --ntasks-per-node and --gpus-per-node must be equal"
 
 call use_environment ".[$(gpu_extras)]" # once, for all tasks
+call use_gpu_flags
 
 # JAX assigns the GPUs of a node to its tasks by number, so every task must see all GPUs. If a task
 # is lost, JAX ends the others by itself. srun does not inherit --cpus-per-task from sbatch.

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -310,9 +311,10 @@ def test_a_dry_run_needs_nothing_and_starts_nothing(world: World, script: str) -
 class TestLocal:
     def test_dry_run(self, world: World) -> None:
         done = world.run("gpu_local.sh", "--dry-run", *TRAINING, "--", "--alsologtostderr")
-        smi, environment, training = commands(done.stdout)
+        smi, environment, flags, training = commands(done.stdout)
         assert smi[0] == "nvidia-smi"
         assert environment == ["use_environment", ".[cuda,gcs]"]  # for the bucket
+        assert flags == ["use_gpu_flags"]
         module = ["exec", "python", "-m", "sop_jax.train", "--processes=1"]
         assert training == [*module, *TRAINING, "--alsologtostderr"]
 
@@ -336,6 +338,50 @@ class TestLocal:
         assert not world.calls()
 
 
+OVERLAP = [
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_enable_pipelined_all_reduce=true",
+    "--xla_gpu_enable_pipelined_all_gather=true",
+    "--xla_gpu_enable_pipelined_reduce_scatter=true",
+]
+
+
+class TestFlags:
+    """Flags of XLA, which a stand-in for Python records, as XLA reads them in any process."""
+
+    PYTHON = '#!/usr/bin/env bash\necho "$XLA_FLAGS" >> "$WORLD/flags"\n'
+
+    def seen(self, world: World, **variables: str) -> list[list[str]]:
+        local = ["--config=configs/digits.py", "--workdir=runs/x"]
+        world.run("gpu_local.sh", *local, **variables)
+        return [line.split() for line in (world.folder / "flags").read_text().splitlines()]
+
+    def test_they_are_tried_before_the_training_has_them(self, world: World) -> None:
+        world.put(nvidia_smi=RECORD, uv=RECORD, python=self.PYTHON)
+        assert self.seen(world) == [OVERLAP, OVERLAP]
+
+    def test_those_of_the_user_are_kept(self, world: World) -> None:
+        world.put(nvidia_smi=RECORD, uv=RECORD, python=self.PYTHON)
+        own = "--xla_dump_to=x --xla_gpu_enable_pipelined_all_gather=false"
+        tried, used = self.seen(world, XLA_FLAGS=own)
+        assert tried == used == [*own.split(), *OVERLAP[:2], OVERLAP[3]]
+
+    def test_without_them_it_trains_where_xla_does_not_know_them(self, world: World) -> None:
+        refuses = self.PYTHON + '[[ "$*" == *sop_jax* ]] || exit 1\n'
+        world.put(nvidia_smi=RECORD, uv=RECORD, python=refuses)
+        assert self.seen(world) == [OVERLAP, []]
+
+    @pytest.mark.medium
+    def test_the_installed_xla_knows_them_and_ends_with_others(self) -> None:
+        def code(flags: str) -> int:
+            command = [sys.executable, "-c", "import jax; jax.devices()"]
+            variables = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+            return subprocess.run(command, env=variables, capture_output=True).returncode
+
+        assert code(" ".join(OVERLAP)) == 0
+        assert code("--xla_gpu_enable_what_no_xla_knows=true") != 0
+
+
 class TestSlurm:
     JOB = {"SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "5"}
 
@@ -352,8 +398,9 @@ class TestSlurm:
 
     def test_dry_run(self, world: World) -> None:
         done = world.run("gpu_slurm.sh", "--dry-run", *TRAINING)
-        environment, srun, requeue = commands(done.stdout)
+        environment, flags, srun, requeue = commands(done.stdout)
         assert environment == ["use_environment", ".[cuda,gcs]"]
+        assert flags == ["use_gpu_flags"]
         assert srun[0] == "srun" and "--cpus-per-task=8" in srun and "--gpu-bind=none" in srun
         waiting = ["sop_jax.train", "--wait=600"]  # for the previous job, which may still be saving
         assert srun[-7:] == [".venv/bin/python", "-m", *waiting, *TRAINING]
