@@ -316,7 +316,8 @@ def main() -> None:
         print(
             f"{len(sizes)} {'photos' if args.images else 'drawn images'} of {WIDTH} x {HEIGHT}, "
             f"{min(sizes) / 1e3:.0f} to {max(sizes) / 1e3:.0f} KB, "
-            f"{statistics.mean(sizes) / 1e3:.0f} on average"
+            f"{statistics.mean(sizes) / 1e3:.0f} on average",
+            flush=True,
         )
         rates = on_one_core(source, config, args.rounds, 3)
         table = parts(source, config)

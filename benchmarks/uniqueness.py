@@ -93,7 +93,7 @@ def main() -> None:
         print(json.dumps(measure(args.case, args.prototypes, args.dim)))
         return
     print("| case | pairs within the widest | s | CPU s | peak, GiB | growth, GiB | unique |")
-    print("|---" * 7 + "|")
+    print("|---" * 7 + "|", flush=True)
     rows = []
     for case in CASES:
         done = subprocess.run(

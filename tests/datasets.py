@@ -10,16 +10,17 @@ from PIL import Image
 from sop_jax.data import ade20k, davis
 
 
-def colours(root: pathlib.Path, labelled: bool, count: int = 12) -> None:
+def colours(root: pathlib.Path, labelled: bool, count: int = 12, held: int = 5) -> None:
     """Makes splits of two classes, red and green, or a folder without classes.
 
     Args:
         root: the folder.
         labelled: whether there are classes, and the splits train and val.
         count: the number of images to train on, of each colour.
+        held: the same of test images.
     """
     rng = np.random.default_rng(0)
-    for split, number in (("train", count), ("val", 5)) if labelled else ((".", count),):
+    for split, number in (("train", count), ("val", held)) if labelled else ((".", count),):
         for channel, name in enumerate(("red", "green")):
             folder = root / split / (name if labelled else "")
             folder.mkdir(parents=True, exist_ok=True)

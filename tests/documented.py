@@ -20,7 +20,7 @@ NAME = r"python -m [\w.]+|pip install|scontrol requeue"  # in a sentence, a name
 # What a synopsis leaves to the reader: an optional part, or a choice for which no file can stand.
 CHOSEN = {
     "[--config.KEY=VALUE ...]": "--config.seed=1",
-    "[--eval.KEY=VALUE ...]": "--eval.batch_size=8",
+    "[--eval.KEY=VALUE ...]": "--eval.k=3,5",
     "[OTHER ...]": "OTHER",
     "--task=TASK": "--task=knn",
 }
