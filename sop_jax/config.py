@@ -51,7 +51,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "tracker": "tensorboard",  # this does not change the results
     },
     "0.7.0": {
-        "model.unroll": "no",
+        "model.unroll": "auto",  # this does not change the results
     },
 }
 _FIRST = "0.1.0"  # the only version that wrote no version into config.json

@@ -313,6 +313,14 @@ def test_a_setting_of_a_later_version_leaves_rows_as_long_as_it_has_no_effect(
     assert parts.rows.settings_digest(config) == digest
 
 
+def test_the_committed_rows_have_the_settings_of_claims(parts: SimpleNamespace) -> None:
+    """Else all would be trained again: see `BEFORE` in the config, and COMPUTES in the rows."""
+    lines = (BENCHMARKS.parent / "docs" / "claims.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "run"]
+    current = {parts.runs.digest(one) for one in trained(parts, quick=False)}
+    assert rows and {row["settings"] for row in rows} <= current
+
+
 def test_costs_are_judged_on_each_device(parts: SimpleNamespace) -> None:
     claim = parts.claims.by_name()["table_b1"]
     cost = next(one for one in parts.claims.subjects(claim, quick=False) if one.quantity == "time")

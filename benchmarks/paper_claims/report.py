@@ -1,6 +1,7 @@
 """The claims with their numbers and verdicts, as tables and as docs/claims.md with figures."""
 
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -353,7 +354,7 @@ def differences(measured: Measured) -> Any:
     import matplotlib.pyplot as plt
 
     found = [
-        (f"{claim.name}: {test.words}", test)
+        (textwrap.fill(f"{claim.name}: {test.words}", 90), test)
         for claim in CLAIMS
         for statement in claim.statements
         for test in statement.tests(measured)
@@ -361,24 +362,27 @@ def differences(measured: Measured) -> Any:
     ]
     if not found:
         return None
-    size = (11, 1.5 + 0.3 * len(found))
+    lines = sum(name.count("\n") + 1.6 for name, _ in found)
+    size = (11, 1.5 + 0.19 * lines)
     figure, axis = plt.subplots(figsize=size, constrained_layout=True)
     colors = {"holds": "tab:green", "does not hold": "tab:red", "undecided": "tab:gray"}
     for i, (_, test) in enumerate(found):
         values = [100 * value for value in test.samples.values()]
         color = colors.get(test.verdict, "tab:blue")
         axis.plot(values, [i] * len(values), "o", color=color, alpha=0.4, markersize=4)
-        if len(values) > 1:
+        if test.verdict != UNJUDGED:  # the interval of two seeds is as wide as the figure
             axis.plot([100 * end for end in interval(list(test.samples.values()))], [i, i], color)
         axis.plot([statistics.mean(values)], [i], "D", color=color, markersize=6)
-    axis.set_yticks(range(len(found)), [name for name, _ in found], fontsize=8)
+    axis.set_yticks(range(len(found)), [name for name, _ in found], fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel("difference of k-NN accuracy, points: seeds, mean and 95 % interval")
+    axis.set_xlabel(
+        "difference of k-NN accuracy, points:\nseeds, mean, and 95 % interval if judged"
+    )
     axis.grid(axis="x", alpha=0.3)
     for name, color in {**colors, "not judged": "tab:blue"}.items():
         axis.plot([], [], "D", color=color, label=name)
-    axis.legend(loc="best", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
