@@ -160,3 +160,12 @@ def test_the_page_of_settings_is_that_of_the_code():
     assert text == settings["page"](), "run python docs/settings.py"
     assert len(re.findall(r"^\| `", text, flags=re.M)) == len(flatten(paper()))
     assert "|  |" not in text and "| |" not in text  # every setting has a meaning
+
+
+def test_tests_that_documents_name_exist() -> None:
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text()
+    )
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), f"{file} has no {test}"
