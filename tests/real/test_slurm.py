@@ -46,6 +46,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 GresTypes=gpu
+SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
+KillWait=5
 NodeName={host} NodeHostname={host} NodeAddr=localhost Port={first} CPUs=1 Gres=gpu:1
 NodeName={host}-b NodeHostname={host} NodeAddr=localhost Port={second} CPUs=1 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES
