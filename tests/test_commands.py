@@ -127,7 +127,7 @@ RULES = [
         resumes=r"continues after step [1-9]",
     ),
     Rule(r"sop_jax\.(evaluate|report|diagnose|extract|nearest|convert|data\.prepare) ", "ends"),
-    Rule(r"benchmarks/input\.py", "works", seen=r"KB on average"),
+    Rule(r"benchmarks/input\.py", "works", seen=r"KB, \d+ on average"),
     Rule(r"benchmarks/uniqueness\.py", "works", seen=r"pairs within the widest"),
     Rule(r"benchmarks/\w+\.py", "works"),
 ]
