@@ -115,7 +115,7 @@ RULES = [
     Rule(
         r"quickstart\.sh|sop_jax\.train ",
         "trains",
-        seen=r"about .* left, at |\nstep \d+/",
+        seen=r"about .* left, at |\nstep [1-9]\d*/",
         resumes=r"steps [1-9]\d* to ",
     ),
     Rule(r"sop_jax\.plan |--eval\.head=upernet", "works", seen=r"Compiling jit\((train_)?step\)"),
