@@ -6,7 +6,9 @@
 
 The step is the one that training compiles, with its state donated, on random pixels and masks that
 are already on the devices. With `--peer` both steps alternate, `--rounds` times, each time in a new
-process, so that each has a peak memory of its own. The last line is JSON.
+process, so that each has a peak memory of its own. With `--trace` five further steps are traced,
+and their time is summed up by scope, beside the estimate of the compiled program on GPUs whose
+rates are known. The last line is JSON.
 
 `utilisation` is the share of the rate of a large matrix product that the operations of the model
 take, without those that the backward pass repeats to save memory.
@@ -28,6 +30,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,10 +48,16 @@ from ceilings import matrix_rate, seconds  # noqa: E402
 from sop_jax import config as config_lib  # noqa: E402
 from sop_jax.check import check_config  # noqa: E402
 from sop_jax.compiled.cache import keep_compiled  # noqa: E402
+from sop_jax.compiled.flops import scope  # noqa: E402
+from sop_jax.compiled.gpus import GPUS  # noqa: E402
+from sop_jax.compiled.program import parse_program  # noqa: E402
+from sop_jax.compiled.roofline import estimate  # noqa: E402
 from sop_jax.data.masks import view_mask  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
+from sop_jax.objectives.methods import method_of  # noqa: E402
 from sop_jax.objectives.objective import Outputs  # noqa: E402
 from sop_jax.parallel.mesh import make_mesh, put, replicated, to_devices  # noqa: E402
+from sop_jax.plan import SCOPES  # noqa: E402
 from sop_jax.settings import flatten  # noqa: E402
 from sop_jax.training import optim  # noqa: E402
 from sop_jax.training.assemble import Run, assemble, attention_of, model_flops  # noqa: E402
@@ -69,6 +78,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {},
 }
 
+TRACED = 5  # steps
+
 IMAGES = 1_281_167  # of ImageNet's train split, which determine the schedules
 
 
@@ -85,6 +96,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--local-crops", type=int, default=10)
     parser.add_argument("--method", default="yardstick", choices=METHODS)
     parser.add_argument("--parts", action="store_true", help="also time the parts of the step")
+    parser.add_argument("--trace", action="store_true", help="also trace five steps, by scope")
     parser.add_argument("--cache", help="folder of compiled programs; by default that of training")
     parser.add_argument("--peer", help="path of torch_sop.py, to alternate with this step")
     parser.add_argument("--peer-python", default=sys.executable, help="Python to run the peer with")
@@ -192,6 +204,46 @@ def parts_of(
     return parts
 
 
+def traced(once: Callable[[], Any], compiled: jax.stages.Compiled, scopes: list[str]) -> dict:
+    """Returns the seconds of a step by scope, the mean of a trace of five."""
+    computations, _ = parse_program(compiled.as_text())
+    names = {
+        instruction.name: named[1]
+        for computation in computations.values()
+        for instruction in computation.values()
+        if instruction.opcode not in ("while", "conditional", "call")  # which contain others
+        and (named := re.search(r'op_name="([^"]*)"', instruction.attributes))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(TRACED):
+                jax.block_until_ready(once())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+        devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+        found: dict[str, float] = dict.fromkeys(["", *scopes], 0.0)
+        for plane in devices or planes:
+            for line in plane.lines:
+                for event in line.events:
+                    operation = dict(event.stats).get("hlo_op")
+                    if operation in names:
+                        found[scope(names[operation], scopes)] += event.duration_ns / 1e9 / TRACED
+    return {name or "elsewhere": round(value, 6) for name, value in found.items() if value}
+
+
+def estimated(compiled: jax.stages.Compiled, scopes: list[str]) -> dict | None:
+    """Returns the estimate that `traced` is compared with; None for devices that are not known."""
+    kind = jax.devices()[0].device_kind
+    gpu = next((gpu for gpu in GPUS.values() if gpu.description == kind), None)
+    if gpu is None:
+        return None
+    found: dict[str, float] = {}
+    for operation in estimate(compiled.as_text(), gpu, jax.device_count()):
+        name = scope(operation.name, scopes) or "elsewhere"
+        found[name] = found.get(name, 0.0) + operation.total
+    return {name: round(value, 6) for name, value in found.items()}
+
+
 def temporary_bytes(compiled: jax.stages.Compiled) -> int | None:
     """Returns the bytes of a program's temporary arrays, None where the compiler does not say."""
     analysis = compiled.memory_analysis()
@@ -250,6 +302,10 @@ def measure(args: argparse.Namespace, config: ml_collections.ConfigDict) -> dict
         "utilisation": round(operations / step_s / ceiling, 4),
         "loss": float(once()),
     }
+    if args.trace:
+        scopes = [*SCOPES, *method_of(config).scopes]
+        result["trace_s"] = traced(once, step, scopes)
+        result["estimate_s"] = estimated(step, scopes)
     if args.parts:
         parts = parts_of(run, config, state, batch, args)
         parts_s = {name: part["s"] for name, part in parts.items()}
@@ -266,7 +322,8 @@ def commands(args: argparse.Namespace, changes: list[str]) -> dict[str, list[str
     shared += [f"--steps={args.steps}", f"--warmup={args.warmup}"]
     shared += [f"--local-crops={args.local_crops}"]
     ours = [sys.executable, __file__, *shared, f"--method={args.method}", *changes]
-    ours += ["--parts"] * args.parts + [f"--cache={args.cache}"] * bool(args.cache)
+    ours += ["--parts"] * args.parts + ["--trace"] * args.trace
+    ours += [f"--cache={args.cache}"] * bool(args.cache)
     peer = [args.peer_python, args.peer, *shared]
     peer += ["--closed-form"] * args.closed_form + ["--compile"] * args.compile
     peer += [f"--device={args.device}"] * bool(args.device)

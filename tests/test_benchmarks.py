@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -46,10 +47,46 @@ def run(name: str, *words: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_parts_of_the_step_are_timed() -> None:
-    found = run("step", *SMALL, "--steps=2", "--warmup=0", "--parts")
+    found = run("step", *SMALL, "--steps=2", "--warmup=0", "--parts", "--trace")
     assert set(found["parts_s"]) == {"teacher", "targets", "losses", "update", "student"}
     assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"], abs=1e-4)
     assert found["flops"] > 0 and math.isfinite(found["loss"])
+    traced = found["trace_s"]
+    assert traced["student"] > traced["losses"] > 0 and traced["teacher"] > 0
+    assert sum(traced.values()) < 5 * found["step_s"]
+    assert (found["attention"], found["estimate_s"]) == ("xla", None)
+
+
+def rehearse(folder: pathlib.Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [BENCHMARKS / "gpu.sh", "--rehearse", f"--out={folder / 'out'}", *words]
+    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    return subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="needs timeout, of GNU coreutils")
+def test_the_measurements_of_a_gpu_go_on_where_they_stopped(tmp_path: pathlib.Path) -> None:
+    """Two of them are rehearsed; the others are the commands of other tests here."""
+    names = ("vitb", "vitb_xla", "vitb_full", "vitb_loop", "vitb_triton", "vitl", "vits", "train")
+    done = [*names, "precision_bfloat16", "precision_float32", "input"]
+    results = tmp_path / "out" / "results.jsonl"
+    results.parent.mkdir()
+    results.write_text("".join(f'{{"name": "{name}", "seconds": 1}}\n' for name in done))
+    first = rehearse(tmp_path, "--seconds=9999")
+    assert first.returncode == 0, first.stdout + first.stderr
+    rows = [json.loads(line) for line in results.read_text().splitlines()][len(done) :]
+    assert [row["name"] for row in rows] == ["smoke", "search"]
+    assert rows[0]["attention"] == "xla" and rows[0]["distances"]["37"]["q"] < 0.02
+    assert rows[1]["searches"][0]["recall"] == 1
+    again = rehearse(tmp_path)
+    assert "==" not in again.stdout and again.stdout.startswith("took ")
+    assert sorted(file.name for file in results.parent.iterdir()) == ["gpu.log", "results.jsonl"]
+
+
+def test_a_measurement_that_does_not_exist_is_refused(tmp_path: pathlib.Path) -> None:
+    ended = rehearse(tmp_path, "--only=vitb,vitz")
+    assert ended.returncode == 2
+    assert "there is no measurement vitz; expected one of: smoke vitb" in ended.stderr
 
 
 @pytest.mark.slow
