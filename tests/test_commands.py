@@ -228,8 +228,10 @@ def start(forked: Forked | None, line: str, folder: pathlib.Path) -> Running:
 def try_command(forked: Forked | None, line: str, folder: pathlib.Path) -> None:
     """Runs a command as its rule says."""
     rule = rule_of(line)
-    if "--topology" in line:
+    if "--topology=v" in line:
         pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[test]'")
+    elif "--topology" in line:
+        pytest.importorskip("jax_cuda13_plugin", reason="needs 4.6 GB: pip install -e '.[cuda]'")
     if rule.how in ("works", "trains"):
         try_long_command(forked, line, folder, rule)
     elif rule.how != "not run":
