@@ -51,10 +51,9 @@ def distances(implementation: Implementation, tokens: int) -> dict[str, float]:
     found = {}
     with jax.default_matmul_precision("float32"):
         exact = both("xla", jnp.float32)
-    for name, one, other in zip(
-        ("mixed", "q", "k", "v"), both(implementation, jnp.bfloat16), exact, strict=True
-    ):
-        one, other = (np.asarray(x, np.float32)[:, :tokens] for x in (one, other))
+    names, half = ("mixed", "q", "k", "v"), both(implementation, jnp.bfloat16)
+    for name, *pair in zip(names, half, exact, strict=True):
+        one, other = (np.asarray(x, np.float32)[:, :tokens] for x in pair)
         found[name] = float(np.linalg.norm(one - other) / np.linalg.norm(other))
     return found
 
@@ -83,18 +82,20 @@ def main() -> None:
     device, began = jax.devices()[0], time.perf_counter()
     refusal = refuses("bfloat16", 64, device, TOKENS)
     implementation: Implementation = "cudnn" if refusal is None else "xla"
+    apart = {str(tokens): distances(implementation, tokens) for tokens in TOKENS}
+    loss = tiny_step()
     found = {
         "device": f"{jax.device_count()} x {device.device_kind}",
         "jax": jax.__version__,
         "attention": implementation,
         "refusal": refusal,
-        "distances": {str(tokens): distances(implementation, tokens) for tokens in TOKENS},
-        "loss": tiny_step(),
+        "distances": apart,
+        "loss": loss,
         "wall_s": round(time.perf_counter() - began, 2),
     }
     print(json.dumps(found))
-    largest = max(max(each.values()) for each in found["distances"].values())
-    if not (largest <= limit and math.isfinite(found["loss"])):
+    largest = max(max(each.values()) for each in apart.values())
+    if not (largest <= limit and math.isfinite(loss)):
         sys.exit(f"error: a distance of {largest:.3g} is above {limit}, or the loss not finite")
 
 

@@ -206,7 +206,7 @@ def parts_of(
 
 def traced(once: Callable[[], Any], compiled: jax.stages.Compiled, scopes: list[str]) -> dict:
     """Returns the seconds of a step by scope, the mean of a trace of five."""
-    computations, _ = parse_program(compiled.as_text())
+    computations, _ = parse_program(compiled.as_text() or "")
     names = {
         instruction.name: named[1]
         for computation in computations.values()
@@ -238,7 +238,7 @@ def estimated(compiled: jax.stages.Compiled, scopes: list[str]) -> dict | None:
     if gpu is None:
         return None
     found: dict[str, float] = {}
-    for operation in estimate(compiled.as_text(), gpu, jax.device_count()):
+    for operation in estimate(compiled.as_text() or "", gpu, jax.device_count()):
         name = scope(operation.name, scopes) or "elsewhere"
         found[name] = found.get(name, 0.0) + operation.total
     return {name: round(value, 6) for name, value in found.items()}
