@@ -188,6 +188,8 @@ TROUBLES: tuple[Trouble, ...] = (
     workdir_read_only,
     data_gone,
 )
+# The kinds that always end the run, sooner or later; the next trouble waits for that.
+ENDING = {each.__name__ for each in (asked_to_stop, process_killed, worker_killed)}
 
 
 @dataclasses.dataclass
@@ -241,7 +243,8 @@ def interrupt(
                 latest, moved = (step, now) if step != latest else (latest, moved)
                 assert now - moved < STALLED, f"no step for {STALLED} s: {haul.says()}"
                 for each in found:
-                    if not each.recovery and saved > each.step:
+                    over = each.codes is not None or each.kind not in ENDING
+                    if not each.recovery and over and saved > each.step:
                         each.recovery = now - each.began
                         due = now + rng.uniform(*pauses)
                 if minutes and now - began > 60 * minutes:

@@ -14,6 +14,7 @@ import pytest
 from long_haul import Haul
 from test_train import SMALL, TIMINGS, rows, saved_state
 
+from sop_jax.errors import LOST
 from sop_jax.training import checkpoint
 
 # One worker of pytest runs all tests with real programs, because each needs both cores.
@@ -57,4 +58,8 @@ def test_an_interrupted_run_has_the_bits_of_one_in_peace(folder: pathlib.Path) -
         print(f"step {step}: every array and all {step + 1} rows are the same")
     assert "Traceback" not in haul.says(), haul.says()
     assert {each.kind for each in found} >= {each.__name__ for each in troubles}
-    assert all(each.lost == 0 for each in found if each.kind == "asked_to_stop")
+    for each in found:
+        if each.kind == "asked_to_stop":
+            assert (each.codes, each.lost) == ([130, 130], 0)
+        elif each.kind == "worker_killed":
+            assert each.codes == [LOST, LOST]
