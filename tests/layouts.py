@@ -53,7 +53,8 @@ METHODS: dict[str, dict[str, Any]] = {
             target_temperature=0.5,
             clustering_temperature=0.5,
             student_temperature=0.5,
-        )
+        ),
+        optim=dict(lr=0.1),  # as for massl
     ),
     "decoupled": dict(
         decoupled=dict(
