@@ -45,6 +45,16 @@ def expand(text: str) -> str:
     return str(epath.Path(expanded))
 
 
+def absolute(path: str) -> str:
+    """Returns a path expanded and, if it is local, absolute, for readers in other folders.
+
+    Raises:
+        UserError: see `expand`.
+    """
+    path = expand(path)
+    return path if "://" in path else os.path.abspath(path)
+
+
 def check_writable(path: epath.PathLike, flag: str) -> None:
     """Checks that a folder can be written to, or created, without leaving anything behind.
 

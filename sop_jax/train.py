@@ -17,7 +17,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +61,7 @@ from sop_jax.own_images import choices
 from sop_jax.parallel import hosts
 from sop_jax.parallel.interruption import Interruption
 from sop_jax.parallel.mesh import host_rows, make_mesh, put, replicated, to_devices
-from sop_jax.paths import check_writable, expand, write_whole
+from sop_jax.paths import absolute, check_writable, expand, write_whole
 from sop_jax.report import FILE as REPORT
 from sop_jax.report import reporter
 from sop_jax.schedules import Length
@@ -553,9 +552,7 @@ def expand_paths(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     config, flat = deepcopy(config), flatten(config)
     for key in PATHS:
         if flat[key]:
-            path = expand(flat[key])
-            path = path if "://" in path else os.path.abspath(path)
-            config.update_from_flattened_dict({key: path})
+            config.update_from_flattened_dict({key: absolute(flat[key])})
     return config
 
 

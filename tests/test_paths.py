@@ -20,6 +20,15 @@ def test_a_path_has_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paths.expand("../a") == "../a" and paths.expand("a/../b") == "a/../b"
 
 
+def test_a_local_path_becomes_absolute(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert paths.absolute("a/") == str(tmp_path / "a") and paths.absolute("/b") == "/b"
+    assert paths.absolute("~/a") == "/home/me/a"
+
+
 def test_an_address_stays_as_it_is_if_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     find = paths.importlib.util.find_spec
     found: object = None

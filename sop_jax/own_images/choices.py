@@ -18,7 +18,7 @@ from sop_jax.data.sources import open_source
 from sop_jax.errors import UserError
 from sop_jax.own_images import decisions, duplicates, estimate, machine, survey
 from sop_jax.parallel import hosts
-from sop_jax.paths import expand
+from sop_jax.paths import absolute
 from sop_jax.settings import flatten
 
 FIXED = ("data.path", "data.source", "data.name")  # which `images` stands for
@@ -82,11 +82,11 @@ def chosen(
             f"{fixed[0]} is given, but so is the folder of images, {images}; leave one of them out"
         )
     config = recipes.folder()
-    config.data.path = expand(images)
+    config.data.path = absolute(images)
     _update(config, given)
     if workdir is not None and (epath.Path(workdir) / "config.json").exists():
         config = config_lib.read_config(workdir)
-        config.data.update(source="folder", path=expand(images))
+        config.data.update(source="folder", path=absolute(images))
         _update(config, given)
         if hosts.is_first():
             tell(f"{workdir} has a run, whose settings are kept: nothing is chosen again.")

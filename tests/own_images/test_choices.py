@@ -68,10 +68,12 @@ def test_a_run_that_has_begun_keeps_its_settings(
     config_lib.save(began, epath.Path(tmp_path))
     monkeypatch.setattr(machine, "measure", lambda: 1 / 0)
     lines: list[str] = []
-    resumed, seen = choices.chosen(str(photos), tmp_path, {"data.threads": 3}, tell=lines.append)
+    monkeypatch.chdir(photos.parent)
+    given = {"data.threads": 3}
+    resumed, seen = choices.chosen(photos.name, tmp_path, given, tell=lines.append)
     assert seen is None
     assert "nothing is chosen again" in lines[0]
-    assert resumed.data.threads == 3
+    assert resumed.data.threads == 3 and resumed.data.path == str(photos)
     resumed.data.threads = began.data.threads
     assert flatten(resumed) == flatten(began)
 
