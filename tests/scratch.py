@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from checkpoints import head, save_pth, vit
 from datasets import colours, pack, write_clip, write_pairs, write_small_set, write_tree
+from etils import epath
 from runs import APART, make_config
 
 from sop_jax.data.prepare import prepare
@@ -109,7 +110,7 @@ def write_weights(root: pathlib.Path) -> None:
     _, segmenter = segment.make_segmenter(config, segment.settings())
     folder = root / "DIR" / "evaluations" / "segment_STEP_DIGEST"
     folder.mkdir()
-    segment.write_weights(folder, segmenter.init(jax.random.key(0)))
+    segment.write_weights(epath.Path(folder), segmenter.init(jax.random.key(0)))
 
 
 def copy_runs(root: pathlib.Path) -> None:
