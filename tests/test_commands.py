@@ -109,9 +109,7 @@ RULES = [
     Rule(r"^SOP_ONNX_PYTHON=", "not run", "it needs jax2onnx; see tests/exports/test_onnx.py"),
     Rule(r"--(peer|official)=", "not run", "it needs PyTorch and the code of another project"),
     Rule(r"^source |^bash -c|--dry_run|--help|docs/settings\.py|^python -c", "ends"),
-    Rule(
-        r"quickstart\.sh|sop_jax\.train ", "trains", seen=r"about .* left, at |\nstep [1-9]\d*/"
-    ),
+    Rule(r"quickstart\.sh|sop_jax\.train ", "trains", seen=r"about .* left, at |\nstep [1-9]\d*/"),
     Rule(r"sop_jax\.plan |--eval\.head=upernet", "works", seen=r"Compiling jit\((train_)?step\)"),
     Rule(r"--eval\.weights=", "ends"),
     Rule(r"--task=(linear|finetune|segment)", "trains", seen=r"0/\d+ \[.*step/s"),
