@@ -33,4 +33,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck launch/*.sh benchmarks/*.sh .ci/install .ci/run .ci/release
-python -m pytest -n 2 --dist=loadgroup -m "$tests" "$@"
+python -m pytest -n 2 --dist=loadgroup --no-loadscope-reorder -m "$tests" "$@"

@@ -1,5 +1,6 @@
 """The environment of all tests: eight virtual CPU devices, checked types and parsed flags."""
 
+import collections
 import ctypes
 import os
 import pathlib
@@ -55,6 +56,36 @@ LARGE_KIB = 3 * 2**20  # of memory
 
 # No number changes its type unless code converts it explicitly.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+# Roughly the seconds that a test takes, by its mark. All others take a fraction of a second.
+SECONDS = {"slow": 20.0, "medium": 4.0}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives all tests of a file to one worker, so that fixtures and programs are made once.
+
+    Files that take long come first, so that the workers end at about the same time.
+    """
+    seconds = collections.Counter[str]()
+    groups = {}
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+        mark = item.get_closest_marker("xdist_group")
+        assert mark
+        groups[item] = mark.args[0]
+        marked = [SECONDS[name] for name in SECONDS if item.get_closest_marker(name)]
+        seconds[groups[item]] += max(marked, default=0.2)
+    items.sort(key=lambda item: -seconds[groups[item]])  # which keeps the order within a file
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses a pytest with which pytest-xdist ignores groups, as pytest-xdist 3.8 does on 9.2."""
+    if session.config.getvalue("dist") == "loadgroup" and os.environ.get("PYTEST_XDIST_WORKER"):
+        if any("@" not in item.nodeid for item in session.items):
+            raise pytest.UsageError("pytest-xdist gives tests of a group to several workers here")
 
 
 @pytest.fixture(scope="session", autouse=True)

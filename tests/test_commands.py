@@ -257,7 +257,6 @@ def test_commands_for_other_machines_are_complete(block: Block, tmp_path: pathli
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("commands")
 @pytest.mark.parametrize(
     "block",
     [

@@ -16,8 +16,7 @@ from sop_jax import train
 from sop_jax.monitor.metrics import read_metrics
 from sop_jax.training import checkpoint
 
-# One worker of pytest runs them all, because they need both cores and the same first run.
-pytestmark = [pytest.mark.xdist_group("many_hosts"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 HERE = pathlib.Path(__file__).parents[1]
 TOGETHER = {"mesh.data": 0, "eval_every": 0, "log_every": 1}

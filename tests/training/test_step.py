@@ -25,9 +25,6 @@ from sop_jax.training.assemble import assemble
 from sop_jax.training.state import TrainState, init_state
 from sop_jax.training.step import embed_views, encode_views, make_train_step, with_statistics
 
-# One process has the fixture.
-pytestmark = pytest.mark.xdist_group("step")
-
 BATCH = 8
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
