@@ -81,13 +81,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -seconds[groups[item]])  # which keeps the order within a file
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuses a pytest with which pytest-xdist ignores groups, as pytest-xdist 3.8 does on 9.2."""
-    if session.config.getvalue("dist") == "loadgroup" and os.environ.get("PYTEST_XDIST_WORKER"):
-        if any("@" not in item.nodeid for item in session.items):
-            raise pytest.UsageError("pytest-xdist gives tests of a group to several workers here")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def parsed_flags() -> None:
     """Marks the flags of absl as parsed, as in a command, because Grain's workers read them."""

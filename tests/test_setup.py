@@ -42,3 +42,13 @@ def test_the_recipes_are_installed_and_found_by_name(tmp_path: pathlib.Path) -> 
     assert {file.name for file in (built / "sop_jax" / "configs").glob("*.py")} == {
         file.name for file in (ROOT / "configs").glob("*.py")
     }
+
+
+def test_groups_of_tests_reach_the_workers(request: pytest.FixtureRequest) -> None:
+    """Pytest-xdist 3.8 gives the tests of a group to all workers if pytest is 9.2, silently.
+
+    Tests then compute what they share several times, and real programs get into each other's way.
+    """
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("needs workers: --numprocesses=2 --dist=loadgroup, as in launch/test.sh")
+    assert request.node.nodeid.endswith(f"@{pathlib.Path(__file__).name}")
