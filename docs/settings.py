@@ -102,6 +102,10 @@ MEANINGS = {
     "model.stage_heads": "`custom` only: the attention heads of each stage of a Swin.",
     "model.patch": "The side of the patches of a ViT, in pixels.",
     "model.window": "The side of the windows in which a Swin attends, in patches.",
+    "model.stem": (
+        "The start of a ResNet: for images of ImageNet's size, or for small ones (3 x 3, stride 1, "
+        "no pooling)."
+    ),
     "model.registers": "Extra tokens of a ViT, which represent no patch.",
     "model.layer_scale": "The initial scale of the branches of a ViT; 0 for no layer scale.",
     "model.pool": (

@@ -116,6 +116,7 @@ RULES: dict[str, Rule] = {
     "model.position_std": NOT_NEGATIVE,
     "model.remat": one_of(REMATS),
     "model.attention": one_of(IMPLEMENTATIONS),
+    "model.stem": one_of(("imagenet", "small")),
     "model.unroll": one_of(("auto", "yes", "no")),
     "model.dtype": one_of(("float32", "bfloat16")),
     "model.precision": one_of(linear.PRECISIONS),

@@ -51,6 +51,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "tracker": "tensorboard",  # this does not change the results
     },
     "0.7.0": {
+        "model.stem": "imagenet",
         "model.unroll": "auto",  # this does not change the results
     },
 }
@@ -169,6 +170,7 @@ def paper() -> ml_collections.ConfigDict:
             stage_heads=(3, 6, 12, 24),  # swin
             patch=16,  # vit; the patches of a Swin have 4 pixels, and its tokens cover 32
             window=7,  # swin: patches on each side of the windows in which it attends
+            stem="imagenet",  # resnet: imagenet | small (3 x 3, stride 1, no pooling)
             registers=0,  # vit: extra tokens that represent no patch
             layer_scale=0.0,  # vit: the initial scale of the branches; 0 for no layer scale
             pool="cls",  # vit: cls | mean (of the patches, table C.2), which represents an image

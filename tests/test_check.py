@@ -111,6 +111,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.position_std": REAL,
     "model.remat": ("magic",),
     "model.attention": ("magic",),
+    "model.stem": ("magic", "conv"),
     "model.unroll": ("magic", True),
     "model.dtype": ("magic", "float16"),
     "model.precision": ("magic",),
@@ -356,6 +357,10 @@ BAD = {
     "views smaller than a feature": (
         RESNET | {"augment.global_size": 30},
         r"augment\.global_size is 30; model\.family=resnet needs 32 pixels or more",
+    ),
+    "views smaller than a feature without the first strides": (
+        RESNET | {"model.stem": "small", "augment.global_size": 7},
+        r"augment\.global_size is 7; model\.family=resnet needs 8 pixels or more",
     ),
     "a stage without blocks": (
         RESNET | {"model.size": "custom", "model.stage_depths": (3, 0, 1, 1)},

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sop_jax.errors import UserError
 from sop_jax.evaluation.views import view_of
 from sop_jax.exports.model_card import model_card
 from sop_jax.exports.trained import Trained, at_crop
@@ -141,7 +142,12 @@ def _swin(trained: Trained) -> dict[str, Any]:
 
 
 def _resnet(trained: Trained) -> dict[str, Any]:
-    size = size_of(trained.config.model)
+    size, stem = size_of(trained.config.model), trained.config.model.stem
+    if stem == "small":
+        raise UserError(
+            "transformers has no ResNet with the stem of model.stem=small; export to stablehlo or "
+            "ibot instead"
+        )
     return dict(
         model_type="resnet",
         architectures=["ResNetModel"],

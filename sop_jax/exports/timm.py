@@ -36,6 +36,8 @@ def call(trained: Trained, file: epath.Path) -> list[str]:
             depths=tuple(size.depths),
             num_heads=tuple(size.heads),
         )
+    elif model.stem == "small":
+        return ["timm has no ResNet with the stem of model.stem=small, to load this file into"]
     elif size.width == 64:
         name, settings = "resnet50", dict(layers=tuple(size.depths))
     else:

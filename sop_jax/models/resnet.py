@@ -18,7 +18,9 @@ from sop_jax.models import layers
 from sop_jax.models.convolution import Convolution
 from sop_jax.models.layers import BatchNorm, Start, Statistics
 
-STRIDE = 32  # pixels on each side of the square that a spatial feature stands for
+# The strides of the first convolution and of the pooling after it, without which there is none.
+STEMS = {"imagenet": (2, 2), "small": (1, 1)}
+STAGES_STRIDE = 8  # of all stages together
 GROWTH = 4  # output channels of a block per channel inside it
 
 
@@ -53,22 +55,31 @@ def custom(config: ml_collections.ConfigDict) -> Size:
 
 def token_side(config: ml_collections.ConfigDict) -> int:
     """Returns the pixels on each side of the square that a token stands for."""
-    return STRIDE
+    first, pooling = STEMS[config.stem]
+    return first * pooling * STAGES_STRIDE
 
 
 class Stem(nnx.Module):
-    """The first convolution and its batch norm, followed by 3 x 3 max pooling of stride 2."""
+    """The first convolution and its batch norm.
 
-    def __init__(self, width: int, start: Start, key: Array):
-        self.conv = Convolution(3, width, 7, 2, start, key)
+    For images of ImageNet's size it is 7 x 7 of stride 2, followed by 3 x 3 max pooling of stride
+    2; for small images it is 3 x 3 of stride 1, without pooling, as in SimCLR (appendix B.9).
+    """
+
+    def __init__(self, width: int, kind: str, start: Start, key: Array):
+        stride, pooling = STEMS[kind]
+        self.pools = pooling > 1
+        self.conv = Convolution(3, width, 7 if kind == "imagenet" else 3, stride, start, key)
         self.bn = BatchNorm(width)
 
     def __call__(
         self, x: Float[Array, "B H W 3"], training: bool
     ) -> tuple[Float[Array, "B h w C"], Statistics]:
-        """Returns features of a quarter of the height and width, rounded up, and statistics."""
+        """Returns features of the stem's share of the height and width, and statistics."""
         x, moved = self.bn(self.conv(x), training)
-        x = nnx.max_pool(jax.nn.relu(x), (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = jax.nn.relu(x)
+        if self.pools:
+            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         return x, {"bn": moved}
 
 
@@ -145,7 +156,7 @@ class ResNet(nnx.Module):
 
     Args:
         size: the channels and depths.
-        config: `config.model` of the run, of which only `remat` matters.
+        config: `config.model` of the run, of which `remat` and `stem` matter.
         image_size: ignored; a ResNet takes images of any size.
         gather: gathers the parameters of a block that are split over devices.
         start: gives the dtype and precision of the convolutions.
@@ -161,7 +172,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.remat, self.gather = config.remat, gather
-        self.stem = Stem(size.width, start, rngs.params())
+        self.stem = Stem(size.width, config.stem, start, rngs.params())
         stages = {}
         inputs = size.width
         for i, depth in enumerate(size.depths):
@@ -182,7 +193,7 @@ class ResNet(nnx.Module):
 
         Returns:
             The tokens, which are the mean feature and then the features row by row, each for a
-            square of STRIDE pixels a side; and the statistics, nested as the parameters are.
+            square of `token_side` pixels a side; and the statistics, nested as the parameters are.
         """
         remat = functools.partial(jax.checkpoint, policy=REMATS[self.remat])
         x, stem = self.stem(images, training)

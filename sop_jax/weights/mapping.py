@@ -158,6 +158,7 @@ def _resnet(shapes: Shapes) -> dict[str, Any]:
     rest = [shapes.get(f"backbone/stages/{s}/blocks/conv1/kernel", (0,)) for s in range(len(first))]
     return {
         "model.width": shapes["backbone/stem/conv/kernel"][-1],
+        "model.stem": "imagenet" if shapes["backbone/stem/conv/kernel"][0] == 7 else "small",
         "model.stage_depths": tuple(1 + blocks for blocks, *_ in rest),
     }
 

@@ -35,6 +35,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "eval.crop": 64,
         "eval.resize": 64,
     },
+    "small stem": {
+        "model.family": "resnet",
+        "model.stem": "small",
+        "model.width": 4,
+        "model.stage_depths": (1, 1, 1, 1),
+    },
 }
 
 

@@ -95,6 +95,9 @@ def test_transformers_needs_a_network_that_it_has(tmp_path: pathlib.Path) -> Non
         convert(run, tmp_path / "f.safetensors", "hf4")
     with pytest.raises(UserError, match=r"ends in .safetensors; .* another --export: timm, ibot"):
         convert(run, tmp_path / "f.safetensors", "hf")
+    with pytest.raises(UserError, match="no ResNet with the stem of model.stem=small; export"):
+        convert(networks.make(tmp_path, "small stem"), tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(UserError, match="give a new or empty folder"):

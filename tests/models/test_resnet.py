@@ -21,7 +21,7 @@ from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
 from sop_jax.models import MEAN, STD, Model, Params, build
 from sop_jax.models.layers import Start
-from sop_jax.models.resnet import REMATS, ResNet, custom
+from sop_jax.models.resnet import REMATS, ResNet, Stem, custom
 from sop_jax.objectives.sop.settings import SOP
 from sop_jax.parallel.mesh import make_mesh
 from sop_jax.training import checkpoint
@@ -242,6 +242,21 @@ def test_starts_as_torchvision() -> None:
     for norm in (backbone["stem"]["bn"], rest["bn3"]):
         found = {name: np.unique(value).tolist() for name, value in norm.items()}
         assert found == {"scale": [1.0], "bias": [0.0], "mean": [0.0], "var": [1.0]}
+
+
+@pytest.mark.medium
+def test_a_small_stem_keeps_every_pixel() -> None:
+    model = build(make_config(stem="small", stage_depths=SHALLOW), 32)
+    params = jax.jit(model.init)(jax.random.key(0))
+    kernel = params["backbone"]["stem"]["conv"]["kernel"]
+    assert kernel.shape == (3, 3, 3, WIDTH) and model.patch == 8
+    stem = Stem(WIDTH, "small", Start(dtype=jnp.float32), jax.random.key(0))
+    stem.conv.kernel[...] = kernel
+    x = jax.random.normal(jax.random.key(1), (2, 9, 12, 3))
+    found, _ = stem(x, training=False)
+    axes = ("NHWC", "HWIO", "NHWC")
+    expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
+    np.testing.assert_allclose(found, jax.nn.relu(expected / np.sqrt(1 + 1e-5)), atol=1e-5)
 
 
 @pytest.mark.medium

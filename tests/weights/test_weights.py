@@ -37,6 +37,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "augment.global_size": 224,
     },
     "resnet": {"model.family": "resnet", "model.width": 4, "model.stage_depths": (2, 1, 3, 1)},
+    "resnet for small images": {
+        "model.family": "resnet",
+        "model.width": 4,
+        "model.stage_depths": (2, 1, 3, 1),
+        "model.stem": "small",
+    },
 }
 # The networks that each project has.
 EXPORTS = [
