@@ -30,11 +30,18 @@ def colours(root: pathlib.Path, labelled: bool, count: int = 12, held: int = 5) 
                 Image.fromarray(pixels).save(folder / f"{name}{i}.png")
 
 
-def pack(root: pathlib.Path, file: pathlib.Path, test: str = "val") -> None:
-    """Writes the images of `colours` to one file, with a name for the test split."""
+def pack(root: pathlib.Path, file: pathlib.Path, test: str = "val", times: int = 1) -> None:
+    """Writes the images of `colours` to one file.
+
+    Args:
+        root: the folder of images.
+        file: the `.npz` file.
+        test: the name of the test split.
+        times: how often each image is there.
+    """
     arrays: dict[str, Any] = {"class_names": np.array(["green", "red"])}
     for folder, split in (("train", "train"), ("val", test)):
-        images = sorted((root / folder).rglob("*.png"))
+        images = sorted((root / folder).rglob("*.png")) * times
         records = [image.read_bytes() for image in images]
         arrays[f"{split}_blob"] = np.frombuffer(b"".join(records), np.uint8)
         arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, records)])
