@@ -25,7 +25,7 @@ from etils import epath
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rows import append, read  # noqa: E402
+from rows import append, check_out, read  # noqa: E402
 
 from sop_jax.data.sources import Source  # noqa: E402
 from sop_jax.evaluation.features import host_batches  # noqa: E402
@@ -150,6 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         return print(table(read(args.out, KEYS)))
+    check_out(args.out)
     changes: dict[str, dict[str, Any]] = {name: {} for name in SHOWN}
     for change in args.set:
         place, _, value = change.partition("=")

@@ -19,6 +19,7 @@ take. With --part=1/2 and --part=2/2 two processes share the work, on one core e
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,19 @@ from paper_claims.report import Measured, write  # noqa: E402
 from paper_claims.report import table as table_of  # noqa: E402
 from paper_claims.runs import Run  # noqa: E402
 from paper_claims.statements import Subject, label  # noqa: E402
-from rows import append, has, read  # noqa: E402
+from rows import append, check_out, has, read  # noqa: E402
 
 from sop_jax.compiled.cache import keep_compiled  # noqa: E402
 from sop_jax.errors import Interrupted, UserError  # noqa: E402
+from sop_jax.paths import check_writable  # noqa: E402
 
+OF_RUNS = ("quick", "seeds", "part", "workdirs", "keep")
+WITHOUT_EFFECT = {  # flags that say nothing beside another
+    "report": ("only", "sizes", *OF_RUNS),
+    "table": ("sizes", *OF_RUNS),
+    "list": ("workdirs", "keep"),
+    "sizes": ("quick", "seeds", "workdirs", "keep"),
+}
 KEYS = ("kind", "version", "settings")  # what every row has
 RUN_MINUTES = 3.0  # as long as no run has been measured
 OTHER_MINUTES: dict[type, float] = {Cost: 1.0, Size: 0.1}
@@ -85,7 +94,7 @@ def minutes(waiting: list[tuple[Subject | Size, int]], rows: list[dict[str, Any]
 def do(what: Subject | Size, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a run, compares two steps or counts operations, and returns the row."""
     if isinstance(what, Run):
-        return measure.measure(what, seed, args.steps, args.workdirs, args.keep)
+        return measure.measure(what, seed, args.steps, args.workdirs)
     row = costs.extent(what) if isinstance(what, Size) else costs.measure(what)
     return costs.key_of(what) | {"run": what.words} | rounded(row)
 
@@ -93,6 +102,16 @@ def do(what: Subject | Size, seed: int, args: argparse.Namespace) -> dict[str, A
 def name_of(what: Subject | Size, seed: int) -> str:
     """Returns a readable name of a measurement."""
     return f"{label(what)}, seed {seed}" if isinstance(what, Run) else what.words
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command if a flag is given that has no effect."""
+    for mode, names in WITHOUT_EFFECT.items():
+        for name in names:
+            if getattr(args, mode) and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} has no effect with --{mode}; leave one of them out")
+    if not args.report and args.docs != parser.get_default("docs"):
+        parser.error("--docs has no effect without --report; leave it out")
 
 
 def main() -> None:
@@ -119,6 +138,7 @@ def main() -> None:
     instead.add_argument("--report", action="store_true", help="write docs/claims.md, run nothing")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder of the report")
     args = parser.parse_args()
+    check_flags(parser, args)
     known = by_name()
     names = list(known) if args.only is None else args.only.split(",")
     if unknown := [name for name in names if name not in known]:
@@ -128,6 +148,7 @@ def main() -> None:
     claims = [claim for claim in CLAIMS if claim.name in names]
     rows = read(args.out, KEYS)
     if args.report:
+        check_writable(args.docs, "--docs")
         write(Measured(rows, args.steps), args.docs)
         return
     if args.sizes:
@@ -142,13 +163,20 @@ def main() -> None:
             print(name_of(one, seed))
         print(f"{len(waiting)} measurements, about {minutes(waiting, rows):.0f} minutes")
         return
+    if args.table:
+        waiting = []
+    if waiting:
+        check_out(args.out)
+        check_writable(args.workdirs, "--workdirs")
     keep_compiled()
-    for i, (one, seed) in enumerate([] if args.table else waiting):
+    for i, (one, seed) in enumerate(waiting):
         if not without_row([(one, seed)], args.steps, read(args.out, KEYS)):
             continue  # another process has measured it meanwhile
         words = f"== {i + 1} of {len(waiting)}: {name_of(one, seed)}"
         print(words, file=sys.stderr, flush=True)
         append(args.out, do(one, seed, args))
+        if isinstance(one, Run) and not args.keep:  # not before its row is safe
+            shutil.rmtree(measure.workdir_of(one, seed, args.steps, args.workdirs))
     print(table_of(claims, Measured(read(args.out, KEYS), args.steps)))
 
 

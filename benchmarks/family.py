@@ -30,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rows import append, has, read, recipe, settings_digest  # noqa: E402
+from rows import append, check_out, has, read, recipe, settings_digest  # noqa: E402
 from turns import compiled, in_turns  # noqa: E402
 
 import sop_jax  # noqa: E402
@@ -181,6 +181,7 @@ def main() -> None:
     if args.out is None:
         parser.error("--out names the file of rows; for example, --out=docs/family.jsonl")
     if not args.table:
+        check_out(args.out)
         run_all(methods, args.seeds, args.out, args.workdirs)
     print(table(current(read(args.out, KEYS))))
 

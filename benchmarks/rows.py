@@ -12,6 +12,7 @@ import ml_collections
 from sop_jax.check import without_use
 from sop_jax.config import later_settings
 from sop_jax.errors import UserError
+from sop_jax.paths import check_writable
 from sop_jax.settings import flatten
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,8 +54,11 @@ def read(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
         names: the values that every row has, by which it is known.
 
     Raises:
-        UserError: a line is not a row, such as one that was not written to its end.
+        UserError: it is a folder, or a line is not a row, such as one that was not written to its
+            end.
     """
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; expected a file of rows, such as {out}/rows.jsonl")
     rows = []
     for i, line in enumerate(out.read_text().splitlines() if out.exists() else (), start=1):
         try:
@@ -70,8 +74,14 @@ def read(out: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def check_out(out: Path) -> None:
+    """Raises UserError if rows cannot be added to a file, before anything is measured."""
+    check_writable(out.parent, "--out")
+
+
 def append(out: Path, row: Mapping[str, Any]) -> None:
     """Adds a row."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a") as file:
         file.write(json.dumps(row) + "\n")
 

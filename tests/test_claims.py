@@ -361,6 +361,68 @@ def test_bad_rows_and_names_are_told_before_anything_is_run(
     with pytest.raises(SystemExit, match="2"):
         parts.command.main()
     assert "not allowed with" in capsys.readouterr().err
+    for flag, message in {
+        f"--out={tmp_path}": "is a folder; expected a file of rows",
+        f"--out={out}/rows.jsonl": "Not a directory; choose another --out",
+        f"--workdirs={out}/runs": "Not a directory; choose another --workdirs",
+    }.items():
+        words = ["claims.py", "--only=table_9", f"--out={tmp_path / 'new.jsonl'}", flag]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(UserError, match=message):
+            parts.command.main()
+
+
+@pytest.mark.parametrize(
+    ("words", "idle"),
+    [
+        (("--report", "--only=table_9"), "--only"),
+        (("--report", "--sizes"), "--sizes"),
+        (("--table", "--quick"), "--quick"),
+        (("--list", "--keep"), "--keep"),
+        (("--sizes", "--seeds=3"), "--seeds"),
+        (("--quick", "--docs=elsewhere"), "--docs"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(
+    words: tuple[str, ...],
+    idle: str,
+    parts: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["claims.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        parts.command.main()
+    assert f"error: {idle} has no effect with" in capsys.readouterr().err
+
+
+def test_a_workdir_is_deleted_once_its_row_is_written(
+    parts: SimpleNamespace, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a full disk, or an interruption in between, would cost the whole run."""
+    soft, _ = parts.claims.subjects(parts.claims.by_name()["table_9"], quick=False)
+    out, workdirs = tmp_path / "new" / "rows.jsonl", tmp_path / "runs"
+
+    def measured(one: Any, seed: int, steps: int, workdirs: pathlib.Path) -> dict[str, Any]:
+        parts.measure.workdir_of(one, seed, steps, workdirs).mkdir(parents=True)
+        return row(parts, one, seed, 0.9)
+
+    def full(out: pathlib.Path, row: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(parts.measure, "measure", measured)
+    monkeypatch.setattr(parts.command, "keep_compiled", lambda: None)
+    words = ["claims.py", "--only=table_9", f"--out={out}", f"--workdirs={workdirs}"]
+    monkeypatch.setattr(sys, "argv", words)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.command, "append", full)
+        with pytest.raises(OSError, match="no space left"):
+            parts.command.main()
+    (left,) = workdirs.iterdir()
+    assert left == parts.measure.workdir_of(soft, 0, STEPS, workdirs)
+    left.rmdir()
+    parts.command.main()
+    assert len(parts.rows.read(out, parts.command.KEYS)) == 2 and not list(workdirs.iterdir())
 
 
 def test_the_report_has_numbers_verdicts_and_what_is_missing(

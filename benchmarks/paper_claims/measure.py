@@ -1,6 +1,5 @@
 """Trains a run and measures its network: one row per run and seed."""
 
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -39,7 +38,12 @@ def key_of(run: Run, seed: int, steps: int = STEPS) -> dict[str, Any]:
     }
 
 
-def measure(run: Run, seed: int, steps: int, workdirs: Path, keep: bool) -> dict[str, Any]:
+def workdir_of(run: Run, seed: int, steps: int, workdirs: Path) -> Path:
+    """Returns the folder of a run in that of all runs."""
+    return workdirs / f"{run.recipe}_{digest(run, steps)}_{seed}"
+
+
+def measure(run: Run, seed: int, steps: int, workdirs: Path) -> dict[str, Any]:
     """Trains a run, or resumes it, and returns its row.
 
     Args:
@@ -47,10 +51,8 @@ def measure(run: Run, seed: int, steps: int, workdirs: Path, keep: bool) -> dict
         seed: its seed.
         steps: the number of steps.
         workdirs: the folder of the workdirs.
-        keep: whether the workdir is kept; otherwise it is deleted.
     """
-    key = key_of(run, seed, steps)
-    workdir = workdirs / f"{run.recipe}_{key['settings']}_{seed}"
+    key, workdir = key_of(run, seed, steps), workdir_of(run, seed, steps, workdirs)
     began = time.monotonic()
     config = prepared(run, steps, seed, workdirs / "images")
     summary = train(config, str(workdir))
@@ -61,8 +63,6 @@ def measure(run: Run, seed: int, steps: int, workdirs: Path, keep: bool) -> dict
     row["evaluate_s"] = time.monotonic() - trained
     row |= step_of(config)
     row["command_s"] = time.monotonic() - began
-    if not keep:
-        shutil.rmtree(workdir)
     return rounded(row)
 
 

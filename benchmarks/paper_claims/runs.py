@@ -126,14 +126,14 @@ def splits(images: str, seed: int) -> dict[str, Split]:
 
 
 def write(parts: Mapping[str, Split], path: Path) -> None:
-    """Writes splits as a packed file of PNG images."""
+    """Writes splits as a packed file of PNG images; several processes may write the same file."""
     arrays: dict[str, np.ndarray] = {}
     for name, split in parts.items():
         encoded = [png(image) for image in split.images]
         arrays[f"{name}_blob"] = np.frombuffer(b"".join(encoded), np.uint8)
         arrays[f"{name}_offsets"] = np.cumsum([0, *map(len, encoded)])
         arrays[f"{name}_labels"] = split.labels
-    unfinished = path.with_suffix(".part.npz")
+    unfinished = path.with_suffix(f".{os.getpid()}.npz")
     np.savez(unfinished, allow_pickle=False, **arrays)
     os.replace(unfinished, path)
 

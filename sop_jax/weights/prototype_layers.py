@@ -161,6 +161,12 @@ def _rows(name: str, parts: Sequence[np.ndarray]) -> Float32[np.ndarray, "K d"]:
     Raises:
         UserError: see `read`.
     """
+    for part in parts:
+        if not np.can_cast(part.dtype, np.float32, "same_kind"):
+            raise UserError(
+                f"{name} has values of the type {part.dtype}; expected real numbers; choose "
+                "another layer with --layer"
+            )
     directions = np.asarray(parts[-1], np.float32)
     if directions.ndim != 2 or directions.size == 0:
         raise UserError(

@@ -196,3 +196,11 @@ def test_what_is_no_matrix_of_prototypes_is_an_error(
 ) -> None:
     with pytest.raises(UserError, match=message):
         read(save_pth(tmp_path / "f.pth", arrays))
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([["a"]]), np.ones((2, 3), np.complex64), np.array([[None]])]
+)
+def test_what_is_no_number_is_an_error(values: np.ndarray) -> None:
+    with pytest.raises(UserError, match="prototypes has values of the type .*expected real num"):
+        prototype_layers.read({"prototypes": values})
