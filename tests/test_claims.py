@@ -331,6 +331,7 @@ def test_costs_are_judged_on_each_device(parts: SimpleNamespace) -> None:
         key | {"device": "NVIDIA H100", "ratios": [1.2, 1.21, 1.22]},
     ]
     measured = parts.report.Measured(rows, STEPS)
+    assert parts.report.table([claim], measured).count("| 3 rounds | ") == 2
     statement = next(one for one in claim.statements if cost in one.needed)
     found = {device: test for device, test in parts.report.tests_of(statement, measured)}
     assert {device: test.verdict for device, test in found.items()} == {

@@ -50,7 +50,7 @@ from paper_claims.statements import (
 from sop_jax.diagnosis.figures import check_plots
 
 FIGURES = {
-    "claims_knn.png": "Differences of k-NN accuracy that claims predict to be positive",
+    "claims_knn.png": "Differences of k-NN accuracy: claims predict them positive, or 0 if equal",
     "claims_sweeps.png": "k-NN accuracy over supports, anchors and prototypes",
     "claims_unique.png": "Unique prototypes over eps and over training, and k-NN",
 }
@@ -137,6 +137,12 @@ def words_of(test: Test) -> str:
     return test.verdict
 
 
+def count_of(test: Test) -> str:
+    """Returns the number of seeds, or of rounds for costs."""
+    count = len(test.samples)
+    return f"{count} round{'s' * (count > 1)}" if test.metric is RATIO and count else str(count)
+
+
 def tests_of(statement: Statement, measured: Measured) -> list[tuple[str, Test]]:
     """Returns the comparisons of a statement, those of costs for each device that has rows.
 
@@ -178,7 +184,7 @@ def rows_of(statement: Statement, measured: Measured) -> list[str]:
         place = f", on {device}" if device else ""
         lines.append(
             f"| {words} | {metric.words}: {test.words}{place} | "
-            f"{spread(test.samples, metric, is_difference(test))} | {len(test.samples)} | "
+            f"{spread(test.samples, metric, is_difference(test))} | {count_of(test)} | "
             f"{words_of(test)} |"
         )
     return lines
@@ -286,11 +292,12 @@ def document(measured: Measured, figures: Sequence[str]) -> str:
         "interval is inside a margin that was chosen before the runs (1 point of accuracy, 5 % of",
         "time and memory); a sweep is flat if that holds for all pairs. A sweep has a peak if the",
         "best of the values near the claimed one is better than both ends, and no other value is",
-        f"better than it. Fewer than {SEEDS} seeds are not judged. The standard error says how far",
-        "other seeds would move the difference; that all are classified by the same 360 images is",
-        "not in it. If a statement names the best of several values, that value is chosen by the",
-        "same seeds that then judge it, which favours *holds*. *At least as good as* is tested as",
-        "better, so that two equal methods remain undecided.",
+        f"better than it. Fewer than {SEEDS} seeds are not judged. Costs are ratios of two steps:",
+        "of time in several rounds, and of memory, which has no spread, in one. The standard error",
+        "says how far other seeds would move the difference; that all are classified by the same",
+        "360 images is not in it. If a statement names the best of several values, it is chosen by",
+        "the same seeds that then judge it, which favours *holds*. *At least as good as* is tested",
+        "as better, so that two equal methods remain undecided.",
         "",
         "| claim | source | verdict |",
         "|---|---|---|",
