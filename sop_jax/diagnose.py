@@ -286,7 +286,7 @@ def recorded(workdirs: Sequence[str]) -> tuple[dict[str, Result], dict[str, floa
     Raises:
         UserError: a run recorded none.
     """
-    found, knn = {}, {}
+    found, knn, names = {}, {}, subjects.short_names(workdirs)
     for workdir in workdirs:
         settings_of(workdir)  # raises if this is not the folder of a run
         rows = [x for x in read_metrics(workdir) if x.get("prototypes_share") is not None]
@@ -300,7 +300,7 @@ def recorded(workdirs: Sequence[str]) -> tuple[dict[str, Result], dict[str, floa
         for row in (rows[i] for i in taken):
             name = f"step {row['step']}"
             if len(workdirs) > 1:
-                name = f"{workdir}, {name}"
+                name = f"{names[workdir]}, {name}"
             found[name] = in_training.result_of(row)
             if row.get("knn_top1") is not None:
                 knn[name] = row["knn_top1"]

@@ -18,7 +18,7 @@ from PIL import Image
 from sop_jax import config as config_lib
 from sop_jax import diagnose, paths
 from sop_jax.diagnose import Asked
-from sop_jax.diagnosis import figures, uniqueness
+from sop_jax.diagnosis import figures, in_training, uniqueness
 from sop_jax.errors import UserError
 
 DISTINCT = np.eye(12, 16, dtype=np.float32)
@@ -240,6 +240,20 @@ def test_recorded_counts_are_drawn_without_a_checkpoint(
     assert "knn.png" in found["files"] and "70.00" in capsys.readouterr().out
     with pytest.raises(UserError, match="recorded no counts of prototypes; expected some in"):
         diagnose.run(Asked([str(runs["sop"].workdir)], step="recorded"))
+
+
+def test_recorded_counts_of_runs_have_the_short_names_that_tell_them_apart(
+    tmp_path: pathlib.Path,
+) -> None:
+    workdirs = [tmp_path / "first" / "a", tmp_path / "first" / "b", tmp_path / "second" / "a"]
+    row = json.dumps({"step": 4, **in_training.counts(COLLAPSED)})
+    for workdir in workdirs:
+        workdir.mkdir(parents=True)
+        config_lib.save(settings("dino"), epath.Path(workdir))
+        paths.write_whole(epath.Path(workdir) / "metrics.jsonl", row + "\n")
+    first, second, third = map(str, workdirs)
+    assert list(diagnose.recorded([first, second])[0]) == ["a, step 4", "b, step 4"]
+    assert list(diagnose.recorded([first, third])[0]) == [f"{first}, step 4", f"{third}, step 4"]
 
 
 @pytest.mark.slow

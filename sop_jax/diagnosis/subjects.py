@@ -72,9 +72,7 @@ class Item(NamedTuple):
 
 def titles_of(items: Sequence[Item]) -> list[str]:
     """Returns names that tell the items apart: what differs of run, step and layer."""
-    bases = {item.run: epath.Path(item.run).name for item in items}
-    if len(set(bases.values())) < len(bases):
-        bases = {run: run for run in bases}
+    bases = short_names([item.run for item in items])
     parts = [
         (bases[item.run], "" if item.step is None else f"step {item.step}", item.subject.layer)
         for item in items
@@ -86,6 +84,12 @@ def titles_of(items: Sequence[Item]) -> list[str]:
         ", ".join(part for part, is_shown in zip(own, differ, strict=True) if is_shown and part)
         for own in parts
     ]
+
+
+def short_names(runs: Sequence[str]) -> dict[str, str]:
+    """Returns the names of folders and files without their paths, if these tell them apart."""
+    names = {run: epath.Path(run).name for run in runs}
+    return names if len(set(names.values())) == len(names) else {run: run for run in runs}
 
 
 def steps_of(workdir: epath.PathLike, asked: str | None) -> list[int]:
