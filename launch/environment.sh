@@ -32,7 +32,8 @@ use_environment() {
   PATH="$PWD/$folder/bin:$PATH"
   if ! cmp -s setup.py "$stamp"; then
     echo "Installing sop_jax and its dependencies: about 1 GB, a few minutes."
-    python -m pip install --quiet --disable-pip-version-check -e "$1"
+    # Debian's pip prints a notice of a package without --use-pep517, which is the default later.
+    python -m pip install --quiet --disable-pip-version-check --use-pep517 -e "$1"
     cp setup.py "$stamp"
   fi
 }

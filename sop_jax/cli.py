@@ -64,14 +64,14 @@ def run(main: Callable[[], None], devices: bool = True, more: str | None = None)
         )
         flags.DEFINE_integer("process", None, "The number of this process, from 0.", lower_bound=0)
 
-    # By default since `sop_jax` was imported, but ignored in the background of a shell script.
-    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
-        signal.signal(signal.SIGINT, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # prints paths that are not UTF-8 byte for byte
         sys.stdout.reconfigure(errors="surrogateescape")
 
     def guarded(_: list[str]) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
+        # By default since `sop_jax` was imported, but ignored in the background of a shell script.
+        if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(signal.SIGINT, _interrupt)
         hosts = _hosts()
         try:
             if hosts:
@@ -79,6 +79,8 @@ def run(main: Callable[[], None], devices: bool = True, more: str | None = None)
                 hosts.check_agreement(_settings())
                 _keep_compiled()
             main()
+            if hosts:
+                hosts.stop()
         except (Exception, KeyboardInterrupt) as error:
             if hosts and hosts.several():
                 return _end_among_others(hosts, error)
@@ -88,15 +90,13 @@ def run(main: Callable[[], None], devices: bool = True, more: str | None = None)
             if hosts and _is_abrupt(error):
                 hosts.leave(code, message, message)
             _exit(message, code)
-        if hosts:
-            hosts.stop()
         _end_at_signals(0)
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, more))
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    """Raises KeyboardInterrupt; a second SIGTERM ends the command at once.
+    """Raises KeyboardInterrupt; a second signal of the same kind ends the command at once.
 
     Python would drop the exception in a callback of its garbage collection, of which JAX has one,
     so there the signal is sent again a moment later.
@@ -107,8 +107,7 @@ def _interrupt(number: int, frame: types.FrameType | None) -> None:
             threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
             return
         frame = frame.f_back
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 

@@ -101,14 +101,9 @@ def export(
         arrays["class_names"] = np.array(source.class_names)
     if features.patches is not None:
         arrays["patch_features"] = features.patches
-    draft = out.parent / f"{out.name}.tmp"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            WRITERS[out.suffix](file, arrays)
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with paths.draft_of(out) as draft, draft.open("wb") as file:
+        WRITERS[out.suffix](file, arrays)
 
 
 # What is read

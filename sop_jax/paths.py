@@ -1,14 +1,19 @@
 """Normalizes paths, checks that they can be written to, and writes files atomically."""
 
+import contextlib
 import importlib.util
 import os
 import re
 import tempfile
+import time
 import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
 from sop_jax.errors import UserError
+
+ABANDONED = 3600  # seconds without a write after which a draft was left by a killed process
 
 
 def expand(text: str) -> str:
@@ -101,9 +106,37 @@ def write_whole(path: epath.Path, text: str) -> None:
     if "://" in str(path):  # objects in a bucket appear only when complete
         path.write_bytes(content)
         return
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
+
+
+@contextlib.contextmanager
+def draft_of(path: epath.Path) -> Iterator[epath.Path]:
+    """A context that gives the path of a draft, which replaces the file when it is complete.
+
+    An exception removes the draft. Older ones of the same file are removed too: a killed process
+    leaves its draft.
+
+    Args:
+        path: the file, local or `gs://`, in an existing folder.
+
+    Raises:
+        OSError: the file cannot be replaced.
+    """
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        draft.write_bytes(content)
+        yield draft
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+        if "://" not in str(path):
+            _remove_abandoned_drafts(path)
+
+
+def _remove_abandoned_drafts(path: epath.Path) -> None:
+    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{32}\.tmp")
+    # Another process may remove them at the same time, or they belong to another user.
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.stat().st_mtime < time.time() - ABANDONED:
+                os.unlink(entry)

@@ -21,7 +21,7 @@ RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
 )
 
 COMMAND = """
-import atexit, errno, gc, logging, os, signal, sys, time
+import atexit, errno, gc, logging, os, signal, sys, threading, time
 from absl import flags
 from ml_collections import config_flags
 from sop_jax import cli, errors
@@ -73,6 +73,15 @@ def fail(how):
     if how == "interrupt an end":
         fail("interrupt the end")
         fail("interrupt")
+    if how == "interrupt again and again":
+        sys.setswitchinterval(1e-6)
+
+        def interrupt():
+            while True:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        time.sleep(60)
     if how == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
@@ -423,6 +432,12 @@ def test_ctrl_c_while_python_exits_ends_the_command(
 ) -> None:
     result = run(command, WORKDIR, f"--fail={how}")
     assert (result.stderr, result.returncode) == (message, code)
+
+
+def test_many_interruptions_print_no_traceback(command: pathlib.Path) -> None:
+    result = run(command, WORKDIR, "--fail=interrupt again and again")
+    assert result.returncode in (130, -signal.SIGINT)
+    assert result.stderr in ("interrupted\n", "")  # the second may come before the message
 
 
 def test_an_error_of_the_program_keeps_its_traceback(command: pathlib.Path) -> None:

@@ -119,6 +119,18 @@ def test_two_that_write_the_same_file_do_not_meet(
     assert os.listdir(tmp_path) == ["report.html"]
 
 
+def test_drafts_of_killed_processes_are_removed(tmp_path: pathlib.Path) -> None:
+    file = epath.Path(tmp_path) / "report.html"
+    old, new = (tmp_path / f"report.html.{digit * 32}.tmp" for digit in "ab")
+    others = [tmp_path / f"my.report.html.{'a' * 32}.tmp", tmp_path / "report.html.tmp"]
+    for draft in (old, new, *others):
+        draft.write_text("half of")
+    for draft in (old, *others):
+        os.utime(draft, (0, 0))
+    paths.write_whole(file, "whole")
+    assert set(tmp_path.iterdir()) == {pathlib.Path(file), new, *others}
+
+
 def test_a_file_is_utf8_whatever_the_locale_is(tmp_path: pathlib.Path) -> None:
     file = epath.Path(tmp_path) / "report.html"
     before = locale.setlocale(locale.LC_CTYPE)

@@ -15,6 +15,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from sop_jax import paths
 from sop_jax.errors import UserError
 from sop_jax.weights import pytorch
 from sop_jax.weights.pytorch import Tensor
@@ -112,15 +113,13 @@ def write(path: epath.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
         UserError: the file cannot be written.
     """
     path = epath.Path(path)
-    draft = path.parent / f"{path.name}.tmp"
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = safetensors.numpy.save(whole, {"format": "pt"})  # transformers requires this entry
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(data)
-        draft.replace(path)
+        with paths.draft_of(path) as draft:
+            draft.write_bytes(data)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}; choose another --to") from error
 
 
