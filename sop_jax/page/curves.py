@@ -62,6 +62,7 @@ def _share(key: str, label: str) -> Curve:
 
 
 GROUPS = (
+    # In an order in which two columns are of about the same height.
     Group(
         "knn",
         "k-NN accuracy",
@@ -100,6 +101,23 @@ GROUPS = (
         ),
     ),
     Group(
+        "unique",
+        "Unique prototypes",
+        "The share of prototypes that are farther than ε = 0.025 from each other, at each "
+        "evaluation. Partial collapse lets it fall.",
+        (Curve("prototypes_share", "unique prototypes, %", 100.0, limits=(0.0, 105.0)),),
+    ),
+    Group(
+        "speed",
+        "Speed",
+        "Images per second, without evaluations and checkpoints, and the share of the time that "
+        "devices wait for images.",
+        (
+            Curve("images_per_s", "images per second", limits=(0.0, None)),
+            _share("idle_share", "waiting, %"),
+        ),
+    ),
+    Group(
         "embeddings",
         "Embeddings",
         "Directions of the embedding grow only where the agreement of views is above the dotted "
@@ -119,13 +137,6 @@ GROUPS = (
         ),
     ),
     Group(
-        "unique",
-        "Unique prototypes",
-        "The share of prototypes that are farther than ε = 0.025 from each other, at each "
-        "evaluation. Partial collapse lets it fall.",
-        (Curve("prototypes_share", "unique prototypes, %", 100.0, limits=(0.0, 105.0)),),
-    ),
-    Group(
         "optimization",
         "Optimization",
         "The norm of the gradient before clipping, and the schedules that change.",
@@ -135,16 +146,6 @@ GROUPS = (
             Curve("weight_decay", "weight decay", limits=(0.0, None), steady=True),
             Curve("momentum", "teacher's momentum", steady=True),
             Curve("teacher_temperature", "teacher's temperature", limits=(0.0, None), steady=True),
-        ),
-    ),
-    Group(
-        "speed",
-        "Speed",
-        "Images per second, without evaluations and checkpoints, and the share of the time that "
-        "devices wait for images.",
-        (
-            Curve("images_per_s", "images per second", limits=(0.0, None)),
-            _share("idle_share", "waiting, %"),
         ),
     ),
 )
