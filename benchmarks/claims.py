@@ -11,8 +11,9 @@ ends of every sweep, and leaves some claims out. Each finished run appends a row
 never trained again: a row is known by its settings, its seed and the newest version of sop_jax that
 changed what runs compute. Ctrl-C loses nothing, because the current run resumes. The third command
 writes docs/claims.md and its figures from the rows, and trains nothing; --list prints what would be
-run, and --table the claims. --sizes adds rows of what the papers' own runs would
-take. With --part=1/2 and --part=2/2 two processes share the work, on one core each:
+run, and --table the claims. --sizes adds rows of what the papers' own runs would take, and
+--topology=h100:1 rows of what steps cost on a GPU that need not exist, by its compiler. With
+--part=1/2 and --part=2/2 two processes share the work, on one core each:
 
     taskset -c 0 python benchmarks/claims.py --quick --part=1/2 &
     taskset -c 1 python benchmarks/claims.py --quick --part=2/2
@@ -43,35 +44,47 @@ from sop_jax.compiled.cache import keep_compiled  # noqa: E402
 from sop_jax.errors import Interrupted, UserError  # noqa: E402
 from sop_jax.paths import check_writable  # noqa: E402
 
-OF_RUNS = ("quick", "seeds", "part", "workdirs", "keep")
+OF_RUNS = ("topology", "quick", "seeds", "part", "workdirs", "keep")
 WITHOUT_EFFECT = {  # flags that say nothing beside another
     "report": ("only", "sizes", *OF_RUNS),
     "table": ("sizes", *OF_RUNS),
     "list": ("workdirs", "keep"),
     "sizes": ("quick", "seeds", "workdirs", "keep"),
+    "topology": ("sizes", "quick", "seeds", "workdirs", "keep"),
 }
 KEYS = ("kind", "version", "settings")  # what every row has
 RUN_MINUTES = 3.0  # as long as no run has been measured
 OTHER_MINUTES: dict[type, float] = {Cost: 1.0, Size: 0.1}
 
 
-def key_of(what: Subject | Size, seed: int, steps: int) -> dict[str, Any]:
+def key_of(what: Subject | Size, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the values that identify the row of a measurement."""
-    return measure.key_of(what, seed, steps) if isinstance(what, Run) else costs.key_of(what)
+    if isinstance(what, Run):
+        return measure.key_of(what, seed, args.steps)
+    return costs.key_of(what, args.topology)
 
 
-def measurements(claims: list[Claim], quick: bool, seeds: int) -> list[tuple[Subject | Size, int]]:
-    """Returns what claims need, with its seed: seed after seed, and then ratios of costs."""
-    wanted = list(dict.fromkeys(one for claim in claims for one in subjects(claim, quick)))
-    runs_of_seeds = [(one, seed) for seed in range(seeds) for one in wanted if isinstance(one, Run)]
-    return [*runs_of_seeds, *((one, 0) for one in wanted if isinstance(one, Cost))]
+def measurements(claims: list[Claim], args: argparse.Namespace) -> list[tuple[Subject | Size, int]]:
+    """Returns what claims need, with its seed: seed after seed, and then ratios of costs.
+
+    On GPUs that are only described nothing is trained.
+    """
+    wanted = list(dict.fromkeys(one for claim in claims for one in subjects(claim, args.quick)))
+    ratios = [one for one in wanted if isinstance(one, Cost)]
+    found: list[tuple[Subject | Size, int]] = []
+    if not args.topology:
+        trained = [one for one in wanted if isinstance(one, Run)]
+        found += [(one, seed) for seed in range(args.seeds) for one in trained]
+    return found + [(one, 0) for one in ratios if costs.is_measurable(one, args.topology)]
 
 
 def without_row(
-    wanted: Sequence[tuple[Subject | Size, int]], steps: int, rows: list[dict[str, Any]]
+    wanted: Sequence[tuple[Subject | Size, int]],
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
 ) -> list[tuple[Subject | Size, int]]:
     """Returns the measurements that have no row yet."""
-    return [(one, seed) for one, seed in wanted if not has(rows, key_of(one, seed, steps))]
+    return [(one, seed) for one, seed in wanted if not has(rows, key_of(one, seed, args))]
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -95,8 +108,8 @@ def do(what: Subject | Size, seed: int, args: argparse.Namespace) -> dict[str, A
     """Trains a run, compares two steps or counts operations, and returns the row."""
     if isinstance(what, Run):
         return measure.measure(what, seed, args.steps, args.workdirs)
-    row = costs.extent(what) if isinstance(what, Size) else costs.measure(what)
-    return costs.key_of(what) | {"run": what.words} | rounded(row)
+    row = costs.extent(what) if isinstance(what, Size) else costs.measure(what, args.topology)
+    return key_of(what, seed, args) | {"run": what.words} | rounded(row)
 
 
 def name_of(what: Subject | Size, seed: int) -> str:
@@ -132,6 +145,9 @@ def main() -> None:
     parser.add_argument(
         "--sizes", action="store_true", help="estimate what the papers' runs take; run nothing else"
     )
+    parser.add_argument(
+        "--topology", default="", help="costs on GPUs that need not exist, such as h100:1"
+    )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="print what would be run")
     instead.add_argument("--table", action="store_true", help="print the claims, and run nothing")
@@ -155,9 +171,9 @@ def main() -> None:
         sizes = dict.fromkeys(claim.size for claim in claims if claim.size)
         wanted: list[tuple[Subject | Size, int]] = [(size, 0) for size in sizes]
     else:
-        wanted = measurements(claims, args.quick, args.seeds)
+        wanted = measurements(claims, args)
     own, count = args.part
-    waiting = without_row(wanted[own - 1 :: count], args.steps, rows)
+    waiting = without_row(wanted[own - 1 :: count], args, rows)
     if args.list:
         for one, seed in waiting:
             print(name_of(one, seed))
@@ -170,7 +186,7 @@ def main() -> None:
         check_writable(args.workdirs, "--workdirs")
     keep_compiled()
     for i, (one, seed) in enumerate(waiting):
-        if not without_row([(one, seed)], args.steps, read(args.out, KEYS)):
+        if not without_row([(one, seed)], args, read(args.out, KEYS)):
             continue  # another process has measured it meanwhile
         words = f"== {i + 1} of {len(waiting)}: {name_of(one, seed)}"
         print(words, file=sys.stderr, flush=True)

@@ -287,12 +287,13 @@ def test_numbers_are_found_in_rows(parts: SimpleNamespace) -> None:
 def test_what_has_a_row_is_not_run_again(parts: SimpleNamespace) -> None:
     command, claims = parts.command, [parts.claims.by_name()["table_9"]]
     first, second = parts.claims.subjects(claims[0], quick=False)
-    wanted = command.measurements(claims, True, 2)
+    args = SimpleNamespace(quick=True, seeds=2, steps=STEPS, topology="")
+    wanted = command.measurements(claims, args)
     assert wanted == [(first, 0), (second, 0), (first, 1), (second, 1)]
     rows = [row(parts, first, 0, 0.9)]
-    assert command.without_row(wanted, STEPS, rows) == wanted[1:]
+    assert command.without_row(wanted, args, rows) == wanted[1:]
     rows = [one | {"version": "0.0.1"} for one in rows]  # another version is run again
-    assert command.without_row(wanted, STEPS, rows) == wanted
+    assert command.without_row(wanted, args, rows) == wanted
 
 
 def test_a_setting_of_a_later_version_leaves_rows_as_long_as_it_has_no_effect(
@@ -339,6 +340,32 @@ def test_costs_are_judged_on_each_device(parts: SimpleNamespace) -> None:
         "NVIDIA H100": "does not hold",
     }
     assert parts.report.verdict_of(claim, measured) == "does not hold"
+
+
+def test_described_gpus_have_rows_of_memory_and_of_estimates(
+    parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = parts.claims.by_name()["table_b1"]
+    args = SimpleNamespace(quick=True, seeds=3, steps=STEPS, topology="h100:1")
+    wanted = [cost for cost, _ in parts.command.measurements([claim], args)]
+    assert {cost.quantity for cost in wanted} == {"memory", "estimate"}
+    here = SimpleNamespace(quick=True, seeds=3, steps=STEPS, topology="")
+    assert parts.claims.ESTIMATE not in [
+        one for one, _ in parts.command.measurements([claim], here)
+    ]
+    sizes = {parts.claims.SOP_STEP.file: 3, parts.claims.IBOT_STEP.file: 4}
+
+    def planned(step: Any, topology: str) -> SimpleNamespace:
+        assert topology == "h100:1"
+        size = sizes[step.file]
+        return SimpleNamespace(memory={"parameters": size, "temporary": size}, milliseconds=size)
+
+    monkeypatch.setattr(parts.costs, "planned", planned)
+    monkeypatch.setattr(parts.costs, "estimated", lambda one: {"ms": one.milliseconds})
+    for cost in wanted:
+        row = parts.command.do(cost, 0, args)
+        assert row["ratios"] == [0.75] and row["device"] == "h100:1 by its compiler"
+    assert row["estimate"] == {"step": 0.003, "base": 0.004}
 
 
 def test_bad_rows_and_names_are_told_before_anything_is_run(

@@ -1,9 +1,12 @@
 """What steps cost: ratios of two steps, and the operations of whole runs.
 
 Nothing is trained. Times are those of this machine. Memory is what the compiler of this machine's
-devices reports, so that a CPU's is in float32 and with other fusions than a GPU's.
+devices reports, so that a CPU's is in float32 and with other fusions than a GPU's. For GPUs that
+are only described (`sop_jax.plan --topology`), memory is what their compiler reports, and time is
+estimated from the compiled program by roofline.
 """
 
+import functools
 import hashlib
 import statistics
 from collections.abc import Callable
@@ -17,11 +20,12 @@ from turns import compiled, in_turns, memory
 
 from sop_jax.compiled.flops import flops
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.plan import IMAGES
+from sop_jax.plan import IMAGES, Plan, described_devices, estimated, plan
 from sop_jax.training.assemble import assemble
 
 ROUNDS = 7  # pairs of turns of five steps, after one that warms up
-QUANTITIES = ("time", "memory", "operations")
+QUANTITIES = ("time", "memory", "operations", "estimate")
+DESCRIBED = ("memory", "estimate")  # what devices have that are only described
 H100 = 0.4 * 989e12  # operations per second: 40 % of the peak in bfloat16
 
 
@@ -84,12 +88,23 @@ def settings(step: Step) -> ml_collections.ConfigDict:
     return config
 
 
-def key_of(measured: Cost | Size) -> dict[str, Any]:
-    """Returns the values that identify the row of a ratio on this machine, or of a whole run."""
+def is_measurable(cost: Cost, topology: str) -> bool:
+    """Whether a ratio can be had for a topology, or for this machine if it is empty."""
+    return cost.quantity in DESCRIBED if topology else cost.quantity != "estimate"
+
+
+def key_of(measured: Cost | Size, topology: str = "") -> dict[str, Any]:
+    """Returns the values that identify the row of a ratio, or of a whole run.
+
+    Args:
+        measured: the ratio or the run.
+        topology: GPUs that are only described, such as h100:1; by default those of this machine.
+    """
     key = {"version": COMPUTES, "settings": digest(measured)}
     if isinstance(measured, Size):
         return {"kind": "size", **key}
-    return {"kind": "cost", **key, "device": jax.devices()[0].device_kind}
+    device = f"{topology} by its compiler" if topology else jax.devices()[0].device_kind
+    return {"kind": "cost", **key, "device": device}
 
 
 def digest(measured: Cost | Size) -> str:
@@ -102,11 +117,28 @@ def digest(measured: Cost | Size) -> str:
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
 
 
-def measure(cost: Cost, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(cost: Cost, topology: str = "", rounds: int = ROUNDS) -> dict[str, Any]:
     """Returns a row: the ratio of each round, and the seconds, bytes or operations of both steps.
 
     Only time has several rounds, because nothing else has a spread.
+
+    Args:
+        cost: the ratio, which `is_measurable`.
+        topology: see `key_of`.
+        rounds: the number of rounds of time.
+
+    Raises:
+        UserError: there is no such topology, or its compiler is not installed.
     """
+    if topology:
+        plans = {"step": planned(cost.step, topology), "base": planned(cost.base, topology)}
+        found = {
+            name: estimated(one)["ms"] / 1000
+            if cost.quantity == "estimate"
+            else sum(one.memory.values())
+            for name, one in plans.items()
+        }
+        return {"ratios": [found["step"] / found["base"]], cost.quantity: found}
     steps = {"step": settings(cost.step), "base": settings(cost.base)}
     if cost.quantity == "time":
         ready = {name: compiled(config, IMAGES) for name, config in steps.items()}
@@ -117,6 +149,12 @@ def measure(cost: Cost, rounds: int = ROUNDS) -> dict[str, Any]:
     count = operations if cost.quantity == "operations" else memory
     counts = {name: count(config, IMAGES) for name, config in steps.items()}
     return {"ratios": [counts["step"] / counts["base"]], cost.quantity: counts}
+
+
+@functools.cache
+def planned(step: Step, topology: str) -> Plan:
+    """Returns what a step costs on devices that are only described."""
+    return plan(recipe(step), described_devices(topology))
 
 
 def operations(config: ml_collections.ConfigDict, images: int) -> float:
