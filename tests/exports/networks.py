@@ -35,6 +35,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "eval.crop": 64,
         "eval.resize": 64,
     },
+}
+OWN: dict[str, dict[str, Any]] = {  # which no other project has
     "small stem": {
         "model.family": "resnet",
         "model.stem": "small",
@@ -47,7 +49,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 def make(workdir: pathlib.Path, name: str) -> pathlib.Path:
     """Makes the workdir of a run of a network."""
     workdir = workdir / name
-    make_run(workdir, steps=(7,), **{"model.size": "custom", **NETWORKS[name]})
+    make_run(workdir, steps=(7,), **{"model.size": "custom", **(NETWORKS | OWN)[name]})
     return workdir
 
 
