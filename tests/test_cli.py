@@ -21,7 +21,7 @@ RECIPES = f"Recipes by name, in {ROOT / 'configs'}: " + ", ".join(
 )
 
 COMMAND = """
-import atexit, errno, gc, logging, os, signal, sys, threading, time
+import atexit, errno, gc, logging, os, signal, sys, threading, time, weakref
 from absl import flags
 from ml_collections import config_flags
 from sop_jax import cli, errors
@@ -66,6 +66,17 @@ def fail(how):
 
         gc.callbacks.append(callback)
         gc.collect()
+        time.sleep(60)
+    if how == "interrupt a weak reference":
+        class Interrupting(dict):
+            def __delitem__(self, key):
+                os.kill(os.getpid(), signal.SIGINT)
+                super().__delitem__(key)
+
+        known = weakref.WeakKeyDictionary()
+        known.data = Interrupting()
+        known[thing := type("Thing", (), {})()] = 0
+        del thing
         time.sleep(60)
     if how == "interrupt the end":
         atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))
@@ -413,6 +424,7 @@ def test_a_config_file_that_does_not_load(
         ),
         ("interrupt", "interrupted", 130),
         ("interrupt a collection", "interrupted", 130),
+        ("interrupt a weak reference", "interrupted", 130),
         ("terminate", "interrupted", 130),
         ("lost", "error: a worker was killed", 75),
     ],
