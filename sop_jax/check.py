@@ -9,7 +9,7 @@ from sop_jax.config import misnamed, paper
 from sop_jax.data import masks, named
 from sop_jax.errors import UserError
 from sop_jax.evaluation.tasks import IN_TRAINING
-from sop_jax.models import FAMILIES, linear, positions, size_of, token_side, vit
+from sop_jax.models import FAMILIES, linear, positions, resnet, size_of, token_side, vit
 from sop_jax.models.attention import IMPLEMENTATIONS
 from sop_jax.models.layers import REMATS
 from sop_jax.monitor.trackers import TRACKERS
@@ -116,7 +116,7 @@ RULES: dict[str, Rule] = {
     "model.position_std": NOT_NEGATIVE,
     "model.remat": one_of(REMATS),
     "model.attention": one_of(IMPLEMENTATIONS),
-    "model.stem": one_of(("imagenet", "small")),
+    "model.stem": one_of(resnet.STEMS),
     "model.unroll": one_of(("auto", "yes", "no")),
     "model.dtype": one_of(("float32", "bfloat16")),
     "model.precision": one_of(linear.PRECISIONS),

@@ -18,8 +18,9 @@ from sop_jax.models import layers
 from sop_jax.models.convolution import Convolution
 from sop_jax.models.layers import BatchNorm, Start, Statistics
 
-# The strides of the first convolution and of the pooling after it, without which there is none.
-STEMS = {"imagenet": (2, 2), "small": (1, 1)}
+# The side and the stride of the first convolution, and the stride of the pooling after it; there is
+# no pooling if that is 1.
+STEMS = {"imagenet": (7, 2, 2), "small": (3, 1, 1)}
 STAGES_STRIDE = 8  # of all stages together
 GROWTH = 4  # output channels of a block per channel inside it
 
@@ -55,8 +56,8 @@ def custom(config: ml_collections.ConfigDict) -> Size:
 
 def token_side(config: ml_collections.ConfigDict) -> int:
     """Returns the pixels on each side of the square that a token stands for."""
-    first, pooling = STEMS[config.stem]
-    return first * pooling * STAGES_STRIDE
+    _, stride, pooling = STEMS[config.stem]
+    return stride * pooling * STAGES_STRIDE
 
 
 class Stem(nnx.Module):
@@ -67,9 +68,9 @@ class Stem(nnx.Module):
     """
 
     def __init__(self, width: int, kind: str, start: Start, key: Array):
-        stride, pooling = STEMS[kind]
+        side, stride, pooling = STEMS[kind]
         self.pools = pooling > 1
-        self.conv = Convolution(3, width, 7 if kind == "imagenet" else 3, stride, start, key)
+        self.conv = Convolution(3, width, side, stride, start, key)
         self.bn = BatchNorm(width)
 
     def __call__(
