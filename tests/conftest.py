@@ -71,11 +71,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seconds = collections.Counter[str]()
     groups = {}
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-        mark = item.get_closest_marker("xdist_group")
-        assert mark
-        groups[item] = mark.args[0]
+        own = item.get_closest_marker("xdist_group")
+        groups[item] = own.args[0] if own else item.path.name
+        if not own:
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
         marked = [SECONDS[name] for name in SECONDS if item.get_closest_marker(name)]
         seconds[groups[item]] += max(marked, default=0.2)
     items.sort(key=lambda item: -seconds[groups[item]])  # which keeps the order within a file
