@@ -368,6 +368,12 @@ def test_described_gpus_have_rows_of_memory_and_of_estimates(
     assert row["estimate"] == {"step": 0.003, "base": 0.004}
 
 
+def test_only_gpus_can_be_described(parts: SimpleNamespace) -> None:
+    """There is no estimate for others."""
+    with pytest.raises(UserError, match="v5e:4 names a GPU that is not known here"):
+        parts.costs.measure(parts.claims.ESTIMATE, "v5e:4")
+
+
 def test_bad_rows_and_names_are_told_before_anything_is_run(
     parts: SimpleNamespace,
     tmp_path: pathlib.Path,

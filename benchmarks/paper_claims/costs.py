@@ -19,8 +19,9 @@ from rows import COMPUTES, recipe_of, settings_digest
 from turns import compiled, in_turns, memory
 
 from sop_jax.compiled.flops import flops
+from sop_jax.compiled.gpus import described_gpus
 from sop_jax.parallel.mesh import make_mesh
-from sop_jax.plan import IMAGES, Plan, described_devices, estimated, plan
+from sop_jax.plan import IMAGES, Plan, estimated, plan
 from sop_jax.training.assemble import assemble
 
 ROUNDS = 7  # pairs of turns of five steps, after one that warms up
@@ -130,31 +131,32 @@ def measure(cost: Cost, topology: str = "", rounds: int = ROUNDS) -> dict[str, A
     Raises:
         UserError: there is no such topology, or its compiler is not installed.
     """
-    if topology:
-        plans = {"step": planned(cost.step, topology), "base": planned(cost.base, topology)}
-        found = {
-            name: estimated(one)["ms"] / 1000
-            if cost.quantity == "estimate"
-            else sum(one.memory.values())
-            for name, one in plans.items()
-        }
-        return {"ratios": [found["step"] / found["base"]], cost.quantity: found}
-    steps = {"step": settings(cost.step), "base": settings(cost.base)}
+    steps = {"step": cost.step, "base": cost.base}
     if cost.quantity == "time":
-        ready = {name: compiled(config, IMAGES) for name, config in steps.items()}
+        ready = {name: compiled(settings(step), IMAGES) for name, step in steps.items()}
         seconds = in_turns(ready, rounds, repeats=5)
         ratios = [a / b for a, b in zip(seconds["step"], seconds["base"], strict=True)]
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         return {"ratios": ratios, "seconds": medians}
-    count = operations if cost.quantity == "operations" else memory
-    counts = {name: count(config, IMAGES) for name, config in steps.items()}
-    return {"ratios": [counts["step"] / counts["base"]], cost.quantity: counts}
+    amounts = {name: amount(cost.quantity, step, topology) for name, step in steps.items()}
+    return {"ratios": [amounts["step"] / amounts["base"]], cost.quantity: amounts}
+
+
+def amount(quantity: str, step: Step, topology: str) -> float:
+    """Returns the bytes, the operations or the estimated seconds of a step, see `measure`."""
+    if quantity == "estimate":
+        return estimated(planned(step, topology))["ms"] / 1000
+    if quantity == "operations":
+        return operations(settings(step), IMAGES)
+    if topology:
+        return sum(planned(step, topology).memory.values())
+    return memory(settings(step), IMAGES)
 
 
 @functools.cache
 def planned(step: Step, topology: str) -> Plan:
-    """Returns what a step costs on devices that are only described."""
-    return plan(recipe(step), described_devices(topology))
+    """Returns what a step costs on GPUs that need not exist."""
+    return plan(recipe(step), described_gpus(topology))
 
 
 def operations(config: ml_collections.ConfigDict, images: int) -> float:

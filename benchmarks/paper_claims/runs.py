@@ -1,18 +1,19 @@
 """The runs that claims compare: a recipe for the digits, what is changed in it, and its images."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
+from etils import epath
 from PIL import Image
 from rows import recipe, settings_digest
 
 from sop_jax.data.sources import DigitsSource
 from sop_jax.data.subsets import by_class, labels_of
+from sop_jax.paths import draft_of
 
 # All runs have the same number of steps: 800 are 35.6 epochs of the 1437 train images, and two
 # thirds of the recipes' own length, so that a quick set ends in 100 minutes on two cores.
@@ -133,9 +134,8 @@ def write(parts: Mapping[str, Split], path: Path) -> None:
         arrays[f"{name}_blob"] = np.frombuffer(b"".join(encoded), np.uint8)
         arrays[f"{name}_offsets"] = np.cumsum([0, *map(len, encoded)])
         arrays[f"{name}_labels"] = split.labels
-    unfinished = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(unfinished, allow_pickle=False, **arrays)
-    os.replace(unfinished, path)
+    with draft_of(epath.Path(path)) as draft, draft.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def png(image: np.ndarray) -> bytes:
