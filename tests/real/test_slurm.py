@@ -60,7 +60,8 @@ PYTHON = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'
 class Cluster:
     """A cluster, and a checkout from which jobs are submitted."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack) -> None:
+        self.stack = stack
         self.conf = folder / "slurm.conf"
         self.checkout = folder / "checkout"
         self.log = folder / "log"
@@ -80,8 +81,40 @@ class Cluster:
         python.write_text(PYTHON)
         python.chmod(0o755)
 
-    def variables(self) -> dict[str, str]:
-        return programs.environment(SLURM_CONF=str(self.conf))
+    def variables(self, **more: str) -> dict[str, str]:
+        return programs.environment(SLURM_CONF=str(self.conf), **more)
+
+    def start(self) -> None:
+        """Starts the cluster, which the stack stops, and waits until both nodes are idle."""
+        self.stack.callback(self.kill)  # also jobs, which have sessions of their own
+        self.stack.enter_context(programs.start(["slurmctld", "-D"], self.log, self.variables()))
+        for node in self.nodes:
+            self.start_node(node)
+
+        def idle() -> bool:
+            sinfo = ["sinfo", "--noheader", "--Node", "--format=%T"]
+            found = subprocess.run(sinfo, env=self.variables(), capture_output=True, text=True)
+            return found.stdout.split() == ["idle", "idle"]
+
+        programs.wait_for("two idle nodes", idle, self.says, timeout=60)
+
+    def start_node(self, node: str) -> None:
+        """Starts the daemon of a node, and waits until it takes jobs."""
+        says = f"slurmd-{node}: slurmd started"
+        before = self.log.read_text().count(says)
+        # All that runs on the node has this variable: SLURM gives it to the tasks of jobs.
+        variables = self.variables(SLURMD_NODENAME=node)
+        self.stack.enter_context(programs.start(["slurmd", "-D", "-N", node], self.log, variables))
+        programs.wait_for(
+            says, lambda: self.log.read_text().count(says) > before, self.says, timeout=60
+        )
+
+    def kill(self, **variables: str) -> None:
+        """Kills all processes of the cluster, or those with the given variables."""
+        wanted = {"SLURM_CONF": str(self.conf)} | variables
+        for pid in programs.processes(lambda each: each.variables.items() >= wanted.items()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def call(self, *command: object) -> str:
         """Runs a command of SLURM as a user does, and returns its output."""
@@ -118,25 +151,9 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     programs.need("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
     programs.need_root()
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    daemons = [["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in cluster.nodes)]
     with contextlib.ExitStack() as stack:
-        for daemon in daemons:
-            stack.enter_context(programs.start(daemon, cluster.log, cluster.variables()))
-
-        @stack.callback
-        def kill_what_daemons_started() -> None:
-            conf = str(cluster.conf)
-            for pid in programs.processes(lambda each: each.variables.get("SLURM_CONF") == conf):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-        def idle() -> bool:
-            sinfo = ["sinfo", "--noheader", "--Node", "--format=%T"]
-            found = subprocess.run(sinfo, env=cluster.variables(), capture_output=True, text=True)
-            return found.stdout.split() == ["idle", "idle"]
-
-        programs.wait_for("two idle nodes", idle, cluster.says, timeout=60)
+        cluster = Cluster(tmp_path_factory.mktemp("slurm"), stack)
+        cluster.start()
         yield cluster
 
 
@@ -154,11 +171,15 @@ def test_a_job_goes_on_after_it_was_requeued_and_after_a_node_was_lost(
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # not in two minutes
 
     programs.wait_for_step(workdir, saved + 3, cluster.says)
-    node = f"NodeName={cluster.nodes[1]}"
-    cluster.call("scontrol", "update", node, "State=DOWN", "Reason=test")
+    lost = cluster.nodes[1]
+    cluster.call("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
     cluster.wait(job, "PENDING")
     assert not (workdir / "summary.json").exists()
-    cluster.call("scontrol", "update", node, "State=RESUME")
+    # The node comes back as after a reboot. If its daemon went on instead, it could report the end
+    # of the lost job when the next has begun, and SLURM would take the node from that one.
+    cluster.kill(SLURMD_NODENAME=lost)
+    cluster.start_node(lost)
+    cluster.call("scontrol", "update", f"NodeName={lost}", "State=RESUME")
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
     cluster.wait(job, "COMPLETED")
     log = (cluster.checkout / f"slurm-{job}.out").read_text()
