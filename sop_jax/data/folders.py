@@ -225,6 +225,11 @@ def _labels(folders: list[str], names: list[str]) -> np.ndarray:
 
 def _why_unlabelled(root: str, files: list[str]) -> list[str]:
     loose = sum("/" not in file for file in files)
+    only = files[0].split("/", 1)[0]
+    if not loose and only.casefold() not in SPLITS:
+        return [
+            f"{printable(root)}: no labels, because all images are in one folder, {printable(only)}"
+        ]
     if loose in (0, len(files)):
         return []
     return [

@@ -181,6 +181,15 @@ def test_labels_of_a_tree_with_splits_come_from_the_folders_in_them(tmp_path):
         whole_tree(str(tmp_path))
 
 
+def test_images_of_one_folder_have_no_labels(tmp_path):
+    write_tree(tmp_path, ["dogs/1.png", "dogs/big/2.png"])
+    source = whole_tree(str(tmp_path))
+    assert source.labels is None
+    assert source.notes == [f"{tmp_path}: no labels, because all images are in one folder, dogs"]
+    write_tree(tmp_path, ["cats/3.png"])
+    assert whole_tree(str(tmp_path)).class_names == ["cats", "dogs"]
+
+
 # Links, and folders that cannot be listed
 
 
