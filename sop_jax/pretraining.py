@@ -81,5 +81,6 @@ def pretrain(
     config, seen = choices.chosen(os.fspath(images), place, settings)
     made = config_lib.read_config(place) if (place / "config.json").exists() else None
     check_used(config, list(settings), made)
+    choices.say_cost(config, seen)
     summary = train(config, place, told=seen.survey.notes if seen else ())
     return Pretrained(summary, load(place))

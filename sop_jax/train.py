@@ -698,6 +698,7 @@ def main() -> None:
     if args.dry_run:
         preview.show(expand_paths(config), workdir, seen, full)
     else:
+        choices.say_cost(config, seen)
         train(config, workdir, args.wait, seen.survey.notes if seen else ())
 
 

@@ -160,6 +160,7 @@ def test_a_dry_run_of_own_images_begins_nothing(
     assert dry.returncode == 0, dry.stderr
     assert "unreadable: 1 (of all images)" in dry.stderr and "near-duplicates: none" in dry.stderr
     assert "given: steps=2" in dry.stderr
+    assert (dry.stderr + dry.stdout).count("time: about") == 1
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["views.png"]
 
 

@@ -56,7 +56,9 @@ def choose(
     Raises:
         UserError: the folder cannot be used, or a given setting does not exist or has another type.
     """
-    return chosen(images, workdir, given, tell=tell)[0]
+    config, seen = chosen(images, workdir, given, tell=tell)
+    say_cost(config, seen, tell)
+    return config
 
 
 def chosen(
@@ -100,15 +102,27 @@ def chosen(
         tell("Settings, chosen for these images and this machine:")
         for line in decisions.words(made, given):
             tell(line)
-        if config.model.family == "vit":
-            found = estimate.estimate(config, seen.survey, seen.machine)
-            for line in estimate.words(found, seen.machine):
-                tell(f"Expected {line}")
         text = json.dumps(config.to_dict())
     if hosts.several():
         text = hosts.gather(text, hosts.END_TIMEOUT)[0]
         _update(config, dict(flatten(json.loads(text))))
     return config, seen
+
+
+def say_cost(
+    config: ml_collections.ConfigDict, seen: Seen | None, tell: Callable[[str], Any] = say
+) -> None:
+    """Says what time and memory a run is expected to take, if that is known.
+
+    Args:
+        config: the settings.
+        seen: what `chosen` saw.
+        tell: shows a line.
+    """
+    if seen is not None and config.model.family == "vit":
+        found = estimate.estimate(config, seen.survey, seen.machine)
+        for line in estimate.words(found, seen.machine):
+            tell(f"Expected {line}")
 
 
 def test_split(root: str) -> str:

@@ -46,7 +46,11 @@ def test_says_what_is_there_what_is_chosen_and_why(photos: pathlib.Path) -> None
     assert "1 cpu device with 8.0 GiB free, 2 cores" in text
     assert "  batch_size=16\n      enough steps per epoch for 32 images" in text
     assert "near-duplicates" not in text
-    assert "Expected time: about " in text and "Expected memory: about " in text
+    lines.clear()
+    choices.say_cost(config, seen, lines.append)
+    time, memory = lines
+    assert time.startswith("Expected time: about ")
+    assert memory.startswith("Expected memory: about ")
 
 
 def test_a_full_check_looks_for_near_duplicates(
