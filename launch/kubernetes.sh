@@ -88,8 +88,13 @@ if [[ -n "$claim" ]]; then
   volumes+=("{name: data, persistentVolumeClaim: {claimName: $(quoted "$claim")}}")
 fi
 
-# Kubernetes substitutes the index; all other dollar signs are doubled, which escapes them.
 command=(python -m sop_jax.train)
+if [[ -n "$gpus" ]]; then
+  # shellcheck disable=SC2016  # it is for the shell of the pod
+  flags='source launch/flags.sh && use_gpu_flags && exec "$@"'
+  command=(bash -c "$(quoted "$flags")" bash "${command[@]}")
+fi
+# Kubernetes substitutes the index; all other dollar signs are doubled, which escapes them.
 if ((hosts == 1)); then
   command+=("'--processes=1'")
 else

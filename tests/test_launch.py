@@ -485,13 +485,18 @@ class TestKubernetes:
         assert {saved["onExitCodes"]["containerName"], container["name"]} == {"train"}
         assert pod["restartPolicy"] == "Never"
         assert container["image"] == "i"
-        assert container["command"][:3] == ["python", "-m", "sop_jax.train"]
+        command = container["command"]
+        if "nvidia.com/gpu" in container["resources"]["limits"]:
+            assert command[:2] == ["bash", "-c"] and command[3] == "bash"
+            assert command[2] == 'source launch/flags.sh && use_gpu_flags && exec "$@"'
+            command = command[4:]
+        assert command[:3] == ["python", "-m", "sop_jax.train"]
         processes = [f"--coordinator={name}-0.{name}:8476", f"--processes={hosts}"]
         processes += ["--process=$(JOB_COMPLETION_INDEX)"]
         expected = processes if hosts > 1 else ["--processes=1"]
-        assert container["command"][3:-3] == [*expected, "--wait=600"]
+        assert command[3:-3] == [*expected, "--wait=600"]
         # Kubernetes reads $$ as $, and expands variables after a single $.
-        given = container["command"][-3:]
+        given = command[-3:]
         assert not re.search(r"(?<!\$)(\$\$)*\$(?!\$)", " ".join(given))
         assert [argument.replace("$$", "$") for argument in given] == TRAINING
         assert {mount["name"] for mount in container["volumeMounts"]} == {

@@ -68,13 +68,15 @@ def build(image: pathlib.Path, extra: str) -> subprocess.CompletedProcess[str]:
     image.mkdir()
     text = DOCKERFILE.read_text().replace("\\\n", "")
     steps = [line.partition(" ")[::2] for line in text.splitlines() if line[:1].isupper()]
-    assert [step for step, _ in steps] == ["FROM", "ARG", "WORKDIR", "COPY", "COPY", "COPY", "RUN"]
+    assert [step for step, _ in steps] == ["FROM", "ARG", "WORKDIR", *["COPY"] * 4, "RUN"]
     run = ""
     for step, words in steps:
         if step == "COPY":
             *files, to = words.split()
             for file in files:
                 source, target = programs.ROOT / file, image / to
+                if to.endswith("/"):
+                    target.mkdir(exist_ok=True)
                 if source.is_dir():
                     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
@@ -165,6 +167,7 @@ def test_two_pods_find_each_other_stop_and_resume(
             assert [pod.end() for pod in both] == [0, 0], both[0].says()
         assert f"steps {step} to {programs.STEPS}" in both[0].says()
         assert "on 2 cpu devices of 2 processes" in both[0].says()
+        assert "--xla_gpu_enable_latency_hiding_scheduler=true" in both[0].says()
         assert_same_run(volume / "run", whole)
 
 
