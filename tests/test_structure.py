@@ -105,6 +105,15 @@ def test_data_knows_neither_jax_nor_the_rest(file: pathlib.Path) -> None:
     assert rest <= ({"cli"} if module(file) == "data.prepare" else set())
 
 
+def test_scikit_learn_is_imported_only_where_it_is_needed() -> None:
+    """It takes a second, which the start of a training saves."""
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "sklearn" for name in names), module(file)
+
+
 def test_one_room_knows_flax_and_one_file_orbax() -> None:
     assert {f.parent.name for f in FILES if imports_any(f, "flax")} <= {"models"}
     assert {module(f) for f in FILES if imports_any(f, "orbax")} == {"training.checkpoint"}

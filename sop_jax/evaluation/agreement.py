@@ -9,7 +9,6 @@ have any numbers, and can outnumber the classes.
 import numpy as np
 from jaxtyping import Integer
 from scipy.optimize import linear_sum_assignment
-from sklearn import metrics
 
 
 def agreement(
@@ -29,6 +28,8 @@ def agreement(
         `accuracy_majority`, the same if each cluster stands for its most frequent class, so that
         several clusters can share a class. The last one grows with the number of clusters.
     """
+    from sklearn import metrics  # takes a second, which the start of a training saves
+
     table = contingency(labels, assignments)
     matched = table[linear_sum_assignment(table, maximize=True)].sum()
     return {

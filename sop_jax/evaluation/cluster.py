@@ -17,7 +17,6 @@ from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import Float, Int
 from ml_collections import config_dict
-from sklearn.cluster import KMeans
 
 from sop_jax.data.folders import FolderSource, printable
 from sop_jax.data.sources import Source
@@ -135,6 +134,8 @@ def k_means(
     All processes do the same, and take the result of the first, so that rounding cannot make them
     differ.
     """
+    from sklearn.cluster import KMeans  # takes a second, as in `agreement`
+
     best, least = np.zeros(len(rows), np.int32), np.inf
     with tools.progress(starts, "start") as bar:
         for start in range(starts):

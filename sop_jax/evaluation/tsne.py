@@ -14,7 +14,6 @@ import numpy as np
 from etils import epath
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jaxtyping import Float, Int
-from sklearn.manifold import TSNE
 
 from sop_jax.data.folders import printable
 from sop_jax.data.sources import Source
@@ -126,6 +125,8 @@ def embed(
     All processes do the same, and take the result of the first, so that rounding cannot make them
     differ.
     """
+    from sklearn.manifold import TSNE  # takes a second, as in `agreement`
+
     method = TSNE(
         2,
         perplexity=settings.perplexity,

@@ -4,7 +4,6 @@ import jax
 import ml_collections
 import numpy as np
 from jaxtyping import UInt8
-from sklearn.decomposition import PCA
 
 from sop_jax.models import Model, Params, token_side
 
@@ -26,6 +25,8 @@ def components(
         params: its parameters.
         images: images whose sides are multiples of those of a token, with at least three tokens.
     """
+    from sklearn.decomposition import PCA  # takes a second, which the start of a training saves
+
     last = jax.jit(lambda params, images: model.features(params, images)[-1][:, 1:])
     tokens = np.asarray(last(params, images), np.float32)
     flat = tokens.reshape(-1, tokens.shape[-1])

@@ -2,7 +2,6 @@
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.decomposition import PCA
 
 from sop_jax.evaluation import tsne
 
@@ -20,6 +19,8 @@ def feature_map(
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     if len(vectors) < LEAST:
+        from sklearn.decomposition import PCA  # takes a second, as in `components`
+
         return PCA(2, svd_solver="full").fit_transform(unit), "principal components"
     settings = tsne.settings()
     settings.perplexity = min(settings.perplexity, (len(vectors) - 1) / 3)
