@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from sop_jax.evaluation.fonts import Font, font_for
 
 TILE = 128  # the side of the square that a thumbnail fits, in pixels
 MARGIN = 8
@@ -35,7 +37,7 @@ class Tile(NamedTuple):
 
 def contact_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:
     """Returns the rows as one picture; the first tile of each row has a frame."""
-    font = ImageFont.load_default(FONT_SIZE)
+    font = font_for((tile.name for row in rows for tile in row), FONT_SIZE)
     columns = max(len(row) for row in rows)
     step, height = TILE + MARGIN, TILE + LABELS * LINE + 2 * MARGIN
     size = (MARGIN + columns * step + QUERY_GAP, MARGIN + len(rows) * height)
@@ -69,9 +71,7 @@ def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, tile: Tile, at: tuple[
     sheet.paste(small, (x + (TILE - small.width) // 2, y + (TILE - small.height) // 2))
 
 
-def shorten(
-    text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, lines: int
-) -> list[str]:
+def shorten(text: str, font: Font, width: int, lines: int) -> list[str]:
     """Returns a text in lines that fit a width in pixels; its middle is left out if necessary.
 
     The beginning of a path is its class, and the end is the file, so that both remain readable.
@@ -87,9 +87,7 @@ def shorten(
     return without(fewest)
 
 
-def _wrapped(
-    text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int
-) -> list[str]:
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
     """Returns a text in lines of at most `width` pixels, and of at least one character."""
     found: list[str] = []
     while text:

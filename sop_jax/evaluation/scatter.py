@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from sop_jax.evaluation.fonts import Font, font_for
 
 SIDE = 1000  # of the map, in pixels
 LEGEND = 240  # the width of the legend, in pixels
@@ -86,7 +88,7 @@ def draw_png(points: Points) -> Image.Image:
         box = (SIDE + 4, y + 4, SIDE + 16, y + 16)
         draw.ellipse([FINER * edge for edge in box], palette[label])
     canvas = canvas.resize((SIDE + LEGEND, SIDE), Image.Resampling.BOX)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT_SIZE)
+    draw, font = ImageDraw.Draw(canvas), font_for([points.title, *points.classes], FONT_SIZE)
     draw.text((MARGIN, 6), points.title, INK, font)
     words = [_fitting(points.classes[label], font) for label in labels[:LISTED]]
     words += [f"and {len(labels) - LISTED} more classes"] * (len(labels) > LISTED)
@@ -95,7 +97,7 @@ def draw_png(points: Points) -> Image.Image:
     return canvas
 
 
-def _fitting(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+def _fitting(text: str, font: Font) -> str:
     """Returns the text, cut so that it fits the legend."""
     room = LEGEND - 24 - MARGIN
     if font.getlength(text) <= room:

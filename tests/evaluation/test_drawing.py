@@ -8,8 +8,9 @@ import pytest
 from PIL import ImageFont
 
 from sop_jax.evaluation import contact_sheet as sheets
-from sop_jax.evaluation import scatter
+from sop_jax.evaluation import fonts, scatter
 from sop_jax.evaluation.contact_sheet import Tile, contact_sheet, shorten
+from sop_jax.evaluation.fonts import font_for
 from sop_jax.evaluation.scatter import Points, colours, draw_html, draw_png, placed
 
 
@@ -43,6 +44,25 @@ def test_an_image_that_cannot_be_read_has_an_empty_square():
     pixels = np.asarray(contact_sheet([[Tile(None, "broken.jpg", "")]]))
     middle = sheets.MARGIN + sheets.TILE // 2
     assert pixels[middle, middle].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("name", ["été.jpg", "фото.jpg", "ελλάδα"])
+def test_names_in_other_scripts_are_drawn(name: str) -> None:
+    def drawn(text: str) -> bytes:
+        return bytes(font_for([name], 11).getmask(text))
+
+    letters = [letter for letter in name if not letter.isascii()]
+    assert all(drawn(letter) != drawn("\uffff") for letter in letters)  # which no font has
+    sheet = np.asarray(contact_sheet([[Tile(None, name, "")]]))
+    boxes = np.asarray(contact_sheet([[Tile(None, "\uffff" * len(name), "")]]))
+    assert (sheet != boxes).any()
+
+
+def test_without_a_font_for_them_names_are_drawn_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fonts, "_wide", lambda: iter(["no such font.ttf"]))
+    assert contact_sheet([[Tile(None, "фото.jpg", "")]]).width > sheets.TILE
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "n01440764/ILSVRC2012_val_00000293.JPEG", "x" * 300])
