@@ -3,7 +3,9 @@
     python benchmarks/recall.py [--workdir=DIR]
 
 Searches random unit rows, clustered ones, and the [CLS] memory of a trained run. The meaning of
-`high` depends on the device: TF32 on GPUs, three bfloat16 passes on TPUs, float32 on CPUs.
+`high` depends on the device: TF32 on GPUs, three bfloat16 passes on TPUs, float32 on CPUs. That of
+`TF32, emulated` does not: the rows are rounded to its 10 bits of mantissa, and multiplied in
+float32.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from sop_jax.training import checkpoint  # noqa: E402
 from sop_jax.training.assemble import assemble  # noqa: E402
 
 MESH = make_mesh(1)
+TF32 = "TF32, emulated"
 
 
 def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
@@ -35,6 +38,8 @@ def recall(rows: jax.Array, anchors: int, k: int) -> dict[str, float]:
         name: np.asarray(nearest(rows[:anchors], rows, k, MESH, own=own, precision=name)[1])
         for name in PRECISIONS
     }
+    rounded = jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=10)
+    found[TF32] = np.asarray(nearest(rounded[:anchors], rounded, k, MESH, own=own)[1])
     exact = found["float32"]
     return {
         name: float(np.mean([len(np.intersect1d(a, b)) for a, b in zip(exact, other, strict=True)]))
@@ -73,8 +78,9 @@ def main() -> None:
         name: recall(rows, min(args.anchors, len(rows) // 2), args.supports)
         for name, rows in banks.items()
     }
-    print(f"| rows, on {jax.devices()[0].device_kind} | " + " | ".join(PRECISIONS) + " |")
-    print("|---" * (1 + len(PRECISIONS)) + "|")
+    precisions = [*PRECISIONS, TF32]
+    print(f"| rows, on {jax.devices()[0].device_kind} | {' | '.join(precisions)} |")
+    print("|---" * (1 + len(precisions)) + "|")
     for name, by_precision in results.items():
         cells = " | ".join(f"{share:.4f}" for share in by_precision.values())
         print(f"| {name}, {len(banks[name])} x {banks[name].shape[1]} | {cells} |")

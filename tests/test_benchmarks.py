@@ -12,10 +12,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from runs import APART, make_run
 
 from sop_jax.data.masks import most_masked
+from sop_jax.errors import UserError
 
 pytestmark = pytest.mark.medium
 
@@ -109,6 +112,8 @@ def test_the_recall_of_precisions_is_measured() -> None:
     found = run("recall", "--rows=256", "--anchors=64", "--supports=2")
     assert set(found) == {"random", "clusters of 0.3", "clusters of 0.05"}
     assert all(shares["float32"] == 1 for shares in found.values())
+    for shares in found.values():
+        assert shares["bfloat16"] <= shares["TF32, emulated"] <= 1
 
 
 @pytest.mark.slow
@@ -140,6 +145,42 @@ def test_baselines_are_compared_once(tmp_path: pathlib.Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [row["network"] for row in rows] == ["pixels", "untrained", "trained"]
     assert rows[0]["results"]["top1"] > 0.9 > rows[1]["results"]["top1"] > 0.3
+
+
+@pytest.fixture
+def neighbours(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("neighbours")
+
+
+def test_the_class_of_an_image_is_compared_with_that_of_its_nearest(neighbours: ModuleType) -> None:
+    angles = np.radians([0, 1, 3, 90, 92, 170])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    features *= np.arange(1, 7, dtype=np.float32)[:, None]  # only directions matter
+    classes = np.array(["a", "a", "b", "b", "b", "a"])
+    # The nearest of each: 1, 0, 1, 4, 3 and 4.
+    assert neighbours.same_class(features, classes, 1) == pytest.approx(4 / 6)
+    assert neighbours.same_class(features, classes, 5) == pytest.approx(2 / 5)
+
+
+@pytest.mark.slow
+def test_the_neighbours_of_a_run_are_compared_with_those_of_its_beginning(
+    neighbours: ModuleType, tmp_path: pathlib.Path
+) -> None:
+    make_run(tmp_path / "run", (3,), **APART)
+    for number in range(8):
+        folder = tmp_path / "images" / ("dark", "light")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        grey = np.full((40, 40, 3), 20 + 180 * (number % 2) + number, np.uint8)
+        Image.fromarray(grey).save(folder / f"{number}.png")
+    twin = tmp_path / "images" / "dark" / "copy.png"
+    twin.write_bytes((tmp_path / "images" / "dark" / "0.png").read_bytes())
+    found = neighbours.measure(str(tmp_path / "run"), tmp_path / "images", 3)
+    assert found["images"] == 8
+    assert 0 <= found["untrained"] <= 100
+    assert found["gain"] == pytest.approx(found["trained"] - found["untrained"])
+    with pytest.raises(UserError, match="expected more than 8, all of them in two or more folders"):
+        neighbours.measure(str(tmp_path / "run"), tmp_path / "images", 8)
 
 
 def test_counting_unique_prototypes_is_timed() -> None:
