@@ -225,8 +225,8 @@ def _labels(folders: list[str], names: list[str]) -> np.ndarray:
 
 def _why_unlabelled(root: str, files: list[str]) -> list[str]:
     loose = sum("/" not in file for file in files)
-    only = files[0].split("/", 1)[0]
-    if not loose and only.casefold() not in SPLITS:
+    only, *others = {file.split("/", 1)[0] for file in files}
+    if not loose and not others and only.casefold() not in SPLITS:
         return [
             f"{printable(root)}: no labels, because all images are in one folder, {printable(only)}"
         ]

@@ -13,7 +13,7 @@ from test_sources import data_config, encoded, noise, opened, write_tree
 
 from sop_jax.data import formats
 from sop_jax.data.decode import decode
-from sop_jax.data.folders import list_images, printable, whole_tree
+from sop_jax.data.folders import folder_source, list_images, printable, whole_tree
 from sop_jax.data.sources import notes, open_source
 from sop_jax.errors import UserError
 
@@ -188,6 +188,8 @@ def test_images_of_one_folder_have_no_labels(tmp_path):
     assert source.notes == [f"{tmp_path}: no labels, because all images are in one folder, dogs"]
     write_tree(tmp_path, ["cats/3.png"])
     assert whole_tree(str(tmp_path)).class_names == ["cats", "dogs"]
+    # A split with several folders lacks labels for another reason: that of the one like it.
+    assert folder_source(str(tmp_path), source).notes == []
 
 
 # Links, and folders that cannot be listed
