@@ -22,28 +22,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import untrained  # noqa: E402
 
 import sop_jax  # noqa: E402
+from sop_jax.data.folders import class_folders  # noqa: E402
 from sop_jax.errors import UserError  # noqa: E402
 from sop_jax.network import Network  # noqa: E402
+from sop_jax.own_images.duplicates import equal_files  # noqa: E402
 from sop_jax.paths import expand  # noqa: E402
+from sop_jax.pictures.neighbours import neighbours  # noqa: E402
 
 
 def same_class(
     features: Float[np.ndarray, "n D"], classes: Shaped[np.ndarray, " n"], nearest: int
 ) -> float:
     """Returns the share of the nearest other images that are of the class of an image."""
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    scores = unit @ unit.T
-    np.fill_diagonal(scores, -np.inf)
-    near = np.argsort(-scores, axis=1, kind="stable")[:, :nearest]
+    near = neighbours(features, features, nearest, [[row] for row in range(len(features))]).places
     return float((classes[near] == classes[:, None]).mean())
-
-
-def different(folder: Path, names: list[str]) -> list[int]:
-    """Returns the first of all images with the same bytes."""
-    first: dict[bytes, int] = {}
-    for number, name in enumerate(names):
-        first.setdefault((folder / name).read_bytes(), number)
-    return sorted(first.values())
 
 
 def measure(workdir: str, folder: Path, nearest: int) -> dict[str, float]:
@@ -52,13 +44,14 @@ def measure(workdir: str, folder: Path, nearest: int) -> dict[str, float]:
     features, names = trained.features(str(folder), names=True)
     config = ml_collections.ConfigDict(trained.config.to_dict())
     beginning = Network(config, untrained(config)[1], f"the beginning of {workdir}")
-    kept = different(folder, names)
-    classes = np.array([names[number].split("/")[0] for number in kept])
-    if not all("/" in name for name in names) or len(set(classes)) < 2 or len(kept) <= nearest:
+    copies = {row for group in equal_files(str(folder), names).groups for row in group[1:]}
+    kept = [row for row in range(len(names)) if row not in copies]
+    if class_folders(names) is None or len(kept) <= nearest:
         raise UserError(
             f"{folder} has {len(kept)} different images; expected more than {nearest}, all of them "
             "in two or more folders, one per class"
         )
+    classes = np.array([names[row].split("/")[0] for row in kept])
     shares = (
         100 * same_class(found[kept], classes, nearest)
         for found in (features, beginning.features(str(folder)))
