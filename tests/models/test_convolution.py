@@ -15,6 +15,7 @@ from sop_jax.models.layers import Start
 
 SHAPES = [(1, 2), (3, 1), (3, 2), (7, 2)]
 SIZES = [(8, 8), (7, 10)]
+FEW_WINDOWS = [(3, 4), (2, 1)]  # with a stride of 2, and with any
 
 
 def taps(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -44,7 +45,7 @@ def values(function: Any, x: jax.Array, kernel: jax.Array) -> Any:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(("side", "stride"), SHAPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES + FEW_WINDOWS)
 def test_a_convolution_has_the_gradients_of_its_definition(
     side: int, stride: int, size: tuple[int, int]
 ) -> None:
@@ -82,6 +83,15 @@ def test_gradients_are_the_same_on_all_devices(
         lambda: [f(stride, None, x, kernel, gradient) for f in (_gradients_on_cpu, _gradients)]
     )()
     chex.assert_trees_all_close(on_cpus, elsewhere, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_of_few_windows_is_a_matrix_product(stride: int) -> None:
+    """CPUs take ten to twenty times as long for the convolution."""
+    layer = Convolution(4, 4, 3, stride, Start(jnp.dtype("float32")), jax.random.key(0))
+    for more, convolves in ((0, False), (1, True)):
+        operations = str(jax.make_jaxpr(layer)(jnp.ones((1, 2 * stride + more, 2 * stride, 4))))
+        assert ("conv_general_dilated" in operations) == convolves
 
 
 @pytest.mark.medium
