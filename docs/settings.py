@@ -91,20 +91,28 @@ MEANINGS = {
     "mask.start_steps": "The same in steps; takes precedence if set.",
     "model.family": "The kind of network.",
     "model.size": (
-        "`ti`, `s`, `b`, `l`, `h` of a ViT; `t`, `s`, `b` of a Swin; `50` of a ResNet; or `custom`."
+        "`ti`, `s`, `b`, `l`, `h` of a ViT; `t`, `s`, `b` of a Swin; `18`, `34`, `50` of a ResNet; "
+        "or `custom`."
     ),
     "model.width": (
         "`custom` only: the width of a ViT, of the first stage of a Swin, of the stem of a ResNet."
     ),
     "model.depth": "`custom` only: the layers of a ViT.",
     "model.heads": "`custom` only: the attention heads of a ViT.",
-    "model.stage_depths": "`custom` only: the layers of each stage of a Swin or a ResNet.",
+    "model.stage_depths": (
+        "`custom` only: the layers of the four stages of a Swin, or the blocks of each stage of a "
+        "ResNet, which can have any number of stages."
+    ),
+    "model.block": (
+        "`custom` only: the convolutions of a ResNet's block, 1 x 1, 3 x 3 and 1 x 1 in "
+        "`bottleneck`, and twice 3 x 3 in `basic`."
+    ),
     "model.stage_heads": "`custom` only: the attention heads of each stage of a Swin.",
     "model.patch": "The side of the patches of a ViT, in pixels.",
     "model.window": "The side of the windows in which a Swin attends, in patches.",
     "model.stem": (
-        "The start of a ResNet: for images of ImageNet's size, or for small ones (3 x 3, stride 1, "
-        "no pooling)."
+        "The start of a ResNet: `imagenet` has a stride of 4; for small images, 3 x 3 of stride 2 "
+        "(`strided`) or 1 (`small`), without pooling."
     ),
     "model.registers": "Extra tokens of a ViT, which represent no patch.",
     "model.layer_scale": "The initial scale of the branches of a ViT; 0 for no layer scale.",

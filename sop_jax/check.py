@@ -102,8 +102,9 @@ RULES: dict[str, Rule] = {
     "model.width": COUNT,
     "model.depth": COUNT,
     "model.heads": COUNT,
-    "model.stage_depths": each(COUNT, 4),
+    "model.stage_depths": some(COUNT),
     "model.stage_heads": each(COUNT, 4),
+    "model.block": one_of(resnet.BLOCKS),
     "model.patch": COUNT,
     "model.window": COUNT,
     "model.registers": COUNT_OR_ZERO,
@@ -205,7 +206,7 @@ def _remedy(flag: str, example: Any) -> str:
 
 
 # The settings of `config.model` that only model.size=custom uses.
-CUSTOM_ONLY = ("width", "depth", "heads", "stage_depths", "stage_heads")
+CUSTOM_ONLY = ("width", "depth", "heads", "stage_depths", "stage_heads", "block")
 
 
 def check_used(

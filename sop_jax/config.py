@@ -51,6 +51,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "tracker": "tensorboard",  # this does not change the results
     },
     "0.7.0": {
+        "model.block": "bottleneck",
         "model.stem": "imagenet",
         "model.unroll": "auto",  # this does not change the results
     },
@@ -83,7 +84,8 @@ RESUMABLE = (
     "model.unroll",
 )
 
-_ANY_LENGTH = ("eval.tasks", "eval.knn_k")  # lists that can have any number of items
+# Lists that can have any number of items.
+_ANY_LENGTH = ("eval.tasks", "eval.knn_k", "model.stage_depths")
 
 _FILE = "config.json"
 
@@ -160,17 +162,18 @@ def paper() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         dict(
             family="vit",  # vit | swin | resnet
-            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; resnet: 50; custom
-            # Only for size=custom, like the next four: the width of a ViT, of the first stage of a
+            size="s",  # vit: ti | s | b | l | h; swin: t | s | b; resnet: 18 | 34 | 50; custom
+            # Only for size=custom, like the next five: the width of a ViT, of the first stage of a
             # Swin, or of the stem of a ResNet.
             width=384,
             depth=12,  # vit
             heads=6,  # vit
             stage_depths=(2, 2, 6, 2),  # swin, resnet
             stage_heads=(3, 6, 12, 24),  # swin
+            block="bottleneck",  # resnet: bottleneck | basic (two 3 x 3 convolutions)
             patch=16,  # vit; the patches of a Swin have 4 pixels, and its tokens cover 32
             window=7,  # swin: patches on each side of the windows in which it attends
-            stem="imagenet",  # resnet: imagenet | small (3 x 3, stride 1, no pooling)
+            stem="imagenet",  # resnet: imagenet | strided | small (3 x 3, stride 2 | 1, unpooled)
             registers=0,  # vit: extra tokens that represent no patch
             layer_scale=0.0,  # vit: the initial scale of the branches; 0 for no layer scale
             pool="cls",  # vit: cls | mean (of the patches, table C.2), which represents an image

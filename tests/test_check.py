@@ -97,7 +97,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "model.width": (*WHOLE, 0),
     "model.depth": (*WHOLE, 0),
     "model.heads": (*WHOLE, 0),
-    "model.stage_depths": ((), (2, 2, 2), (2, 2, 0, 2), (2, 2, 1.5, 2), 2),
+    "model.stage_depths": ((), (2, 2, 0, 2), (2, 2, 1.5, 2), 2),
+    "model.block": ("magic",),
     "model.stage_heads": ((), (3, 6, 12), (3, 6, 0, 24), (3, 6, True, 24), 3),
     "model.patch": (*WHOLE, 0),
     "model.window": (*WHOLE, 0),
@@ -364,7 +365,7 @@ BAD = {
     ),
     "a stage without blocks": (
         RESNET | {"model.size": "custom", "model.stage_depths": (3, 0, 1, 1)},
-        r"model\.stage_depths is \(3, 0, 1, 1\); expected 4 values, each a whole number of 1 or",
+        r"model\.stage_depths is \(3, 0, 1, 1\); expected one or more values, each a whole",
     ),
     "patches without a memory of them": (
         {"sop.patch.memory": 0},

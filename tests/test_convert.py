@@ -287,6 +287,17 @@ HF = {
         spatial,
         ((96, 96), (64, 96)),
     ),
+    "ResNet of basic blocks": Peer(
+        hf(
+            "ResNet",
+            embedding_size=8,
+            hidden_sizes=[8, 16, 32, 64],
+            depths=[1, 2, 3, 1],
+            layer_type="basic",
+        ),
+        spatial,
+        ((96, 96), (64, 96)),
+    ),
 }
 SMALL = dict(embed_dim=32, depth=2, num_heads=2)
 TIMM = {
@@ -312,6 +323,11 @@ TIMM = {
     ),
     "ResNet": Peer(
         timm("resnet50", layers=(1, 2, 3, 1)),
+        lambda network, x: network.forward_features(x).flatten(2).transpose(1, 2),
+        ((96, 96), (64, 96)),
+    ),
+    "ResNet of basic blocks": Peer(
+        timm("resnet18", layers=(1, 2, 1, 1)),
         lambda network, x: network.forward_features(x).flatten(2).transpose(1, 2),
         ((96, 96), (64, 96)),
     ),

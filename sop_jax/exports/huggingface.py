@@ -15,6 +15,7 @@ from sop_jax.evaluation.views import view_of
 from sop_jax.exports.model_card import model_card
 from sop_jax.exports.trained import Trained, at_crop
 from sop_jax.models import MEAN, STD, size_of
+from sop_jax.models.resnet import BLOCKS
 from sop_jax.paths import write_whole
 from sop_jax.weights import files, mapping
 
@@ -143,18 +144,19 @@ def _swin(trained: Trained) -> dict[str, Any]:
 
 def _resnet(trained: Trained) -> dict[str, Any]:
     size, stem = size_of(trained.config.model), trained.config.model.stem
-    if stem == "small":
+    if stem != "imagenet":
         raise UserError(
-            "transformers has no ResNet with the stem of model.stem=small; export to stablehlo or "
-            "ibot instead"
+            f"transformers has no ResNet with the stem of model.stem={stem}; export to stablehlo "
+            "or ibot instead"
         )
+    growth = BLOCKS[size.block].growth
     return dict(
         model_type="resnet",
         architectures=["ResNetModel"],
         embedding_size=size.width,
-        hidden_sizes=[4 * size.width * 2**stage for stage in range(len(size.depths))],
+        hidden_sizes=[growth * size.width * 2**stage for stage in range(len(size.depths))],
         depths=list(size.depths),
-        layer_type="bottleneck",
+        layer_type=size.block,
         hidden_act="relu",
     )
 

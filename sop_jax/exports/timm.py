@@ -36,10 +36,13 @@ def call(trained: Trained, file: epath.Path) -> list[str]:
             depths=tuple(size.depths),
             num_heads=tuple(size.heads),
         )
-    elif model.stem == "small":
-        return ["timm has no ResNet with the stem of model.stem=small, to load this file into"]
+    elif model.stem != "imagenet":
+        return [
+            f"timm has no ResNet with the stem of model.stem={model.stem}, to load this file into"
+        ]
     elif size.width == 64:
-        name, settings = "resnet50", dict(layers=tuple(size.depths))
+        name = {"basic": "resnet18", "bottleneck": "resnet50"}[size.block]
+        settings = dict(layers=tuple(size.depths))
     else:
         return [f"timm has no ResNet whose stem has {size.width} channels, to load this file into"]
     crop = image if model.family == "swin" else view_of(trained.config).crop

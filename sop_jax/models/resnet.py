@@ -1,4 +1,4 @@
-"""ResNet-50, with the running statistics of its batch norms among the parameters.
+"""ResNets, with the running statistics of their batch norms among the parameters.
 
 The paper has no ResNet; this is DINO's, which is torchvision's.
 """
@@ -20,9 +20,25 @@ from sop_jax.models.layers import BatchNorm, Start, Statistics
 
 # The side and the stride of the first convolution, and the stride of the pooling after it; there is
 # no pooling if that is 1.
-STEMS = {"imagenet": (7, 2, 2), "small": (3, 1, 1)}
-STAGES_STRIDE = 8  # of all stages together
-GROWTH = 4  # output channels of a block per channel inside it
+STEMS = {"imagenet": (7, 2, 2), "strided": (3, 2, 1), "small": (3, 1, 1)}
+
+
+class Design(NamedTuple):
+    """The convolutions of a residual block, which have no bias and are each followed by batch norm.
+
+    Attributes:
+        sides: the side of each kernel.
+        strided: the number of the convolution that has the block's stride, from 0.
+        growth: output channels of the block per channel inside it.
+    """
+
+    sides: tuple[int, ...]
+    strided: int
+    growth: int
+
+
+# In version 1.5 the 3 x 3 convolution of a bottleneck has the stride, not the 1 x 1 before it.
+BLOCKS = {"basic": Design((3, 3), 0, 1), "bottleneck": Design((1, 3, 1), 1, 4)}
 
 
 def is_product(primitive: Any, *_: Any, **details: Any) -> bool:
@@ -40,31 +56,39 @@ class Size(NamedTuple):
     Attributes:
         width: the channels of the stem.
         depths: the number of blocks of each stage.
+        block: the kind of these blocks, of BLOCKS.
     """
 
     width: int
     depths: tuple[int, ...]
+    block: str
 
 
-SIZES = {"50": Size(64, (3, 4, 6, 3))}
+SIZES = {
+    "18": Size(64, (2, 2, 2, 2), "basic"),
+    "34": Size(64, (3, 4, 6, 3), "basic"),
+    "50": Size(64, (3, 4, 6, 3), "bottleneck"),
+}
 
 
 def custom(config: ml_collections.ConfigDict) -> Size:
     """Returns the size that `config.model` describes."""
-    return Size(config.width, tuple(config.stage_depths))
+    return Size(config.width, tuple(config.stage_depths), config.block)
 
 
 def token_side(config: ml_collections.ConfigDict) -> int:
     """Returns the pixels on each side of the square that a token stands for."""
     _, stride, pooling = STEMS[config.stem]
-    return stride * pooling * STAGES_STRIDE
+    size = SIZES.get(config.size) or custom(config)
+    return stride * pooling * 2 ** (len(size.depths) - 1)
 
 
 class Stem(nnx.Module):
     """The first convolution and its batch norm.
 
     For images of ImageNet's size it is 7 x 7 of stride 2, followed by 3 x 3 max pooling of stride
-    2; for small images it is 3 x 3 of stride 1, without pooling, as in SimCLR (appendix B.9).
+    2; for small images it is 3 x 3 of stride 1, without pooling, as in SimCLR (appendix B.9), or of
+    stride 2 to save time.
     """
 
     def __init__(self, width: int, kind: str, start: Start, key: Array):
@@ -99,28 +123,32 @@ class Shortcut(nnx.Module):
         return x, {"bn": moved}
 
 
-class Bottleneck(nnx.Module):
-    """A residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions; the 3 x 3 has the stride (v1.5)."""
+class Block(nnx.Module):
+    """A residual block of a kind of BLOCKS."""
 
-    def __init__(self, inputs: int, width: int, stride: int, start: Start, rngs: nnx.Rngs):
-        outputs = GROWTH * width
-        self.conv1 = Convolution(inputs, width, 1, 1, start, rngs.params())
-        self.bn1 = BatchNorm(width)
-        self.conv2 = Convolution(width, width, 3, stride, start, rngs.params())
-        self.bn2 = BatchNorm(width)
-        self.conv3 = Convolution(width, outputs, 1, 1, start, rngs.params())
-        self.bn3 = BatchNorm(outputs)
-        if inputs != outputs or stride > 1:
-            self.shortcut = Shortcut(inputs, outputs, stride, start, rngs.params())
+    def __init__(
+        self, inputs: int, width: int, stride: int, design: Design, start: Start, rngs: nnx.Rngs
+    ):
+        channels = inputs
+        for i, side in enumerate(design.sides):
+            outputs = width * (design.growth if i == len(design.sides) - 1 else 1)
+            own = stride if i == design.strided else 1
+            convolution = Convolution(channels, outputs, side, own, start, rngs.params())
+            setattr(self, f"conv{i + 1}", convolution)
+            setattr(self, f"bn{i + 1}", BatchNorm(outputs))
+            channels = outputs
+        self.convolutions = len(design.sides)
+        if inputs != channels or stride > 1:
+            self.shortcut = Shortcut(inputs, channels, stride, start, rngs.params())
 
     def __call__(
         self, x: Float[Array, "B H W I"], training: bool
     ) -> tuple[Float[Array, "B h w O"], Statistics]:
         """Returns the block's output and the new running statistics."""
-        moved = {}
-        y, moved["bn1"] = self.bn1(self.conv1(x), training)
-        y, moved["bn2"] = self.bn2(self.conv2(jax.nn.relu(y)), training)
-        y, moved["bn3"] = self.bn3(self.conv3(jax.nn.relu(y)), training)
+        y, moved = x, {}
+        for i in range(1, self.convolutions + 1):
+            y = getattr(self, f"conv{i}")(y if i == 1 else jax.nn.relu(y))
+            y, moved[f"bn{i}"] = getattr(self, f"bn{i}")(y, training)
         if hasattr(self, "shortcut"):
             x, moved["shortcut"] = self.shortcut(x, training)
         return jax.nn.relu(y + x), moved
@@ -130,14 +158,22 @@ class Stage(nnx.Module):
     """The blocks of one resolution: the first, which changes it, and the others, stacked."""
 
     def __init__(
-        self, inputs: int, width: int, depth: int, stride: int, start: Start, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        stride: int,
+        design: Design,
+        start: Start,
+        rngs: nnx.Rngs,
     ):
-        self.first = Bottleneck(inputs, width, stride, start, rngs)
+        self.first = Block(inputs, width, stride, design, start, rngs)
+        outputs = design.growth * width
 
         @nnx.split_rngs(splits=depth - 1)
         @nnx.vmap
-        def rest(rngs: nnx.Rngs) -> Bottleneck:
-            return Bottleneck(GROWTH * width, width, 1, start, rngs)
+        def rest(rngs: nnx.Rngs) -> Block:
+            return Block(outputs, width, 1, design, start, rngs)
 
         if depth > 1:
             self.blocks = rest(rngs)
@@ -156,7 +192,7 @@ class ResNet(nnx.Module):
     has a scale of one, not zero.
 
     Args:
-        size: the channels and depths.
+        size: the channels, depths and blocks.
         config: `config.model` of the run, of which `remat` and `stem` matter.
         image_size: ignored; a ResNet takes images of any size.
         gather: gathers the parameters of a block that are split over devices.
@@ -175,11 +211,11 @@ class ResNet(nnx.Module):
         self.remat, self.gather = config.remat, gather
         self.stem = Stem(size.width, config.stem, start, rngs.params())
         stages = {}
-        inputs = size.width
+        inputs, design = size.width, BLOCKS[size.block]
         for i, depth in enumerate(size.depths):
-            width = size.width * 2**i
-            stages[str(i)] = Stage(inputs, width, depth, 2 if i else 1, start, rngs)
-            inputs = GROWTH * width
+            width, stride = size.width * 2**i, 2 if i else 1
+            stages[str(i)] = Stage(inputs, width, depth, stride, design, start, rngs)
+            inputs = design.growth * width
         self.stages = nnx.Dict(stages)
         self.width = inputs
 

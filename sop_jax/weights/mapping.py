@@ -156,8 +156,10 @@ def _swin(shapes: Shapes) -> dict[str, Any]:
 def _resnet(shapes: Shapes) -> dict[str, Any]:
     first = _stages(shapes, "first/conv1/kernel")
     rest = [shapes.get(f"backbone/stages/{s}/blocks/conv1/kernel", (0,)) for s in range(len(first))]
+    three = "backbone/stages/0/first/conv3/kernel" in shapes
     return {
         "model.width": shapes["backbone/stem/conv/kernel"][-1],
+        "model.block": "bottleneck" if three else "basic",
         "model.stem": "imagenet" if shapes["backbone/stem/conv/kernel"][0] == 7 else "small",
         "model.stage_depths": tuple(1 + blocks for blocks, *_ in rest),
     }

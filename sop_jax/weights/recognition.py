@@ -237,12 +237,6 @@ def _refuse_other_layers(arrays: Arrays) -> None:
             "only two linear layers with GELU between them are supported. Use a small, base or "
             "large network"
         )
-    block = "layer1.0.conv{}.weight".format
-    if block(2) in arrays and not any(name.endswith(".conv3.weight") for name in arrays):
-        raise UserError(
-            f"its blocks have two convolutions ({block(1)}, {block(2)}), as in ResNet-18 and "
-            "ResNet-34; only blocks of three are supported. Use a ResNet-50 or larger"
-        )
 
 
 def _words(start: str, starts: Sequence[str], aside: Mapping[str, int]) -> list[str]:

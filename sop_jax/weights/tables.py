@@ -379,10 +379,14 @@ def _batch_norm(name: str, path: str) -> tuple[Row, ...]:
     )
 
 
-def _bottleneck(before: str, conv: str, norm: str, path: str) -> tuple[Row, ...]:
-    """Returns the rows of three convolutions; `{}` in their names is their number."""
+def _optional(*rows: Row) -> tuple[Row, ...]:
+    return tuple(row._replace(optional=True) for row in rows)
+
+
+def _convolutions(before: str, conv: str, norm: str, path: str) -> tuple[Row, ...]:
+    """Returns the rows of a block's two or three convolutions; `{}` in names is their number."""
     return tuple(
-        row
+        row._replace(optional=n == 3)
         for n in (1, 2, 3)
         for row in (
             *_conv(f"{before}.{conv.format(n, n - 1)}", f"{path}/conv{n}"),
@@ -399,13 +403,14 @@ def _resnet(
     return (
         *_conv(stem[0], "backbone/stem/conv"),
         *_batch_norm(stem[1], "backbone/stem/bn"),
-        *_bottleneck(f"{stage}.0", *block, first),
-        *_conv(f"{stage}.0.{shortcut[0]}", f"{first}/shortcut/conv"),
-        *_batch_norm(f"{stage}.0.{shortcut[1]}", f"{first}/shortcut/bn"),
-        *(
-            row._replace(optional=True)  # a stage may have only one block
-            for row in _bottleneck(f"{stage}.{{i+1}}", *block, rest)
+        *_convolutions(f"{stage}.0", *block, first),
+        # The first stage does not have it if its blocks are basic.
+        *_optional(
+            *_conv(f"{stage}.0.{shortcut[0]}", f"{first}/shortcut/conv"),
+            *_batch_norm(f"{stage}.0.{shortcut[1]}", f"{first}/shortcut/bn"),
         ),
+        # A stage may have only one block.
+        *_optional(*_convolutions(f"{stage}.{{i+1}}", *block, rest)),
     )
 
 
@@ -434,10 +439,6 @@ _RESNETS = (
 LAYOUTS = (*_VITS, *_SWINS, *_RESNETS)
 
 # ------------------------------------------------------------------------------------ segmentation
-
-
-def _optional(*rows: Row) -> tuple[Row, ...]:
-    return tuple(row._replace(optional=True) for row in rows)
 
 
 def _conv_module(name: str, path: str) -> tuple[Row, ...]:

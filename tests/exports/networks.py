@@ -36,6 +36,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "eval.resize": 64,
     },
 }
+NETWORKS["resnet of basic blocks"] = NETWORKS["resnet"] | {"model.block": "basic"}
 OWN: dict[str, dict[str, Any]] = {  # which no other project has
     "small stem": {
         "model.family": "resnet",

@@ -217,13 +217,21 @@ def test_trains_as_pytorch(params: Params, peer: Any) -> None:
 
 
 @pytest.mark.medium
-def test_resnet_50_has_the_known_numbers_of_parameters() -> None:
-    shapes = jax.eval_shape(build(make_config(size="50"), 224).init, jax.random.key(0))["backbone"]
+@pytest.mark.parametrize(
+    ("size", "learnt", "running"),
+    # Those of torchvision without the classifier, and its buffers without the counters.
+    [
+        ("18", 11_689_512 - 1000 * 513, 9_600),
+        ("34", 21_797_672 - 1000 * 513, 17_024),
+        ("50", 25_557_032 - 1000 * 2049, 53_120),
+    ],
+)
+def test_sizes_have_the_known_numbers_of_parameters(size: str, learnt: int, running: int) -> None:
+    shapes = jax.eval_shape(build(make_config(size=size), 224).init, jax.random.key(0))["backbone"]
     sizes = {"learnt": 0, "running": 0}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         sizes["running" if path[-1].key in ("mean", "var") else "learnt"] += leaf.size
-    # The 25 557 032 of torchvision without the 1000 x 2049 of its classifier; its buffers.
-    assert sizes == {"learnt": 25_557_032 - 1000 * 2049, "running": 53_120}
+    assert sizes == {"learnt": learnt, "running": running}
 
 
 @pytest.mark.medium
@@ -249,7 +257,7 @@ def test_a_small_stem_keeps_every_pixel() -> None:
     model = build(make_config(stem="small", stage_depths=SHALLOW), 32)
     params = jax.jit(model.init)(jax.random.key(0))
     kernel = params["backbone"]["stem"]["conv"]["kernel"]
-    assert kernel.shape == (3, 3, 3, WIDTH) and model.patch == 8
+    assert kernel.shape == (3, 3, 3, WIDTH) and model.patch == 2
     stem = Stem(WIDTH, "small", Start(dtype=jnp.float32), jax.random.key(0))
     stem.conv.kernel[...] = kernel
     x = jax.random.normal(jax.random.key(1), (2, 9, 12, 3))

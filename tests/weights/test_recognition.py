@@ -376,14 +376,6 @@ def test_gated_layers_are_named(kind: str) -> None:
         recognition.recognise(arrays, "ibot")
 
 
-def test_resnet_of_other_blocks_is_named() -> None:
-    leaves = random_leaves(tiny_config(**NETWORKS["resnet"]))
-    arrays = mapping.export("timm", "resnet", leaves).arrays
-    arrays = {name: x for name, x in arrays.items() if "conv3" not in name and "bn3" not in name}
-    with pytest.raises(UserError, match="two convolutions .* ResNet-18 and ResNet-34; only"):
-        recognition.recognise(under("momentum_backbone.", arrays), "ibot")
-
-
 def test_part_of_one_process_says_which_file_is_whole(tmp_path: pathlib.Path) -> None:
     shard = Call(Named("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"))
     file = save_pth(tmp_path / "model_0000.rank_0.pth", {"model": {"teacher": shard}})

@@ -43,6 +43,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "model.stage_depths": (2, 1, 3, 1),
         "model.stem": "small",
     },
+    "resnet of basic blocks": {
+        "model.family": "resnet",
+        "model.width": 4,
+        "model.stage_depths": (2, 1, 3),
+        "model.block": "basic",
+    },
 }
 # The networks that each project has.
 EXPORTS = [
