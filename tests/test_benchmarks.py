@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
-from runs import APART, make_run
+from runs import APART, make_config, make_run
 
+from sop_jax.config import save
 from sop_jax.data.masks import most_masked
 from sop_jax.errors import UserError
 
@@ -181,6 +183,41 @@ def test_the_neighbours_of_a_run_are_compared_with_those_of_its_beginning(
     assert found["gain"] == pytest.approx(found["trained"] - found["untrained"])
     with pytest.raises(UserError, match="expected more than 8, all of them in two or more folders"):
         neighbours.measure(str(tmp_path / "run"), tmp_path / "images", 8)
+
+
+def test_curves_are_kept_by_run_and_compared_with_the_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    curves = importlib.import_module("curves")
+
+    def tabulate(*runs: pathlib.Path) -> list[str]:
+        words = ["curves.py", f"--out={tmp_path / 'rows'}", "--workdir", *map(str, runs)]
+        monkeypatch.setattr("sys.argv", words)
+        curves.main()
+        return capsys.readouterr().out.splitlines()[2:]
+
+    def add(name: str, lines: list[dict[str, float]], **changes: Any) -> pathlib.Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = make_config(batch_size=8, **changes)
+        save(config, epath.Path(tmp_path / name))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+        return tmp_path / name
+
+    start = {"step": 0, "knn_top1": 0.25, "wall_s": 6.0}
+    later = {"step": 50, "knn_top1": 0.5, "images_per_s": 20.0, "wall_s": 90.0}
+    first = add("first", [start, {"step": 25, "images_per_s": 30.0, "wall_s": 9.0}, later])
+    second = add("second", [start], **{"model.drop_path": 0.25})
+    expected = ["| first | - | 25.0 | 1.5 | 25.0 | 400: 50.0 |"]
+    changed = "| second | `model.drop_path=0.25` |"
+    assert tabulate(first, second) == [*expected, f"{changed} None | 0.1 | 25.0 |  |"]
+    add("second", [start, later], **{"model.drop_path": 0.25})
+    expected.append(f"{changed} 20.0 | 1.5 | 25.0 | 400: 50.0 |")
+    assert tabulate(second) == expected  # it has gone on
+    assert tabulate() == expected
+    with pytest.raises(SystemExit, match="has measured no accuracy: eval.tasks must have knn"):
+        tabulate(add("third", []))
 
 
 def test_counting_unique_prototypes_is_timed() -> None:
