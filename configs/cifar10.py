@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sop.cls.memory, config.sop.cls.anchors = 16384, 1024
     config.sop.patch.memory, config.sop.patch.anchors = 4096, 256
     config.sop.teacher_temperature = (0.02, 0.04)
+    config.sop.search_precision = "high"  # TF32 on GPUs
     config.optim.lr = 5e-4
     config.optim.momentum = (0.99, 1.0)
     config.eval.resize = config.eval.crop = 32

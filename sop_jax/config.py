@@ -82,6 +82,7 @@ RESUMABLE = (
     "model.remat",
     "model.attention",
     "model.unroll",
+    "sop.search_precision",
 )
 
 # Lists that can have any number of items.

@@ -155,7 +155,7 @@ def test_changes_names_settings_that_only_one_has() -> None:
 def test_what_a_resumed_run_may_change_is_no_difference(key: str) -> None:
     new = config_lib.paper()
     others = {"model.remat": "full", "model.attention": "xla", "model.unroll": "yes"}
-    others |= {"profile_steps": (3, 5)}
+    others |= {"profile_steps": (3, 5), "sop.search_precision": "high"}
     others |= {"init_from": "weights.npz", "data.path": "elsewhere", "tracker": "wandb"}
     other = others.get(key, 3)
     assert flatten(new)[key] != other

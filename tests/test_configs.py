@@ -132,7 +132,7 @@ PAPER = {
     "sop.patch.tasks": 1,
     "sop.patch.weight": 1.0,
     "sop.anchors": "random",
-    "sop.search_precision": "float32",
+    "sop.search_precision": "high",
     "sop.student_temperature": 0.1,
     "sop.teacher_temperature": [0.04, 0.07],
     "optim.weight_decay": [0.04, 0.4],
