@@ -60,6 +60,12 @@ class Processes:
         ]
 
 
+def flags(devices: int) -> str:
+    """Returns the XLA_FLAGS of the tests with another number of virtual CPU devices."""
+    flag = "--xla_force_host_platform_device_count="
+    return re.sub(rf"{flag}\d+", f"{flag}{devices}", os.environ["XLA_FLAGS"])
+
+
 @contextlib.contextmanager
 def start(
     commands: Sequence[Sequence[object]],
@@ -78,11 +84,9 @@ def start(
         folders: the folder in which each process runs, if not in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     common = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} {flag}",
+        "XLA_FLAGS": flags(devices),
         "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
         "PYTHONUNBUFFERED": "1",
     }

@@ -74,9 +74,8 @@ def write_images(root: pathlib.Path) -> None:
     for name in ("IMAGES", "PATH", "FOLDER_OR_NPZ_OR_TFDS", "imagenette224"):
         shutil.copytree(root / "FOLDER", root / name)
     shutil.copy(root / "FOLDER" / "val" / "red" / "red0.png", root / "IMAGE")
-    for name in ("cifar10", "cifar10_subset"):
-        # More than the 50 steps of configs/cifar10_cpu.py between two lines of its log.
-        pack(root / "IMAGENET", root / f"{name}.npz", test="test", times=8)
+    # More than the 50 steps of configs/cifar10_cpu.py between two lines of its log.
+    pack(root / "IMAGENET", root / "cifar10.npz", test="test", times=8)
     prepare(str(root / "PATH"), str(root / "DATA"), "imagenet", ["train", "val"])
     for name in ("roxford5k", "rparis6k"):
         write_small_set(root / "ROOT", name)

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from PIL import Image
@@ -41,11 +42,16 @@ SMALL = (
 )
 
 
+def environment() -> dict[str, str]:
+    """Returns the variables of a benchmark, whose programs are optimized as for users."""
+    one = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": processes.flags(devices=1)}
+    return os.environ | one
+
+
 def run(name: str, *words: str) -> dict[str, Any]:
     """Runs a benchmark from the command line, and returns the JSON that it prints last."""
-    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}  # optimized, as for users
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *words]
-    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -64,8 +70,7 @@ def test_the_parts_of_the_step_are_timed() -> None:
 
 def rehearse(folder: pathlib.Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [BENCHMARKS / "gpu.sh", "--rehearse", f"--out={folder / 'out'}", *words]
-    plain = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-    return subprocess.run(command, env=os.environ | plain, capture_output=True, text=True)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import NamedTuple
 
+import processes
 import pytest
 import scratch
 from documented import COMMANDS, DOCUMENTS, ROOT, Block, blocks, example
@@ -193,11 +194,10 @@ def checkout(forked: Forked) -> pathlib.Path:
 
 def plain_environment(root: pathlib.Path) -> dict[str, str]:
     """Returns the variables of a user of a checkout, with one device and a home of their own."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     changes = {
         "PATH": f"{root}/.venv/bin:{os.environ['PATH']}",
         "HOME": str(root.parent),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": processes.flags(devices=1),
         "JAX_LOG_COMPILES": "1",  # tells when a command begins to compute
         "PYTHONUNBUFFERED": "1",
     }

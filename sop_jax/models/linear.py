@@ -40,6 +40,18 @@ class Linear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         return linear(inputs.astype(self.dtype), self.kernel[...], bias, self.precision)
 
+    def parts(self, inputs: Float[Array, "*B I"], count: int) -> list[Float[Array, "*B o"]]:
+        """Returns the outputs in equal parts, each from a product of its own.
+
+        Where parts are used one by one, nothing has to be cut, nor their gradients joined.
+        """
+        inputs, kernels = inputs.astype(self.dtype), jnp.split(self.kernel[...], count, axis=-1)
+        biases = [None] * count if self.bias is None else jnp.split(self.bias[...], count)
+        return [
+            linear(inputs, kernel, bias, self.precision)
+            for kernel, bias in zip(kernels, biases, strict=True)
+        ]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(

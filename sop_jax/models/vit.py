@@ -99,11 +99,9 @@ class Block(nnx.Module):
     def attention(self, x: Float[Array, "B T D"], length: int | None) -> Float[Array, "B T D"]:
         """Returns the multi-head self-attention of normalized tokens, the first `length`."""
         batch, tokens, width = x.shape
-        q, k, v = jnp.moveaxis(
-            self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0
-        )
+        shape = batch, tokens, self.heads, width // self.heads
         mixed = attend(
-            *(q, k, v),
+            *(part.reshape(shape) for part in self.qkv.parts(x, 3)),
             implementation=self.implementation,
             precision=self.precision,
             length=length,

@@ -503,14 +503,11 @@ def run_config() -> ml_collections.ConfigDict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, least", [("float32", 0.2), ("bfloat16", 0.15)])
-def test_a_resumed_run_ends_with_the_same_bits(
-    tmp_path: pathlib.Path, dtype: str, least: float
-) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: pathlib.Path) -> None:
     config, whole, cut = run_config(), tmp_path / "whole", tmp_path / "cut"
-    config.model.dtype = dtype
+    config.model.dtype = "bfloat16"
     summary = train.train(config, whole)
-    assert summary["knn_top1"] > least
+    assert summary["knn_top1"] > 0.15
     shutil.copytree(whole, cut)
     (cut / "summary.json").unlink()
     shutil.rmtree(cut / "checkpoints" / "6")

@@ -1,5 +1,6 @@
 """What every method's run has in common: layouts, microbatches, resume, types and refusals."""
 
+import functools
 import pathlib
 from typing import Any
 
@@ -42,10 +43,15 @@ def method(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def one_device(method: str) -> dict[str, np.ndarray]:
+@functools.cache
+def on_one_device(method: str) -> dict[str, np.ndarray]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         return layouts.trajectory(monkeypatch, method=method)
+
+
+@pytest.fixture(scope="module")
+def one_device(method: str) -> dict[str, np.ndarray]:
+    return on_one_device(method)
 
 
 @pytest.mark.medium
@@ -79,10 +85,8 @@ def test_two_processes_compute_what_one_device_does(tmp_path: pathlib.Path) -> N
         ended = running.end(900)
     assert [end.code for end in ended] == [0, 0], ended
     for name in layouts.METHODS:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            expected = layouts.trajectory(monkeypatch, method=name)
         with np.load(tmp_path / f"{name}.npz") as found:
-            layouts.assert_same(dict(found), expected, LEAST)
+            layouts.assert_same(dict(found), on_one_device(name), LEAST)
 
 
 class Taken:

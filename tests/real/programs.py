@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from processes import flags
 from test_train import CONFIG, SMALL
 
 from sop_jax.monitor.metrics import read_metrics
@@ -52,9 +53,7 @@ def need_root() -> None:
 
 def environment(**variables: str) -> dict[str, str]:
     """Returns the environment of a training on one virtual CPU device per process."""
-    one = "--xla_force_host_platform_device_count=1"
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", one, os.environ["XLA_FLAGS"])
-    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices=1), "PYTHONPATH": str(ROOT)}
     return os.environ | own | {"PYTHONUNBUFFERED": "1"} | variables
 
 
