@@ -26,6 +26,9 @@ from sop_jax.models.layers import (
 from sop_jax.models.positions import resize_positions
 
 POOLS = ("cls", "mean")  # what stands for an image: [CLS], or the mean of the patches
+# From this width on, queries, keys and values have a product each rather than a part of one, which
+# is estimated to be faster there on GPUs and slower below (docs/performance.md).
+WIDE = 768
 
 
 class Size(NamedTuple):
@@ -99,9 +102,13 @@ class Block(nnx.Module):
     def attention(self, x: Float[Array, "B T D"], length: int | None) -> Float[Array, "B T D"]:
         """Returns the multi-head self-attention of normalized tokens, the first `length`."""
         batch, tokens, width = x.shape
-        shape = batch, tokens, self.heads, width // self.heads
+        heads = self.heads, width // self.heads
+        if width >= WIDE:
+            qkv = [part.reshape(batch, tokens, *heads) for part in self.qkv.parts(x, 3)]
+        else:
+            qkv = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, *heads), 2, 0)
         mixed = attend(
-            *(part.reshape(shape) for part in self.qkv.parts(x, 3)),
+            *qkv,
             implementation=self.implementation,
             precision=self.precision,
             length=length,

@@ -15,7 +15,7 @@ from small import small_config
 from sop_jax import config as config_lib
 from sop_jax.compiled.flops import flops
 from sop_jax.errors import UserError
-from sop_jax.models import Model, Params, build
+from sop_jax.models import Model, Params, build, vit
 from sop_jax.models.head import unit
 from sop_jax.models.layers import drop_path
 from sop_jax.models.positions import RULES
@@ -272,7 +272,9 @@ def test_half_precision_gives_float32_unit_embeddings_near_those_of_float32(
 
 
 @pytest.mark.medium
-def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
+def test_neither_recomputing_layers_nor_three_products_change_a_gradient(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gradients(remat: str) -> Params:
         model = small_model(remat=remat, drop_path=0.5)
 
@@ -286,6 +288,8 @@ def test_recomputing_layers_changes_no_gradient(params: Params) -> None:
     assert jnp.abs(plain["backbone"]["blocks"]["qkv"]["kernel"]).max() > 1e-4
     for remat in ("products", "dots", "full"):
         chex.assert_trees_all_close(gradients(remat), plain, atol=1e-6, rtol=1e-6)
+    monkeypatch.setattr(vit, "WIDE", WIDTH)
+    chex.assert_trees_all_close(gradients("products"), plain, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
