@@ -404,9 +404,8 @@ def test_a_batch_that_is_too_large_is_a_no() -> None:
     assert found["wanted"] > 5 * found["limit"]
 
 
-@pytest.mark.medium
-@needs_libtpu
 @pytest.mark.slow
+@needs_libtpu
 def test_vit_b_with_the_papers_recipe_fits_256_chips_of_v5e() -> None:
     ended = run("--config=configs/imagenet_vitb16.py", "--topology=v5e:16x16", timeout=600)
     assert ended.returncode == 0, ended.stderr

@@ -106,7 +106,7 @@ class Block(nnx.Module):
         if width >= WIDE:
             qkv = [part.reshape(batch, tokens, *heads) for part in self.qkv.parts(x, 3)]
         else:
-            qkv = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, *heads), 2, 0)
+            qkv = [*jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, *heads), 2, 0)]
         mixed = attend(
             *qkv,
             implementation=self.implementation,
