@@ -27,8 +27,12 @@ from sop_jax.paths import expand, write_whole  # noqa: E402
 from sop_jax.settings import flatten  # noqa: E402
 
 KEY = ("run", "settings", "curve")
-# Settings that do not change what a run learns, or that every run of a table shares.
-APART = ("data.", "eval.", "checkpoint.", "mesh.", "log_every", "eval_every", "checkpoint_every")
+# Settings that do not change what a run learns, that the runs of a table share, or that the curve
+# shows.
+APART = (
+    *("data.", "eval.", "checkpoint.", "mesh.", "log_every", "eval_every", "checkpoint_every"),
+    *("steps", "epochs"),
+)
 
 
 def measure(workdir: str) -> dict[str, Any]:
