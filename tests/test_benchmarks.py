@@ -258,7 +258,7 @@ def test_the_runs_of_a_claim_are_trained_once(tmp_path: pathlib.Path) -> None:
     command += [f"--out={tmp_path / 'rows'}", f"--workdirs={tmp_path}"]
     tables = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         tables.append(done.stdout[done.stdout.index("table_3: ") :])
     assert tables[0] == tables[1] and "-> 1 seed, not judged" in tables[0]

@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
+import processes
 import pytest
 from packaging.requirements import Requirement
 
@@ -103,7 +104,11 @@ def test_a_notebook_runs(name: str, tmp_path: pathlib.Path) -> None:
         [sys.executable, "-c", RUN, str(path), str(place)],
         capture_output=True,
         text=True,
-        env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        env={
+            **os.environ,
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "XLA_FLAGS": processes.flags(devices=1),  # as on Colab
+        },
     )
     assert done.returncode == 0, done.stderr[-5000:]
     assert sorted(COLABS.rglob("*")) == before  # nothing is left beside the notebooks

@@ -1,6 +1,7 @@
 """A dry run says what a run would do, draws its views, and begins nothing."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import processes
 import pytest
 from etils import epath
 from PIL import Image
@@ -148,7 +150,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def train(workdir: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sop_jax.train", f"--workdir={workdir}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    one = os.environ | {"XLA_FLAGS": processes.flags(devices=1)}
+    return subprocess.run(command, env=one, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 @pytest.mark.medium
