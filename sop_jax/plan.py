@@ -525,6 +525,22 @@ def fit_text(found: Plan) -> str:
     return f"fits: {'yes' if found.fits else 'no'}, {size} of {found.limit / GIB:.2f} GiB"
 
 
+def largest_text(best: Plan | None, found: Plan) -> str:
+    """Returns the sentence that says which batch fits, None if not even one image per chip does.
+
+    Args:
+        best: the plan with the largest batch that fits.
+        found: a plan of the same settings that does not fit.
+    """
+    if best is not None:
+        return f"The largest batch that fits is {best.batch_size}."
+    least = "one image per chip" + " and microbatch" * (found.accumulate > 1)
+    return (
+        f"No batch fits, not even {least}. --config.model.remat=full, a smaller model, smaller "
+        "images, or more chips with --config.mesh.fsdp need less memory per chip."
+    )
+
+
 def record(found: Plan) -> dict[str, Any]:
     """Returns the plan as an object for JSON."""
     numbers = found._asdict()
@@ -558,12 +574,14 @@ def main() -> None:
     else:
         devices = jax.devices()
     found = largest_batch(args.config, devices) if args.largest_batch else None
+    nothing_fits = args.largest_batch and found is None
     if found is None:
         found = plan(args.config, devices)
     print(table(found))
-    if found.fits is False and is_described_gpu(devices[0]) and not args.largest_batch:
-        best = largest_batch(args.config, devices, found)
-        print(f"The largest batch that fits is {best.batch_size if best else 0}.")
+    if nothing_fits:
+        print(largest_text(None, found))
+    elif found.fits is False and is_described_gpu(devices[0]):
+        print(largest_text(largest_batch(args.config, devices, found), found))
     print(json.dumps(record(found)))
     if found.fits is False:
         sys.exit(1)

@@ -254,6 +254,14 @@ def test_a_gpu_that_is_too_small_for_one_image_has_no_largest_batch() -> None:
     assert plan_lib.by_interpolation(pretend, 4, 10) is None
 
 
+def test_the_largest_batch_is_told_in_words() -> None:
+    large = made(fits=False, accumulate=2)
+    told = plan_lib.largest_text(made(batch_size=48), large)
+    assert told == "The largest batch that fits is 48."
+    nothing = plan_lib.largest_text(None, large)
+    assert nothing.startswith("No batch fits, not even one image per chip and microbatch. --config")
+
+
 def test_a_step_that_does_not_compile_is_reported_as_too_large() -> None:
     words = table(made(wanted=40 * GIB, fits=False, memory={"parameters": 2 * GIB}))
     assert words.endswith("fits: no, 40.00 GiB per chip of 16.00 GiB")
