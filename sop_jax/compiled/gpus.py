@@ -147,8 +147,9 @@ def parse_topology(topology: str) -> tuple[Gpu, int, int]:
         )
     gpu, numbers = GPUS[name], re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", sizes)
     if numbers is None:
+        given = f"the size {sizes!r}" if sizes else "no size"
         raise UserError(
-            f"--topology={topology} has no size; expected a number of GPUs or hosts x GPUs, such "
+            f"--topology={topology} has {given}; expected a number of GPUs or hosts x GPUs, such "
             f"as {name}:{gpu.host} or {name}:2x{gpu.host}"
         )
     hosts, count = int(numbers[1] or 1), int(numbers[2])
@@ -162,11 +163,12 @@ def parse_topology(topology: str) -> tuple[Gpu, int, int]:
 
 def check_wheels(topology: str) -> None:
     """Raises UserError unless the wheels of the extra `cuda` are installed."""
-    install = "pip install -e '.[cuda]', 4.6 GB; no GPU or driver is needed"
+    install = "pip install -e '.[cuda]' (4.6 GB; no GPU or driver is needed)"
     missing = [name for name in (f"jax-cuda{CUDA}-plugin", CUDNN, RUNTIME) if not _version(name)]
     if missing:
         others = [n for n in (12, 14) if _version(f"jax-cuda{n}-plugin")]
-        found = f"those of CUDA {others[0]} are" if others else f"{', '.join(missing)} is not"
+        absent = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not"
+        found = f"those of CUDA {others[0]} are" if others else absent
         raise UserError(
             f"--topology={topology} needs the wheels of CUDA {CUDA}, which have the compiler for "
             f"GPUs, and {found} installed; run, in an environment of its own: {install}"

@@ -43,8 +43,8 @@ def test_a_topology_is_a_kind_and_hosts_of_gpus(
             "h100",
             "has no size; expected a number of GPUs or hosts x GPUs, such as h100:8 or h100:2x8",
         ),
-        ("h100:0", "has no size"),
-        ("h100:2x8x2", "has no size"),
+        ("h100:0", "has the size '0'; expected"),
+        ("h100:2x8x2", "has the size '2x8x2'; expected"),
         ("h100:16", "does not exist: a host has at most 8 of these GPUs; .*such as h100:2x8"),
         ("h100:2x16", "does not exist: .*such as h100:4x8"),
     ],
@@ -66,7 +66,7 @@ def with_packages(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 def test_missing_wheels_are_named_with_the_install(monkeypatch: pytest.MonkeyPatch) -> None:
     with_packages(monkeypatch, jax_cuda13_plugin="0.10.2")
     words = (
-        r"nvidia-cudnn-cu13, nvidia-cuda-runtime is not installed; .*: pip install -e '\.\[cuda\]'"
+        r"nvidia-cudnn-cu13, nvidia-cuda-runtime are not installed; .*: pip install -e '\.\[cuda\]'"
     )
     with pytest.raises(UserError, match=words):
         check_wheels("h100:8")
