@@ -74,11 +74,10 @@ def shown(rows: list[dict[str, Any]]) -> str:
         "| run | differs from the first in | images/s | minutes | untrained, % | at images: % |",
         "|---|---|---|---|---|---|",
     ]
-    first = rows[0]["settings"] if rows else {}
+    first, default = rows[0]["settings"] if rows else {}, flatten(paper())
     for row in rows:
         own = row["settings"]
         names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
-        default = flatten(paper())
         changes = ", ".join(f"`{name}={own.get(name, default[name])}`" for name in names) or "-"
         points = ", ".join(f"{images:,}: {accuracy:.1f}" for images, accuracy in row["curve"][1:])
         start = row["curve"][0][1]

@@ -36,12 +36,10 @@ class Convolution(nnx.Module):
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B h w O"]:
         """Returns the convolution in the layer's dtype."""
         x, kernel = x.astype(self.dtype), self.kernel[...]
-        if kernel.shape[:2] == (1, 1):  # a matrix product of the pixels that the stride leaves
-            left = x[:, :: self.stride, :: self.stride]
-            return linear(left, kernel[0, 0], None, self.precision)
-        if max(x.shape[1:3]) <= FEW * self.stride:
+        side = kernel.shape[0]
+        if side == 1 or max(x.shape[1:3]) <= FEW * self.stride:
             rows = kernel.reshape(-1, kernel.shape[-1])
-            return linear(windows(x, kernel.shape[0], self.stride), rows, None, self.precision)
+            return linear(windows(x, side, self.stride), rows, None, self.precision)
         return convolve(x, kernel, self.stride, self.precision)
 
 
