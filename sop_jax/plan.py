@@ -8,7 +8,8 @@ Compiles the train step of the run, for TPUs or GPUs that need not exist (`pip i
 or, in an environment of its own, `'.[cuda]'`), or for the devices of this machine. Prints a table
 and one JSON line. Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the
 memory that is available now. No data is needed: the number of images, which affects only the
-schedules, is taken to be that of ImageNet. --largest_batch finds the largest batch that fits.
+schedules, is taken to be that of ImageNet. --largest_batch finds the largest batch that fits, for
+GPUs that need not exist to within 2 %.
 
 For GPUs the table also has an estimate of the step from the compiled program, see
 `sop_jax.compiled.roofline`. It is not a measurement: it ranks programs, and a run is likely to be
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import scipy.optimize
 from absl import flags
 
 from sop_jax import cli
@@ -221,6 +223,8 @@ def largest_batch(
 ) -> Plan | None:
     """Returns the plan with the largest batch that fits, or None if one image per chip is too many.
 
+    For GPUs that are only described, it is the largest to within `APART`.
+
     The search ends at the largest batch that the objective supports, or else at all images of an
     epoch. The number of microbatches stays the same.
 
@@ -283,12 +287,18 @@ def by_bisection(planned: Callable[[int], Plan], most: int) -> Plan | None:
     return best
 
 
+APART = 0.02  # the share of the images by which `by_interpolation` may miss the most that fit
+
+
 def by_interpolation(
     planned: Callable[[int], Plan], first: int, most: int, known: Plan | None = None
 ) -> Plan | None:
-    """Returns what `by_bisection` does, from as few compilations as memory is linear in images.
+    """Returns the plan with the most images that fits, to within `APART`; None if there is none.
 
-    The compiler of GPUs does not reject large programs, so that every trial takes minutes.
+    The compiler of GPUs does not reject large programs, so that every trial takes long. Trials are
+    therefore chosen as if memory were linear in the images, which it is until the compiler computes
+    arrays anew to stay below the limit. From there on Brent's method halves the interval. Memory is
+    taken to grow with the images.
 
     Args:
         planned: as in `by_bisection`.
@@ -296,38 +306,28 @@ def by_interpolation(
         most: the largest number to try.
         known: the plan of `first`, if there is one.
     """
-    tried = {first: known or planned(first)}
-    while True:
-        enough = max((n for n in tried if tried[n].fits), default=0)
-        too_many = min((n for n in tried if not tried[n].fits), default=most + 1)
-        guess = min(max(interpolated(tried), enough), too_many - 1)
-        if guess in tried or guess == 0:
-            return tried.get(guess)
-        tried[guess] = planned(guess)
+    one = known or planned(first)
+    assert isinstance(one.wanted, int) and one.limit is not None
+    tried, limit, arguments = {first: one}, one.limit, one.wanted - one.memory["activations"]
 
+    def excess(images: int) -> float:
+        """Returns the bytes beyond the limit; without images, those of the arguments."""
+        if images and images not in tried:
+            tried[images] = planned(images)
+        wanted = tried[images].wanted if images else arguments
+        assert isinstance(wanted, int)
+        return wanted - limit
 
-def interpolated(tried: dict[int, Plan]) -> int:
-    """Returns the largest number of images that fits, if memory is linear in it.
-
-    From a single plan, arguments are taken to be constant and temporary arrays to be proportional.
-    """
-
-    def wanted(images: int) -> int:
-        size = tried[images].wanted
-        assert isinstance(size, int)
-        return size
-
-    limit = next(iter(tried.values())).limit
-    assert limit is not None
-    nearest_two = sorted(tried, key=lambda images: abs(wanted(images) - limit))[:2]
-    one, other = min(nearest_two), max(nearest_two)
-    if one == other:
-        slope = tried[one].memory["activations"] / one
-    else:
-        slope = (wanted(other) - wanted(one)) / (other - one)
-    if slope <= 0:  # the compiler chose another plan for the larger batch
-        slope = wanted(other) / other
-    return math.floor(one + (limit - wanted(one)) / slope)
+    enough, end = 0, first
+    while (beyond := excess(end)) <= 0:
+        if end == most:
+            return tried[most]
+        larger = end * max(1.25, 1.1 * limit / (limit + beyond))
+        enough, end = end, min(most, math.ceil(larger))
+    if excess(0) > 0:
+        return None
+    scipy.optimize.brentq(lambda x: excess(math.floor(x)), enough, end, xtol=0.5, rtol=APART)
+    return tried.get(max((n for n in tried if tried[n].fits), default=0))
 
 
 def state_bytes(run: Run) -> dict[str, int]:
@@ -533,7 +533,7 @@ def largest_text(best: Plan | None, found: Plan) -> str:
         found: a plan of the same settings that does not fit.
     """
     if best is not None:
-        return f"The largest batch that fits is {best.batch_size}."
+        return f"The largest batch that fits is {best.batch_size}, to within {APART:.0%}."
     least = "one image per chip" + " and microbatch" * (found.accumulate > 1)
     return (
         f"No batch fits, not even {least}. --config.model.remat=full, a smaller model, smaller "

@@ -200,7 +200,7 @@ def target_config(gpu: Gpu) -> str:
         "memory_bandwidth": int(gpu.bandwidth),
         "l2_cache_size": gpu.cache,
         "clock_rate_ghz": gpu.clock,
-        "device_memory_size": gpu.memory,
+        "device_memory_size": round(described_memory(gpu)),
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
     }
@@ -234,6 +234,17 @@ def described_limit(kind: str) -> float | None:
     """
     memory = next((gpu.memory for gpu in GPUS.values() if gpu.description == kind), None)
     return None if memory is None else memory_share() * memory
+
+
+def described_memory(gpu: Gpu) -> float:
+    """Returns the bytes of memory with which XLA compiles as it does for a run on a GPU.
+
+    Near the limit of a run, XLA computes arrays anew to stay below it. In a run, JAX tells it the
+    limit of the allocator (jaxlib/py_client.cc); without a device, XLA takes 80 % of the memory.
+    """
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":  # it reports no limit
+        return float(gpu.memory)
+    return memory_share() * gpu.memory / 0.8
 
 
 def memory_share() -> float:
