@@ -1,6 +1,8 @@
 """A linear layer whose products may be in bfloat16, with parameter gradients in float32."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,18 +83,65 @@ def _backward(
     precision: Precision, saved: tuple[Array, Array, tuple | None], gradient: Array
 ) -> tuple:
     x, kernel, biased = saved  # `biased` is () if there is a bias and None otherwise
-    batch = tuple(range(x.ndim - 1))
+    to_kernel = functools.partial(outer, dtype=kernel.dtype, precision=precision)
     return (
         jnp.matmul(gradient, kernel.astype(gradient.dtype).T, precision=precision),
-        jax.lax.dot_general(
+        jax.lax.platform_dependent(
             x,
             gradient,
-            ((batch, batch), ((), ())),
-            precision=precision,
-            preferred_element_type=kernel.dtype,
+            cpu=lambda x, gradient: summed(to_kernel, as_rows(x), as_rows(gradient)),
+            default=to_kernel,
         ),
-        gradient.astype(kernel.dtype).sum(batch) if biased is not None else None,
+        gradient.astype(kernel.dtype).sum(range(x.ndim - 1)) if biased is not None else None,
     )
 
 
 linear.defvjp(_forward, _backward)
+
+
+def as_rows(x: Float[Array, "*B N"]) -> Float[Array, "B N"]:
+    """Returns an array with one batch axis."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def outer(
+    x: Float[Array, "*B I"], y: Float[Array, "*B O"], dtype: Any, precision: Precision
+) -> Float[Array, "I O"]:
+    """Returns the sum of the outer products over the batch axes, in a dtype."""
+    batch = tuple(range(x.ndim - 1))
+    axes = ((batch, batch), ((), ()))
+    return jax.lax.dot_general(x, y, axes, precision, preferred_element_type=dtype)
+
+
+ROWS = 4096  # the most rows of a product on CPUs whose left factor has to be transposed
+
+
+def summed(
+    summand: Callable[[Array, Array], Array],
+    x: Float[Array, "B ..."],
+    y: Float[Array, "B ..."],
+    rows: int = 1,
+) -> Array:
+    """Returns `summand` of two arrays; on one device of a CPU it is summed over groups of entries.
+
+    XLA's compiler for CPUs transposes the left factor of a gradient's product as a whole. It
+    computes the operations that lead to this factor again, in the order of the transposed array,
+    in which they are several times slower. A loop takes the factor as it is in memory, and its
+    groups fit in the caches. Several devices would have to exchange the groups, so that there is
+    no loop unless the mesh in context has one.
+
+    Args:
+        summand: adds up entries of the leading axis.
+        x: the left factor.
+        y: the right factor.
+        rows: the rows of the product for each entry.
+    """
+    count, most = len(x), max(1, ROWS // rows)
+    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    mesh = jax.sharding.get_abstract_mesh()
+    # Without a mesh the number of devices is not known, and tiny groups would be slow.
+    if mesh.empty or mesh.size > 1 or size == count or size < most // 4:
+        return summand(x, y)
+    groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x, y))
+    zeros = jnp.zeros_like(jax.eval_shape(summand, x, y))
+    return jax.lax.scan(lambda sum, group: (sum + summand(*group), None), zeros, groups)[0]

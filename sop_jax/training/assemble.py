@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from sop_jax.compiled.device_memory import Fit, compile_and_compare, in_gib
 from sop_jax.compiled.flops import count
@@ -29,7 +29,7 @@ from sop_jax.rules import MAX_STEPS
 from sop_jax.schedules import Schedule, run_length
 from sop_jax.training import optim
 from sop_jax.training.state import TrainState, init_state
-from sop_jax.training.step import make_train_step
+from sop_jax.training.step import Batch, make_train_step
 
 TRIES = 4  # the number of steps that are compiled to find one that fits
 
@@ -94,7 +94,15 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
     abstract = with_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    step = make_train_step(model, objective, tx, schedules, config.accumulate)
+    train_step = make_train_step(model, objective, tx, schedules, config.accumulate)
+
+    def step(
+        state: TrainState, batch: Batch, measure: Bool[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        # Layers are told how many devices there are, see `linear.summed`.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(state, batch, measure)
+
     return Run(
         mesh=mesh,
         model=model,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from sop_jax.models import linear
 from sop_jax.models.convolution import Convolution, _gradients, _gradients_on_cpu, convolve
 from sop_jax.models.layers import Start
 
@@ -83,6 +84,22 @@ def test_gradients_are_the_same_on_all_devices(
         lambda: [f(stride, None, x, kernel, gradient) for f in (_gradients_on_cpu, _gradients)]
     )()
     chex.assert_trees_all_close(on_cpus, elsewhere, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("side", "stride"), SHAPES)
+def test_one_device_sums_the_gradient_over_groups_of_images(
+    side: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = inputs(side, (7, 10))[1]
+    x = jax.random.normal(jax.random.key(2), (6, 7, 10, 3))
+    y = jnp.cos(convolve(x, kernel, stride))
+    expected = _gradients(stride, None, x, kernel, y)
+    monkeypatch.setattr(linear, "ROWS", 3 * y[0, ..., 0].size)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",))):
+        traced = jax.jit(lambda x, y: _gradients_on_cpu(stride, None, x, kernel, y)).trace(x, y)
+    assert "length=2" in str(traced.jaxpr)
+    chex.assert_trees_all_close(traced.lower().compile()(x, y), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

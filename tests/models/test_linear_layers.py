@@ -1,4 +1,4 @@
-"""Linear layers: the parts of their outputs."""
+"""Linear layers: the parts of their outputs, and gradients that are summed over groups."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sop_jax.models import linear as linear_lib
 from sop_jax.models.layers import Start, dense
+from sop_jax.models.linear import linear, summed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -34,3 +36,56 @@ def test_parts_are_the_outputs_in_order_with_their_gradients(dtype: str) -> None
         found,
         expected,
     )
+
+
+def meshes() -> dict[str, jax.sharding.AbstractMesh]:
+    names = ("data", "fsdp")
+    return {
+        "one device": jax.sharding.AbstractMesh((1, 1), names),
+        "two": jax.sharding.AbstractMesh((2, 1), names),
+        "unknown": jax.sharding.AbstractMesh((), ()),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("devices", meshes())
+def test_only_one_device_sums_gradients_over_groups(
+    devices: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = jax.random.normal(jax.random.key(0), (6, 5, 8), dtype)
+    y = jax.random.normal(jax.random.key(1), (6, 5, 4), dtype)
+    kernel, bias = jnp.ones((8, 4)), jnp.ones(4)
+
+    def gradients(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(linear, x, kernel, bias)[1](y)
+
+    expected = jax.jit(gradients)(x, y)
+    monkeypatch.setattr(linear_lib, "ROWS", 12)  # ten of thirty rows are a group
+    with jax.sharding.use_abstract_mesh(meshes()[devices]):
+        traced = jax.jit(lambda x, y: gradients(x, y)).trace(x, y)
+    assert ("scan[" in str(traced.jaxpr)) == (devices == "one device")
+    found = traced.lower().compile()(x, y)
+    assert found[1].dtype == jnp.float32
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "groups"),
+    [(12, 1, 2), (12, 2, 3), (12, 3, 6), (12, 9, 12), (8, 1, 1), (13, 1, 1)],
+)
+def test_groups_are_as_large_as_divides_the_entries(
+    count: int, rows: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirteen entries would be in groups of one, which is slower than all at once."""
+    monkeypatch.setattr(linear_lib, "ROWS", 8)
+    seen = []
+
+    def summand(x: jax.Array, y: jax.Array) -> jax.Array:
+        seen.append(len(x))
+        return (x * y).sum()
+
+    x, y = jnp.arange(count * 2.0).reshape(-1, 2), jnp.ones((count, 2))
+    with jax.sharding.use_abstract_mesh(meshes()["one device"]):
+        assert summed(summand, x, y, rows) == x.sum()
+    assert seen[-1] == count // groups
