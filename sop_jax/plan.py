@@ -8,8 +8,8 @@ Compiles the train step of the run, for TPUs or GPUs that need not exist (`pip i
 or, in an environment of its own, `'.[cuda]'`), or for the devices of this machine. Prints a table
 and one JSON line. Exits with 1 if the step does not fit the memory of a chip or, on a CPU, the
 memory that is available now. No data is needed: the number of images, which affects only the
-schedules, is taken to be that of ImageNet. --largest_batch finds the largest batch that fits, for
-GPUs that need not exist to within 2 %.
+schedules, is taken to be that of ImageNet. --largest_batch finds the largest batch that fits; for
+GPUs that are only described, it finds one within 2 % of it.
 
 For GPUs the table also has an estimate of the step from the compiled program, see
 `sop_jax.compiled.roofline`. It is not a measurement: it ranks programs, and a run is likely to be
@@ -296,9 +296,9 @@ def by_interpolation(
     """Returns the plan with the most images that fits, to within `APART`; None if there is none.
 
     The compiler of GPUs does not reject large programs, so that every trial takes long. Trials are
-    therefore chosen as if memory were linear in the images, which it is until the compiler computes
-    arrays anew to stay below the limit. From there on Brent's method halves the interval. Memory is
-    taken to grow with the images.
+    therefore chosen by Brent's method, which needs few where memory is linear in the images. It is
+    not where the compiler computes arrays anew to stay below the limit; there the method halves the
+    interval. Memory is taken to grow with the images.
 
     Args:
         planned: as in `by_bisection`.
@@ -306,15 +306,18 @@ def by_interpolation(
         most: the largest number to try.
         known: the plan of `first`, if there is one.
     """
+    if most < 1:
+        return None
     one = known or planned(first)
     assert isinstance(one.wanted, int) and one.limit is not None
-    tried, limit, arguments = {first: one}, one.limit, one.wanted - one.memory["activations"]
+    tried, limit = {first: one}, one.limit
+    state = one.wanted - one.memory["activations"] - one.memory.get("batch", 0)
 
     def excess(images: int) -> float:
-        """Returns the bytes beyond the limit; without images, those of the arguments."""
+        """Returns the bytes beyond the limit; without images, those of the state."""
         if images and images not in tried:
             tried[images] = planned(images)
-        wanted = tried[images].wanted if images else arguments
+        wanted = tried[images].wanted if images else state
         assert isinstance(wanted, int)
         return wanted - limit
 
@@ -326,7 +329,7 @@ def by_interpolation(
         enough, end = end, min(most, math.ceil(larger))
     if excess(0) > 0:
         return None
-    scipy.optimize.brentq(lambda x: excess(math.floor(x)), enough, end, xtol=0.5, rtol=APART)
+    scipy.optimize.brentq(lambda x: excess(math.floor(x)), enough, end, xtol=1e-3, rtol=APART)
     return tried.get(max((n for n in tried if tried[n].fits), default=0))
 
 

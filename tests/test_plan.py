@@ -233,11 +233,18 @@ def flat(images: int) -> int:
     return max(min(linear(images), 48 * GIB), linear(round(0.7 * images)))
 
 
+def fixed(largest: int) -> Callable[[int], int]:
+    """Returns a function of the bytes of which `largest` images need less than 51.5 GiB."""
+    return lambda images: (51 if images <= largest else 52) * GIB
+
+
 @pytest.mark.parametrize(
     ("wanted", "first", "most", "largest", "trials"),
     [
         (linear, 8, 500, 92, 5),
         (linear, 200, 500, 92, 4),
+        (fixed(29), 8, 500, 29, 10),
+        (fixed(42), 64, 500, 42, 10),
         (linear, 8, 40, 40, 2),
         (linear, 40, 40, 40, 1),
         (flat, 8, 500, 132, 8),
@@ -284,6 +291,21 @@ def test_a_gpu_that_is_too_small_for_one_image_has_no_largest_batch() -> None:
         return made(wanted=(9 + images) * GIB, limit=8.0 * GIB, memory=memory, fits=False)
 
     assert plan_lib.by_interpolation(pretend, 4, 10) is None
+    assert plan_lib.by_interpolation(pretend, 1, 0) is None
+
+
+def test_a_batch_for_gpus_that_is_far_too_large_does_not_hide_smaller_ones() -> None:
+    """Its images take more memory than is left beside the state."""
+
+    def pretend(images: int) -> Plan:
+        memory = {"parameters": 55 * GIB, "batch": images * GIB, "activations": images * GIB}
+        wanted = sum(memory.values())
+        return made(
+            batch_size=images, memory=memory, wanted=wanted, limit=59.0 * GIB, fits=images <= 2
+        )
+
+    found = plan_lib.by_interpolation(pretend, 64, 100)
+    assert found and found.batch_size == 2
 
 
 def test_the_largest_batch_is_told_in_words() -> None:

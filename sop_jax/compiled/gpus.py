@@ -111,7 +111,8 @@ def described_gpus(topology: str) -> list[Any]:
     """Returns the GPUs of a topology such as h100:8 or h200:2x8 (hosts x GPUs); none need exist.
 
     Raises:
-        UserError: the topology does not exist, or the wheels for GPUs are not installed or fail.
+        UserError: the topology does not exist, the wheels for GPUs are not installed or fail, or
+            the environment is one with which a run would not start.
     """
     gpu, hosts, count = parse_topology(topology)
     check_wheels(topology)
@@ -184,7 +185,11 @@ def _version(package: str) -> str | None:
 
 
 def target_config(gpu: Gpu) -> str:
-    """Returns XLA's description of a GPU, a GpuTargetConfigProto as text."""
+    """Returns XLA's description of a GPU, a GpuTargetConfigProto as text.
+
+    Raises:
+        UserError: as in `described_limit`.
+    """
     device = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,

@@ -3,9 +3,9 @@
 XLA's compiler for CPUs calls its fast convolution only for inputs `NHWC` and kernels `HWIO`. Where
 the axes have other roles, as in the gradients that JAX derives, it transposes the arrays to that
 order, but not inside loops, where it falls back to code that is up to a hundred times slower. On
-CPUs the gradient of the input is therefore written as a convolution in that order, and that of the
-kernel as products of windows, image by image, so that nothing is transposed. On other devices they
-are JAX's, which the libraries of GPUs have kernels for.
+CPUs the gradients are therefore written as convolutions in that order. Where `linear.group_size`
+allows it, that of the kernel is a sum of products of the windows of a few images instead, which
+transposes nothing. On other devices they are JAX's, which the libraries of GPUs have kernels for.
 
 The fast convolution is slow where the output or the gradient has only 2 x 2 pixels (4 GFLOP/s on a
 core that multiplies matrices at 85, measured with 128 and 256 channels). There a convolution is a
@@ -13,6 +13,7 @@ matrix product of its windows, on all devices.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sop_jax.models.layers import Start
-from sop_jax.models.linear import Precision, linear, outer, summed
+from sop_jax.models.linear import Precision, group_size, linear, outer, summed
 
 FEW = 2  # the most windows on a side with which a convolution is a matrix product
 
@@ -72,8 +73,9 @@ def convolve(
 ) -> Float[Array, "B h w O"]:
     """Returns a convolution in the dtype of x; the gradient of the kernel is summed in float32.
 
-    As in `linear`, this gradient is not rounded before the devices add theirs up. To sum in
-    float32, its factors are converted to float32 first, which does not change their products.
+    As in `linear`, this gradient is not rounded before the devices add theirs up. For a convolution
+    that sums in float32, its factors are converted to float32 first, which does not change their
+    products.
     """
     return _convolve(x, kernel, stride, precision)
 
@@ -125,7 +127,7 @@ def _gradients(
 def _gradients_on_cpu(
     stride: int, precision: Precision, x: Array, kernel: Array, gradient: Array
 ) -> tuple[Array, Array]:
-    """Returns the same as `_gradients`, from a convolution in the fast order and from products."""
+    """Returns the same as `_gradients`, from convolutions in the fast order or from products."""
     side = kernel.shape[0]
     pad = side // 2
     # The input's pixels between the last window and the padded edge, in height and width.
@@ -133,21 +135,33 @@ def _gradients_on_cpu(
         size + 2 * pad - side - stride * (windows - 1)
         for size, windows in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
     ]
-    to_x = jax.lax.conv_general_dilated(
-        gradient,
-        jnp.flip(kernel.astype(gradient.dtype), (0, 1)).swapaxes(2, 3),
+    convolution = functools.partial(
+        jax.lax.conv_general_dilated,
         window_strides=(1, 1),
-        padding=[(side - 1 - pad, side - 1 - pad + more) for more in left],
-        lhs_dilation=(stride, stride),
         dimension_numbers=_AXES,
         precision=precision,
     )
+    to_x = convolution(
+        gradient,
+        jnp.flip(kernel.astype(gradient.dtype), (0, 1)).swapaxes(2, 3),
+        padding=[(side - 1 - pad, side - 1 - pad + more) for more in left],
+        lhs_dilation=(stride, stride),
+    )
+    size = group_size(len(x), math.prod(gradient.shape[1:3]))
+    if size:
 
-    def of_images(x: Array, gradient: Array) -> Array:
-        return outer(windows(x, side, stride), gradient, kernel.dtype, precision)
+        def of_images(x: Array, gradient: Array) -> Array:
+            return outer(windows(x, side, stride), gradient, kernel.dtype, precision)
 
-    to_kernel = summed(of_images, x, gradient, gradient[0, ..., 0].size)
-    return to_x, to_kernel.reshape(kernel.shape)
+        return to_x, summed(of_images, x, gradient, size).reshape(kernel.shape)
+    # Images take the role of channels, and the gradient that of a kernel.
+    to_kernel = convolution(
+        x.astype(kernel.dtype).transpose(3, 1, 2, 0),
+        gradient.astype(kernel.dtype).transpose(1, 2, 0, 3),
+        padding=[(pad, pad - more) for more in left],
+        rhs_dilation=(stride, stride),
+    )
+    return to_x, to_kernel.transpose(1, 2, 0, 3)
 
 
 convolve.defvjp(_forward, _backward)

@@ -89,7 +89,7 @@ def _backward(
         jax.lax.platform_dependent(
             x,
             gradient,
-            cpu=lambda x, gradient: summed(to_kernel, as_rows(x), as_rows(gradient)),
+            cpu=functools.partial(_outer_on_cpu, to_kernel),
             default=to_kernel,
         ),
         gradient.astype(kernel.dtype).sum(range(x.ndim - 1)) if biased is not None else None,
@@ -99,9 +99,10 @@ def _backward(
 linear.defvjp(_forward, _backward)
 
 
-def as_rows(x: Float[Array, "*B N"]) -> Float[Array, "B N"]:
-    """Returns an array with one batch axis."""
-    return x.reshape(-1, x.shape[-1])
+def _outer_on_cpu(to_kernel: Callable[[Array, Array], Array], x: Array, gradient: Array) -> Array:
+    rows = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    size = group_size(len(rows[0]))
+    return summed(to_kernel, *rows, size) if size else to_kernel(x, gradient)
 
 
 def outer(
@@ -116,32 +117,41 @@ def outer(
 ROWS = 4096  # the most rows of a product on CPUs whose left factor has to be transposed
 
 
+def group_size(count: int, rows: int = 1) -> int | None:
+    """Returns how many entries at a time a gradient is summed over on CPUs; None for all at once.
+
+    XLA's compiler for CPUs transposes the left factor of a gradient's product as a whole. It
+    computes the operations that lead to this factor again, in the order of the transposed array,
+    in which they are several times slower. A loop takes the factor as it is in memory.
+
+    There is no loop unless the mesh in context has one device: several would have to exchange the
+    groups. The train step sets it.
+
+    Args:
+        count: the number of entries.
+        rows: the rows of the product for each entry.
+    """
+    mesh, most = jax.sharding.get_abstract_mesh(), max(1, ROWS // rows)
+    if mesh.empty or mesh.size > 1 or count * rows <= ROWS:
+        return None
+    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    return size if size >= most // 4 else None  # many small groups would be slow, too
+
+
 def summed(
     summand: Callable[[Array, Array], Array],
     x: Float[Array, "B ..."],
     y: Float[Array, "B ..."],
-    rows: int = 1,
+    size: int,
 ) -> Array:
-    """Returns `summand` of two arrays; on one device of a CPU it is summed over groups of entries.
-
-    XLA's compiler for CPUs transposes the left factor of a gradient's product as a whole. It
-    computes the operations that lead to this factor again, in the order of the transposed array,
-    in which they are several times slower. A loop takes the factor as it is in memory, and its
-    groups fit in the caches. Several devices would have to exchange the groups, so that there is
-    no loop unless the mesh in context has one.
+    """Returns what `summand` returns for x and y, as a sum over groups of `size` entries.
 
     Args:
-        summand: adds up entries of the leading axis.
-        x: the left factor.
-        y: the right factor.
-        rows: the rows of the product for each entry.
+        summand: adds up the entries that it is given.
+        x: an array, which is split along its first axis.
+        y: another one.
+        size: the entries of a group, a divisor of B.
     """
-    count, most = len(x), max(1, ROWS // rows)
-    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-    mesh = jax.sharding.get_abstract_mesh()
-    # Without a mesh the number of devices is not known, and tiny groups would be slow.
-    if mesh.empty or mesh.size > 1 or size == count or size < most // 4:
-        return summand(x, y)
-    groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (x, y))
+    groups = tuple(a.reshape(-1, size, *a.shape[1:]) for a in (x, y))
     zeros = jnp.zeros_like(jax.eval_shape(summand, x, y))
     return jax.lax.scan(lambda sum, group: (sum + summand(*group), None), zeros, groups)[0]

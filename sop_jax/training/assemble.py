@@ -94,14 +94,14 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
 
     abstract = with_shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
     where = shardings(abstract)
-    train_step = make_train_step(model, objective, tx, schedules, config.accumulate)
+    step = make_train_step(model, objective, tx, schedules, config.accumulate)
 
-    def step(
+    def train_step(
         state: TrainState, batch: Batch, measure: Bool[Array, ""]
     ) -> tuple[TrainState, dict[str, Array]]:
-        # Layers are told how many devices there are, see `linear.summed`.
+        # Layers are told how many devices there are, see `linear.group_size`.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return train_step(state, batch, measure)
+            return step(state, batch, measure)
 
     return Run(
         mesh=mesh,
@@ -113,7 +113,7 @@ def assemble(config: ml_collections.ConfigDict, mesh: Mesh, images: int) -> Run:
         init=jax.jit(init, out_shardings=where),
         abstract=abstract,
         batch=batch,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
+        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(where, replicated(mesh))),
     )
 
 

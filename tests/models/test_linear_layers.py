@@ -8,7 +8,7 @@ from flax import nnx
 
 from sop_jax.models import linear as linear_lib
 from sop_jax.models.layers import Start, dense
-from sop_jax.models.linear import linear, summed
+from sop_jax.models.linear import group_size, linear, summed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,21 +71,21 @@ def test_only_one_device_sums_gradients_over_groups(
 
 
 @pytest.mark.parametrize(
-    ("count", "rows", "groups"),
-    [(12, 1, 2), (12, 2, 3), (12, 3, 6), (12, 9, 12), (8, 1, 1), (13, 1, 1)],
+    ("count", "rows", "size"),
+    [(12, 1, 6), (12, 2, 4), (12, 3, 2), (12, 9, 1), (8, 1, None), (4, 2, None), (13, 1, None)],
 )
 def test_groups_are_as_large_as_divides_the_entries(
-    count: int, rows: int, groups: int, monkeypatch: pytest.MonkeyPatch
+    count: int, rows: int, size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thirteen entries would be in groups of one, which is slower than all at once."""
+    """Few rows need no groups, and thirteen entries would be in groups of one."""
     monkeypatch.setattr(linear_lib, "ROWS", 8)
-    seen = []
-
-    def summand(x: jax.Array, y: jax.Array) -> jax.Array:
-        seen.append(len(x))
-        return (x * y).sum()
-
-    x, y = jnp.arange(count * 2.0).reshape(-1, 2), jnp.ones((count, 2))
+    assert group_size(count, rows) is None
     with jax.sharding.use_abstract_mesh(meshes()["one device"]):
-        assert summed(summand, x, y, rows) == x.sum()
-    assert seen[-1] == count // groups
+        assert group_size(count, rows) == size
+        assert group_size(0) is None
+
+
+def test_a_sum_over_groups_has_every_entry_once() -> None:
+    x, y = jax.random.normal(jax.random.key(0), (2, 12, 3))
+    found = summed(lambda x, y: x.T @ y, x, y, 4)
+    np.testing.assert_allclose(found, x.T @ y, rtol=1e-6, atol=1e-6)
