@@ -6,8 +6,6 @@ or the data was lost. A command that computes on devices can run as several proc
 `--coordinator`, `--processes` and `--process`; if one of them fails, the others end too.
 """
 
-import _weakrefset
-import gc
 import importlib.util
 import io
 import numbers
@@ -16,10 +14,8 @@ import re
 import signal
 import sys
 import textwrap
-import threading
 import traceback
 import types
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -32,14 +28,13 @@ from sop_jax import paths
 from sop_jax.data.named import LOOKED_AT
 from sop_jax.errors import LOST, Interrupted, Lost, UserError, chain, is_full_disk, nearest
 from sop_jax.settings import MAY_BE_EMPTY, PATHS, flatten
+from sop_jax.signals import sent_again
 
 FLAGS = flags.FLAGS
 
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 PROCESSES = ("coordinator", "processes", "process")
 MAIN_FLAGS = 5  # `--help` lists so many first: a command defines the flags that matter most first
-
-_WEAK = (weakref.__file__, _weakrefset.__file__)  # whose functions are callbacks of weak references
 
 _STANDS_FOR: dict[str, str] = {}  # recipes by the flag that stands for one, see `define_config`
 _SETTINGS: dict[str, config_dict.ConfigDict] = {}  # the defaults of `define_settings`, by section
@@ -100,20 +95,10 @@ def run(main: Callable[[], None], devices: bool = True, more: str | None = None)
 
 
 def _interrupt(number: int, frame: types.FrameType | None) -> None:
-    """Raises KeyboardInterrupt; a second signal of the same kind ends the command at once.
-
-    Python would drop the exception in a callback of its garbage collection, of which JAX has one,
-    or of a weak reference, as when arrays are freed at the end. There, the signal is sent again a
-    moment later.
-    """
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_filename in _WEAK:
-            threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
-            return
-        frame = frame.f_back
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    """Raises KeyboardInterrupt; a second signal of the same kind ends the command at once."""
+    if not sent_again(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
 
 
 def several_paths(values: Sequence[str] | None) -> list[str]:

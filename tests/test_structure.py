@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sop_jax"
 
 # A module imports only from the layers above its own, or from its own package.
 LAYERS = [
-    {"errors", "rules", "schedules", "settings"},
+    {"errors", "rules", "schedules", "settings", "signals"},
     {"paths", "compiled"},
     {"data", "weights", "parallel"},
     {"models", "monitor"},

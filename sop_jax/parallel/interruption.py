@@ -8,6 +8,7 @@ import contextlib
 import signal
 import socket
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 
 from sop_jax.errors import Interrupted
 from sop_jax.parallel import hosts
+from sop_jax.signals import sent_again
 
 # All in seconds.
 GRACE = 2  # for the main thread to run the handler of a signal, which waits while XLA compiles
@@ -118,9 +120,11 @@ class Interruption:
         finally:
             self._waits = False
 
-    def _ask(self, number: int, _: Any) -> None:
+    def _ask(self, number: int, frame: types.FrameType | None) -> None:
         self.asked = True
         self._heard.set()
+        if (self.starting or self._waits) and sent_again(number, frame):
+            return
         signal.signal(number, self._before[signal.Signals(number)])
         if self.starting or self._waits:
             raise KeyboardInterrupt  # not an Exception, so that `except Exception` lets it pass

@@ -56,6 +56,15 @@ def assignment(u: jax.Array, sops: SOPs, temperature: float) -> np.ndarray:
     return np.exp(np.asarray(assign(u, sops, temperature), float))
 
 
+def assert_same_gradient(found: jax.Array, expected: jax.Array) -> None:
+    """Compares gradients [..., D], whose errors are relative to the length of the longest.
+
+    Any element may be a small difference of large terms, whose rounding depends on the processor.
+    """
+    longest = np.linalg.norm(expected, axis=-1).max()
+    assert np.abs(found - expected).max() <= 1e-6 * longest
+
+
 @pytest.mark.parametrize(("views", "globals_"), [(2, 2), (5, 2), (5, 3)])
 def test_cls_loss_is_the_mean_over_pairs_of_different_views(views: int, globals_: int) -> None:
     sops = random_sops(3)
@@ -155,7 +164,7 @@ def test_views_at_once_change_neither_loss_nor_gradient(at_once: int) -> None:
     )
     expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(student)
     assert loss == pytest.approx(float(expected), rel=1e-6)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+    assert_same_gradient(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -174,7 +183,7 @@ def test_patches_that_are_not_masked_need_not_be_given(at_once: int) -> None:
     loss, gradient = jax.jit(jax.value_and_grad(some))(student)
     expected, expected_gradient = mim(student, teacher, mask, sops)
     assert loss == pytest.approx(float(expected), rel=1e-6)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-7)
+    assert_same_gradient(gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])

@@ -1,10 +1,12 @@
 """The first signal asks a run to stop, and the second has the effect that it had before."""
 
+import gc
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -117,6 +119,26 @@ def test_a_signal_during_the_start_ends_it_at_once(number: signal.Signals) -> No
             raise AssertionError("the signal was caught as an error") from error
     with pytest.raises(Ended):
         os.kill(os.getpid(), number)
+
+
+def test_a_signal_in_a_callback_that_drops_exceptions_comes_again() -> None:
+    """Python drops those of its garbage collector's callbacks, and JAX has one."""
+    interruption, sent = Interruption(), []
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if not sent:
+            sent.append(phase)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with interruption, pytest.raises(KeyboardInterrupt), interruption.at_once():
+        gc.callbacks.append(callback)
+        try:
+            gc.collect()
+            assert interruption.asked and sent
+            time.sleep(10)
+            pytest.fail("the signal had no effect")
+        finally:
+            gc.callbacks.remove(callback)
 
 
 def test_after_the_start_a_signal_only_asks() -> None:
