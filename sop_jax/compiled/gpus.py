@@ -244,8 +244,8 @@ def described_limit(kind: str) -> float | None:
 def described_memory(gpu: Gpu) -> float:
     """Returns the bytes of memory with which XLA compiles as it does for a run on a GPU.
 
-    Near the limit of a run, XLA computes arrays anew to stay below it. In a run, JAX tells it the
-    limit of the allocator (jaxlib/py_client.cc); without a device, XLA takes 80 % of the memory.
+    XLA recomputes arrays to stay below the limit of a run. In a run, JAX tells it the limit of the
+    allocator (jaxlib/py_client.cc). Without a device, XLA assumes a limit of 80 % of the memory.
     """
     if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") == "platform":  # it reports no limit
         return float(gpu.memory)
